@@ -1,0 +1,1 @@
+"""Student to edge bundles: graphs, quantisation, targets, parity."""

@@ -1,0 +1,1 @@
+"""Prompts or raw pictures to curated shards."""

@@ -1,0 +1,1 @@
+"""The embedded zoo: small real models of a small real world, and how they are rebuilt."""

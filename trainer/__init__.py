@@ -1,0 +1,1 @@
+"""Shards to student: surgery, losses, the loop, evaluation."""
