@@ -11,13 +11,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def fit(
-    model: nn.Module,
+    model: Model,
     loss_at: Callable[[int], torch.Tensor],
     folder: Path,
     *,
@@ -26,8 +29,8 @@ def fit(
     ema_decay: float = 0.999,
     weight_decay: float = 0.01,
     save_every_s: float = 180.0,
-    on_save: Callable[[nn.Module, int], None] | None = None,
-) -> nn.Module:
+    on_save: Callable[[Model, int], None] | None = None,
+) -> Model:
     """Train `model` for `steps` optimiser steps and return its exponential moving average.
 
     `loss_at(step)` draws its own batch, keyed by the step number, so a resumed run sees the data it would have seen.

@@ -5,7 +5,9 @@ A little noise is added to the latent while the decoder learns, so that a near m
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +23,16 @@ LATENT_NOISE = 0.1
 
 
 def new_vae() -> AutoencoderKL:
-    widths = (16, 32, 64, 128)
-    vae = AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=SIZE,
+    vae: Any = AutoencoderKL.from_config(
+        {
+            "block_out_channels": [16, 32, 64, 128],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "latent_channels": 16,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": SIZE,
+        }
     )
     return vae.to(memory_format=torch.channels_last)
 
@@ -58,35 +61,46 @@ def train_vae(
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((1, step))
         pictures = to_tensor(draw_batch(pixels, rng.choice(rows, batch), rng))
-        posterior = vae.encode(pictures).latent_dist
+        posterior = vae.encode(pictures, return_dict=False)[0]
         noise = torch.Generator().manual_seed(step)
         latent = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
         latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=noise)
-        out = vae.decode(latent).sample
+        out = decode(vae, latent)
         edges = sum((_difference(out, d) - _difference(pictures, d)).abs().mean() for d in (2, 3))
         kl = posterior.kl().mean() / latent[0].numel()
         return (out - pictures).abs().mean() + 2 * F.mse_loss(out, pictures) + 0.5 * edges + KL_WEIGHT * kl
 
-    def on_save(average: torch.nn.Module, step: int) -> None:
+    def on_save(average: AutoencoderKL, step: int) -> None:
         psnr = reconstruct(average, pixels, kept_out[:64], folder / f"look-{step:06d}.png")
         print(f"vae: step {step}, held-out PSNR {psnr:.2f} dB", flush=True)
 
     vae = fit(vae, loss_at, folder, steps=steps, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0, on_save=on_save)
     latents = encode(vae, draw_batch(pixels, rows[::4], np.random.default_rng(2)))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-    vae.to(memory_format=torch.contiguous_format).half().save_pretrained(folder / "model")
-    return vae.float()
+    contiguous = copy.deepcopy(vae).half()
+    for weight in contiguous.parameters():
+        weight.data = weight.data.contiguous()
+    contiguous.save_pretrained(folder / "model")
+    return vae
 
 
 def _difference(pictures: torch.Tensor, axis: int) -> torch.Tensor:
     return pictures.diff(dim=axis)
 
 
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents B x 16 x 8 x 8 to pictures B x 3 x 64 x 64 in about [-1, 1]."""
+    return vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
     """Mean latents of B x 64 x 64 x 3 uint8 pictures, unscaled: B x 16 x 8 x 8."""
     return torch.cat(
-        [vae.encode(to_tensor(part)).latent_dist.mean for part in np.array_split(pictures, len(pictures) // 64 + 1)]
+        [
+            vae.encode(to_tensor(part), return_dict=False)[0].mean
+            for part in np.array_split(pictures, len(pictures) // 64 + 1)
+        ]
     )
 
 
@@ -94,7 +108,7 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
 def reconstruct(vae: AutoencoderKL, pixels: np.ndarray, rows: np.ndarray, path: Path) -> float:
     """Save originals above reconstructions; returns the mean PSNR in dB over pictures."""
     pictures = draw_batch(pixels, rows, np.random.default_rng(3))
-    out = vae.decode(encode(vae, pictures)).sample.clamp(-1, 1)
+    out = decode(vae, encode(vae, pictures)).clamp(-1, 1)
     mse = (out - to_tensor(pictures)).div(2).pow(2).mean(dim=(1, 2, 3))
     decoded = out.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     rows_of_16 = [
