@@ -1,14 +1,11 @@
-"""Rebuild the zoo: `python -m factory.pocket BUILD_FOLDER vae|clip|teacher --steps N`; rerun to resume."""
+"""Rebuild the zoo from public packages, one resumable model at a time."""
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-
-import torch
 
 from factory.pocket.clip import train_clip
 from factory.pocket.teacher import train_teacher
@@ -39,23 +36,15 @@ def fetch_packages(folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m factory.pocket", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where packages, checkpoints and finished models lie")
-    parser.add_argument("model", choices=["vae", "clip", "teacher"], help="the teacher needs the other two")
-    parser.add_argument("--steps", type=int, required=True, help="optimiser steps in all, earlier runs included")
-    parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    zoo = asked.folder
+MODELS = ("vae", "clip", "teacher")
+
+
+def build(model: str, zoo: Path, steps: int) -> None:
+    """Train `model` up to optimiser step `steps` below `zoo`, from its checkpoint if there is one."""
     pairs, pixels = render_world(fetch_packages(zoo / "packages"), zoo / "world.npz")
-    if asked.model == "vae":
-        train_vae(pairs, pixels, zoo / "vae", steps=asked.steps)
-    elif asked.model == "clip":
-        train_clip(pairs, pixels, zoo / "clip", steps=asked.steps)
+    if model == "vae":
+        train_vae(pairs, pixels, zoo / "vae", steps=steps)
+    elif model == "clip":
+        train_clip(pairs, pixels, zoo / "clip", steps=steps)
     else:
-        train_teacher(pairs, pixels, zoo, steps=asked.steps)
-
-
-if __name__ == "__main__":
-    main()
+        train_teacher(pairs, pixels, zoo, steps=steps)
