@@ -1,0 +1,87 @@
+"""Files that are whole or absent: atomic publish and digests, on local disk or any fsspec URL."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
+
+from cluster.errors import EdgeFusionError
+
+PARTIAL = ".partial-"
+_CHUNK_BYTES = 1 << 20
+
+
+def publish_bytes(path: str | Path, data: bytes) -> str:
+    """Write `data` so that no reader ever sees a part of it; returns its SHA-256 in hex.
+
+    On local disk: temporary file beside it, fsync, rename, fsync of the folder. On an object store a put is atomic by itself.
+    Raises EdgeFusionError if the place is full or cannot be written; nothing half-written is left under the final name.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    if _is_remote(path):
+        _filesystem(path).pipe_file(str(path), data)
+        return digest
+    final = Path(path)
+    partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = error.strerror or str(error)
+        raise EdgeFusionError(
+            f"could not be written ({reason})", where=str(path), remedy="Free space or choose another output folder"
+        ) from error
+    return digest
+
+
+def sweep_partials(folder: str | Path) -> int:
+    """Remove what killed writers left below a local folder; returns how many files. Call it while nobody writes there."""
+    found = [p for p in Path(folder).rglob(f".*{PARTIAL}*") if p.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of a file or URL in hex, read in pieces of a mebibyte."""
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: str | Path) -> Iterator[bytes]:
+    with cast(BinaryIO, _filesystem(path).open(str(path), "rb")) as file:
+        while piece := file.read(_CHUNK_BYTES):
+            yield piece
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path) and not str(path).startswith("file://")
+
+
+def _filesystem(path: str | Path) -> Any:
+    return fsspec.core.url_to_fs(str(path))[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself must survive a power cut, not only the bytes."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,69 @@
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cluster.errors import EdgeFusionError
+from cluster.storage import digest_file, publish_bytes, sweep_partials
+
+WRITER = """
+import sys
+from cluster.storage import publish_bytes
+n = 0
+while True:
+    publish_bytes(sys.argv[1], bytes([n % 256]) * 3_000_000)
+    if n == 0:
+        print("writing", flush=True)
+    n += 1
+"""
+
+
+def test_published_bytes_come_back_with_their_digest(tmp_path) -> None:
+    path = tmp_path / "new" / "folder" / "a.bin"
+    data = random.Random(0).randbytes(3_000_000)
+    digest = publish_bytes(path, data)
+    assert path.read_bytes() == data
+    assert digest == digest_file(path) == hashlib.sha256(data).hexdigest()
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+def test_a_killed_writer_leaves_a_whole_file_and_litter_that_is_swept(tmp_path) -> None:
+    path = tmp_path / "a.bin"
+    root = Path(__file__).parents[2]
+    for attempt in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=root, stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+        time.sleep(0.01 * attempt)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        data = path.read_bytes()
+        assert len(data) == 3_000_000 and len(set(data)) == 1
+    sweep_partials(tmp_path)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_the_sweep_takes_only_litter(tmp_path) -> None:
+    (tmp_path / ".a.bin.partial-1-ffff").write_bytes(b"x")
+    (tmp_path / "keep.partial").write_bytes(b"x")
+    assert sweep_partials(tmp_path) == 1
+    assert os.listdir(tmp_path) == ["keep.partial"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EdgeFusionError, match=r"file/a\.bin.*another output folder"):
+        publish_bytes(tmp_path / "file" / "a.bin", b"x")
+
+
+def test_urls_work_too() -> None:
+    digest = publish_bytes("memory://bucket/a.bin", b"hello")
+    assert fsspec.filesystem("memory").cat("/bucket/a.bin") == b"hello"
+    assert digest_file("memory://bucket/a.bin") == digest
