@@ -1,0 +1,191 @@
+"""Samples to WebDataset shards and back: same samples, same bytes; the manifest comes last and vouches for every byte.
+
+A data set is a folder of `shard-000000.tar`, ..., and `manifest.parquet` (a row a sample). `verify` proves one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import CorruptShard
+from cluster.storage import digest_file, publish_bytes
+
+MANIFEST = "manifest.parquet"
+MAX_MEMBER_BYTES = 64 << 20
+"""A larger member is refused unread: no picture of ours is near it."""
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("shard", pa.string()),
+        ("prompt", pa.string()),
+        ("picture_kind", pa.string()),
+        ("sample_sha256", pa.string()),
+        ("shard_sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its prompt. `id` is 64 hex digits; `picture` the encoded file, `picture_kind` png, jpg or webp."""
+
+    id: str
+    picture: bytes
+    picture_kind: str
+    prompt: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else is known (attributes, scores, seed): plain JSON."""
+
+    def members(self) -> dict[str, bytes]:
+        """Extension to bytes, in the order of the archive."""
+        facts = json.dumps(dict(self.facts), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return {"json": facts.encode(), self.picture_kind: self.picture, "txt": self.prompt.encode()}
+
+    def digest(self) -> str:
+        """SHA-256 over names, lengths and bytes of all members."""
+        return _digest(self.members())
+
+
+def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000) -> Path:
+    """Write shards of `samples` in the order of their ids, then the manifest; returns the manifest's path.
+
+    Rerunning with the same samples writes the same bytes. A shard lies in memory while it is built. Raises ValueError for a
+    doubled or malformed id, an unknown picture kind or an empty prompt.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.id)
+    _refuse_bad(ordered)
+    rows: list[dict[str, str]] = []
+    for start in range(0, len(ordered), samples_per_shard):
+        part, name = ordered[start : start + samples_per_shard], f"shard-{start // samples_per_shard:06d}.tar"
+        digest = publish_bytes(folder / name, _tar(part))
+        rows += [
+            {
+                "id": s.id,
+                "shard": name,
+                "prompt": s.prompt,
+                "picture_kind": s.picture_kind,
+                "sample_sha256": s.digest(),
+                "shard_sha256": digest,
+            }
+            for s in part
+        ]
+    for stale in set(folder.glob("shard-*.tar")) - {folder / row["shard"] for row in rows}:
+        stale.unlink()
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
+    publish_bytes(folder / MANIFEST, sink.getvalue())
+    return folder / MANIFEST
+
+
+def verify(folder: Path) -> int:
+    """Prove that the shards are exactly what the manifest says; returns the number of samples.
+
+    Raises CorruptShard that names the first shard and sample that is missing, damaged, doubled or not in the manifest.
+    """
+    rows = read_manifest(folder)
+    wanted: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        wanted.setdefault(row["shard"], []).append(row)
+    extra = {p.name for p in folder.glob("shard-*.tar")} - set(wanted)
+    if extra:
+        raise CorruptShard(f"is not in {MANIFEST}", where=str(folder / min(extra)), remedy="Pack the data set again")
+    for name, listed in wanted.items():
+        _verify_shard(folder / name, listed)
+    return len(rows)
+
+
+def read_manifest(folder: Path) -> list[dict[str, str]]:
+    """The manifest's rows, in the order of the shards."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CorruptShard("there is no manifest", where=str(path), remedy="Packing did not finish: run it again")
+    try:
+        return pq.read_table(path, schema=_SCHEMA).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(sample id, members by extension) in order. Nothing is unpacked to disk; odd names, links and huge members are refused."""
+    current, members = "", {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for entry in archive:
+                key, _, kind = entry.name.partition(".")
+                if not entry.isfile() or not _ID.fullmatch(key) or entry.size > MAX_MEMBER_BYTES:
+                    raise _corrupt(path, f"holds a member that no shard of ours has: {entry.name[:90]!r}")
+                if key != current and current:
+                    yield current, members
+                    members = {}
+                if kind in members:
+                    raise _corrupt(path, f"holds {entry.name[:90]!r} twice")
+                current = key
+                content = archive.extractfile(entry)
+                members[kind] = content.read() if content else b""
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise _corrupt(path, f"cannot be read ({error})") from error
+    if current:
+        yield current, members
+
+
+def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
+    if not path.exists():
+        raise _corrupt(path, "is missing")
+    if digest_file(path) == listed[0]["shard_sha256"]:
+        return
+    # The sum is wrong: read it, so that the message can name the sample.
+    digests = {row["id"]: row["sample_sha256"] for row in listed}
+    for key, members in read_shard(path):
+        if digests.pop(key, None) != _digest(members):
+            raise _corrupt(path, f"sample {key} is damaged, doubled or not in {MANIFEST}")
+    raise _corrupt(
+        path, f"lacks sample {min(digests)}" if digests else "has a wrong checksum though its samples are whole"
+    )
+
+
+def _corrupt(path: Path, what: str) -> CorruptShard:
+    return CorruptShard(what, where=str(path), remedy="Copy the shard again or pack the data set again")
+
+
+def _digest(members: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for kind in sorted(members):
+        digest.update(f"{kind} {len(members[kind])}\n".encode())
+        digest.update(members[kind])
+    return digest.hexdigest()
+
+
+def _tar(samples: list[Sample]) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            for kind, content in sample.members().items():
+                entry = tarfile.TarInfo(f"{sample.id}.{kind}")
+                entry.size, entry.mode = len(content), 0o644
+                archive.addfile(entry, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def _refuse_bad(ordered: list[Sample]) -> None:
+    for before, sample in zip([None, *ordered], ordered, strict=False):
+        if not _ID.fullmatch(sample.id):
+            raise ValueError(f"a sample id is 64 hex digits, not {sample.id[:90]!r}")
+        if before is not None and before.id == sample.id:
+            raise ValueError(f"sample {sample.id} is there twice")
+        if sample.picture_kind not in ("png", "jpg", "webp"):
+            raise ValueError(f"sample {sample.id}: pictures are png, jpg or webp, not {sample.picture_kind!r}")
+        if not sample.prompt.strip():
+            raise ValueError(f"sample {sample.id} has an empty prompt")

@@ -1,0 +1,114 @@
+import hashlib
+import io
+import random
+import tarfile
+
+import pytest
+import webdataset
+
+from cluster.errors import CorruptShard
+from factory.pack import MANIFEST, Sample, pack, read_shard, verify
+
+
+def some(count: int) -> list[Sample]:
+    rng = random.Random(count)
+    return [
+        Sample(hashlib.sha256(bytes([i])).hexdigest(), rng.randbytes(900), "png", f"prompt é {i}", {"seed": i})
+        for i in range(count)
+    ]
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_same_samples_in_any_order_give_the_same_bytes(tmp_path) -> None:
+    samples = some(25)
+    pack(samples, tmp_path / "a", samples_per_shard=10)
+    pack(reversed(samples), tmp_path / "b", samples_per_shard=10)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(contents(tmp_path / "a")) == [MANIFEST, *(f"shard-{i:06d}.tar" for i in range(3))]
+    assert verify(tmp_path / "a") == 25
+
+
+def test_webdataset_reads_what_we_pack(tmp_path) -> None:
+    samples = some(7)
+    pack(samples, tmp_path, samples_per_shard=10)
+    read = list(webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False).decode())
+    assert {r["__key__"]: (r["txt"], r["json"]) for r in read} == {
+        s.id: (s.prompt, {"seed": s.facts["seed"]}) for s in samples
+    }
+
+
+def test_packing_fewer_samples_again_leaves_no_stale_shard(tmp_path) -> None:
+    pack(some(25), tmp_path, samples_per_shard=10)
+    pack(some(25)[:5], tmp_path, samples_per_shard=10)
+    assert verify(tmp_path) == 5
+
+
+@pytest.mark.parametrize("position", [10, 600, 1500, 4000, -600])
+def test_one_flipped_bit_is_found(tmp_path, position) -> None:
+    pack(some(5), tmp_path)
+    shard = tmp_path / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[position] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(CorruptShard, match=r"shard-000000\.tar"):
+        verify(tmp_path)
+
+
+def test_a_changed_sample_is_named(tmp_path) -> None:
+    samples = some(3)
+    pack(samples, tmp_path)
+    shard = tmp_path / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"prompt \xc3\xa9 1", b"prompt \xc3\xa9 7"))
+    with pytest.raises(CorruptShard, match=samples[1].id):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_truncated_missing_and_stray_shards_are_found(tmp_path, share) -> None:
+    pack(some(9), tmp_path, samples_per_shard=3)
+    shard = tmp_path / "shard-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CorruptShard, match=r"shard-000001\.tar"):
+        verify(tmp_path)
+    shard.unlink()
+    with pytest.raises(CorruptShard, match="missing"):
+        verify(tmp_path)
+    shard.write_bytes(whole)
+    (tmp_path / "shard-000009.tar").write_bytes(whole)
+    with pytest.raises(CorruptShard, match="not in manifest"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/etc/evil.txt", "a.txt", "0" * 64 + "/x.txt"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name) -> None:
+    with tarfile.open(tmp_path / "shard-000000.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(CorruptShard, match="no shard of ours"):
+        list(read_shard(tmp_path / "shard-000000.tar"))
+
+
+def test_links_are_refused(tmp_path) -> None:
+    entry = tarfile.TarInfo("0" * 64 + ".txt")
+    entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "shard-000000.tar", "w") as archive:
+        archive.addfile(entry)
+    with pytest.raises(CorruptShard, match="no shard of ours"):
+        list(read_shard(tmp_path / "shard-000000.tar"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"id": "../x"}, "64 hex"), ({"prompt": " "}, "empty prompt"), ({"picture_kind": "exe"}, "exe")],
+)
+def test_bad_samples_are_refused_before_anything_is_written(tmp_path, change, word) -> None:
+    good = some(1)[0]
+    bad = Sample(**{"id": good.id, "picture": b"x", "picture_kind": "png", "prompt": "a cat", **change})
+    with pytest.raises(ValueError, match=word):
+        pack([bad], tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="twice"):
+        pack([good, good], tmp_path)
