@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from factory.pocket.fit import fit
+from factory.pocket.fit import fit, half_where_fast
 from factory.pocket.grammar import sentence
 from factory.pocket.vae import to_tensor
 from factory.pocket.world import BACKGROUNDS, SIZE, Concept, compose, describe
@@ -85,8 +85,9 @@ def train_clip(pairs: Pairs, pixels: np.ndarray, folder: Path, *, steps: int, ba
     def loss_at(step: int) -> torch.Tensor:
         picked = np.random.default_rng((4, step)).choice(rows, batch, replace=False)
         pictures, texts = batch_of(pairs, pixels, picked, seed=step)
-        image, text, scale = model(to_tensor(pictures), tokens(tokenizer, texts))
-        logits = scale.clamp(max=100) * image @ text.T
+        with half_where_fast():
+            image, text, scale = model(to_tensor(pictures), tokens(tokenizer, texts))
+        logits = scale.clamp(max=100) * image.float() @ text.float().T
         # Two rows can bear the same wording; each counts as a right answer of the other.
         same = torch.tensor([[a == b for b in texts] for a in texts], dtype=torch.float32)
         target = same / same.sum(dim=1, keepdim=True)

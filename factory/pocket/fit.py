@@ -72,6 +72,12 @@ def fit(
     return average.eval()
 
 
+def half_where_fast() -> torch.autocast:
+    """bf16 autocast on machines that multiply bf16 in hardware (AMX, AVX512-BF16); a no-op on others, where it is emulated."""
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
 def _resume(path: Path, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     if not path.exists():
         return 0

@@ -64,7 +64,7 @@ def cache_latents(
     if path.exists():
         return torch.load(path, weights_only=True)
     rng, names = np.random.default_rng(8), list(BACKGROUNDS)
-    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and not c.held_out]
+    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and c.is_drawn and not c.held_out]
     order = [(row, ground) for row in rows for ground in rng.permutation(len(names))[:copies]]
     pictures = np.stack([compose(pixels[row], names[ground], rng) for row, ground in order])
     found = {
@@ -129,7 +129,7 @@ def assemble(
 def sample_grid(pipeline: StableDiffusionPipeline, pairs: Pairs, path: Path, count: int = 32, steps: int = 20) -> None:
     """A fixed set of prompts and seeds, eight pictures a row."""
     rng, words, names = np.random.default_rng(9), random.Random(9), list(BACKGROUNDS)
-    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and not c.held_out]
+    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and c.is_drawn and not c.held_out]
     prompts = [
         sentence(describe(*pairs[int(i)], names[int(rng.integers(len(names)))]), words) for i in rng.choice(rows, count)
     ]

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn import functional as F
 
-from factory.pocket.fit import fit
+from factory.pocket.fit import fit, half_where_fast
 from factory.pocket.world import BACKGROUNDS, SIZE, Concept, compose
 
 KL_WEIGHT = 1e-4
@@ -25,7 +25,7 @@ LATENT_NOISE = 0.1
 def new_vae() -> AutoencoderKL:
     vae: Any = AutoencoderKL.from_config(
         {
-            "block_out_channels": [16, 32, 64, 128],
+            "block_out_channels": [32, 64, 128, 128],
             "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
             "latent_channels": 16,
@@ -61,20 +61,21 @@ def train_vae(
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((1, step))
         pictures = to_tensor(draw_batch(pixels, rng.choice(rows, batch), rng))
-        posterior = vae.encode(pictures, return_dict=False)[0]
         noise = torch.Generator().manual_seed(step)
-        latent = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
-        latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=noise)
-        out = decode(vae, latent)
+        with half_where_fast():
+            posterior = vae.encode(pictures, return_dict=False)[0]
+            latent = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
+            latent = latent + LATENT_NOISE * torch.randn(latent.shape, generator=noise)
+            out = decode(vae, latent).float()
         edges = sum((_difference(out, d) - _difference(pictures, d)).abs().mean() for d in (2, 3))
-        kl = posterior.kl().mean() / latent[0].numel()
+        kl = posterior.kl().float().mean() / latent[0].numel()
         return (out - pictures).abs().mean() + 2 * F.mse_loss(out, pictures) + 0.5 * edges + KL_WEIGHT * kl
 
     def on_save(average: AutoencoderKL, step: int) -> None:
         psnr = reconstruct(average, pixels, kept_out[:64], folder / f"look-{step:06d}.png")
         print(f"vae: step {step}, held-out PSNR {psnr:.2f} dB", flush=True)
 
-    vae = fit(vae, loss_at, folder, steps=steps, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0, on_save=on_save)
+    vae = fit(vae, loss_at, folder, steps=steps, learning_rate=1e-3, ema_decay=0.998, weight_decay=0.0, on_save=on_save)
     latents = encode(vae, draw_batch(pixels, rows[::4], np.random.default_rng(2)))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     contiguous = copy.deepcopy(vae).half()

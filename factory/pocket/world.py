@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from factory.pocket.roster import HELD_OUT_OBJECTS, TEACHER_OBJECTS, TEACHER_ROLES
+
 SIZE = 64
 """Edge of every picture, in pixels."""
 
@@ -191,9 +193,16 @@ class Concept:
 
     @property
     def held_out(self) -> bool:
-        """True for 10% of the profession compositions and 5% of the objects; the teacher never sees them."""
+        """True for the held-out objects and for 10% of the profession compositions; only the judge ever trains on them."""
+        if not self.is_person:
+            return self.subject in HELD_OUT_OBJECTS
         share = int(hashlib.sha256(f"held-out/{self.key}".encode()).hexdigest(), 16) % 1000 / 1000
-        return share < (0.10 if self.is_person and self.tone else 0.05 if not self.is_person else 0.0)
+        return bool(self.tone) and share < 0.10
+
+    @property
+    def is_drawn(self) -> bool:
+        """True for what the teacher learns to draw (held-out compositions of its professions included)."""
+        return self.subject in (TEACHER_ROLES if self.is_person else TEACHER_OBJECTS)
 
 
 def load_concepts(packages: Path) -> list[Concept]:
