@@ -69,7 +69,7 @@ def doctor() -> None:
 
 @zoo.command("build")
 def zoo_build(
-    model: Annotated[str, typer.Argument(help="vae, clip or teacher (which needs the other two)")],
+    model: Annotated[str, typer.Argument(help="vae, clip, writer or teacher (which needs the first two)")],
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all, earlier runs included")],
     folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
 ) -> None:

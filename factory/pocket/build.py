@@ -11,6 +11,7 @@ from factory.pocket.clip import train_clip
 from factory.pocket.teacher import train_teacher
 from factory.pocket.vae import train_vae
 from factory.pocket.world import render_world
+from factory.pocket.writer import train_writer
 
 PACKAGES = {
     "fluent-emoji-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -36,7 +37,7 @@ def fetch_packages(folder: Path) -> Path:
     return folder
 
 
-MODELS = ("vae", "clip", "teacher")
+MODELS = ("vae", "clip", "writer", "teacher")
 
 
 def build(model: str, zoo: Path, steps: int) -> None:
@@ -46,5 +47,7 @@ def build(model: str, zoo: Path, steps: int) -> None:
         train_vae(pairs, pixels, zoo / "vae", steps=steps)
     elif model == "clip":
         train_clip(pairs, pixels, zoo / "clip", steps=steps)
+    elif model == "writer":
+        train_writer(pairs, zoo / "writer", steps=steps)
     else:
         train_teacher(pairs, pixels, zoo, steps=steps)

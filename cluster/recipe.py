@@ -1,0 +1,144 @@
+"""Recipes: strict pydantic models read from YAML, built in Python or overridden by `--set key=value`.
+
+Owns how a bad recipe is refused: the key, the file, the remedy and the nearest valid name. Knows no wing's fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.errors import RecipeError
+
+
+class Settings(BaseModel):
+    """Base of every part of a recipe: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load_recipe(schema: type[AnySettings], path: Path, overrides: Sequence[str] = ()) -> AnySettings:
+    """Read `path` and apply `overrides` (each `a.b.c=value`, the value in YAML); raises RecipeError."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError("there is no such recipe", where=str(path), remedy=_nearest_file(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read ({error})", where=str(path), remedy="Check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"is not valid YAML{line}", where=str(path), remedy="Check indentation and colons") from None
+    if not isinstance(tree, dict):
+        raise RecipeError("holds no keys", where=str(path), remedy="Start from recipes/pocket.yaml")
+    mapping = cast(dict[str, Any], tree)
+    for override in overrides:
+        _apply(mapping, override)
+    return build_recipe(schema, mapping, str(path))
+
+
+def build_recipe(schema: type[AnySettings], tree: dict[str, Any], where: str) -> AnySettings:
+    """Validate `tree`; raises RecipeError that names the first bad key, `where` it stands and the nearest valid name."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(schema, error, where) from None
+
+
+def recipe_digest(recipe: Settings) -> str:
+    """SHA-256 of the resolved recipe: equal recipes, equal digests, whatever the YAML looked like."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set takes key=value, not {override!r}", remedy="For example --set trainer.adapt.steps=20")
+    *parents, last = key.strip().split(".")
+    place: dict[str, Any] = tree
+    for depth, name in enumerate(parents):
+        if place.get(name) is None:
+            place[name] = {}
+        inner: Any = place[name]
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {key}: {'.'.join(parents[: depth + 1])} holds no keys", remedy="Set it whole")
+        place = cast(dict[str, Any], inner)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
+
+
+def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
+    first = error.errors()[0]
+    # A discriminated union puts its tag into the location; it is not a key of the file.
+    path = [part for part in first["loc"] if isinstance(part, int) or not _is_tag(schema, first["loc"], part)]
+    key = ".".join(str(part) for part in path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(schema, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.4)
+        remedy = f"Did you mean {near[0]}?" if near else f"Valid here: {', '.join(sorted(known))}"
+        return RecipeError(f"{key} is not a known key", where=where, remedy=remedy)
+    if first["type"] == "missing":
+        return RecipeError(f"{key} is missing", where=where, remedy=_describe(schema, path) or "Add it")
+    message = first["msg"].removeprefix("Value error, ")
+    got = (
+        "" if isinstance(first["input"], dict | list) or first["type"] == "value_error" else f", not {first['input']!r}"
+    )
+    return RecipeError(f"{key or 'the recipe'}: {message}{got}", where=where, remedy=_describe(schema, path))
+
+
+def _is_tag(schema: type[BaseModel], location: tuple[int | str, ...], part: int | str) -> bool:
+    parents = list(location[: location.index(part)])
+    return bool(parents) and part not in _fields_at(schema, parents) and part in _tags_at(schema, parents)
+
+
+def _models_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The models that can stand at `path`: several where a `kind` chooses."""
+    models: list[type[BaseModel]] = [schema]
+    for part in path:
+        inner = [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields]
+        if inner:
+            models = [model for annotation in inner for model in _models_in(annotation)]
+    return models
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _fields_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    return sorted({name for model in _models_at(schema, path) for name in model.model_fields})
+
+
+def _tags_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    return [m.model_fields["kind"].default for m in _models_at(schema, path) if "kind" in m.model_fields]
+
+
+def _describe(schema: type[BaseModel], path: Sequence[int | str]) -> str:
+    for model in _models_at(schema, path[:-1]):
+        field = model.model_fields.get(str(path[-1])) if path else None
+        if field is not None and field.description:
+            return f"It is: {field.description}"
+    return ""
+
+
+def _nearest_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.3)
+    return f"Did you mean {path.parent / near[0]}?" if near else "Start from recipes/pocket.yaml"

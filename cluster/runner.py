@@ -1,0 +1,153 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+"""Two ways to run the same stages over the same units, with the same answer: in this process, or on Ray actors.
+
+A runner owns placement, order of work and progress. It yields finished units in any order; the caller commits them, or a last
+stage does. Knows no images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from cluster.errors import StageError
+from cluster.recipe import Settings
+from cluster.stage import Stage, Unit, Worker, apply
+
+
+class ClusterRecipe(Settings):
+    """Where the work runs."""
+
+    runner: Literal["in-process", "ray"] = Field(
+        default="ray", description="`in-process` or `ray`; the answer is the same"
+    )
+    address: str = Field(
+        default="local", description="`local` starts Ray here; `auto` or host:port joins a running cluster"
+    )
+    cpus: int | None = Field(default=None, ge=1, description="CPU slots of a local Ray; all cores if left out")
+    object_store_mib: int = Field(default=200, ge=80, description="shared memory of a local Ray, MiB")
+    train_workers: int = Field(default=1, ge=1, description="Ray Train workers, one a GPU or one a CPU group")
+    max_failures: int = Field(default=2, ge=0, description="restarts of a training that lost a worker, and of an actor")
+
+
+class Runner(Protocol):
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
+        """Pass every unit through all stages in turn; yields finished units, in no promised order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_runner(recipe: ClusterRecipe) -> Runner:
+    return InProcess() if recipe.runner == "in-process" else OnRay(recipe)
+
+
+class InProcess:
+    """Everything here, one unit after the other."""
+
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
+        workers: list[tuple[Stage, Worker]] = []
+        for unit in units:
+            # Opened late: a run with nothing left to do loads no models.
+            workers = workers or [(stage, stage.open()) for stage in stages]
+            for stage, worker in workers:
+                unit = apply(stage, worker, unit)
+            yield unit
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class OnRay:
+    """Ray Data actor pools, one pool a stage; one row of the data set is one unit, so Ray can split and retry nothing smaller."""
+
+    def __init__(self, recipe: ClusterRecipe) -> None:
+        self.recipe = recipe
+
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
+        rows = [{"unit": unit.id, "payload": unit.to_bytes()} for unit in units]
+        if not rows:
+            return
+        start_ray(self.recipe)
+        import ray.data
+        from ray.exceptions import RayError
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # One unit a block: a block is what Ray hands out, and what it repeats when a worker is lost.
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for stage in stages:
+            mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
+            data = data.map(
+                mapper,
+                fn_constructor_args=[stage],
+                compute=ray.data.ActorPoolStrategy(size=stage.workers),
+                num_cpus=stage.cpus,
+                num_gpus=stage.gpus,
+                max_restarts=self.recipe.max_failures,
+                max_task_retries=self.recipe.max_failures,
+            )
+        try:
+            for row in data.iter_rows():
+                yield Unit.from_bytes(row["unit"], row["payload"])
+        except RayError as error:
+            raise _stage_error(error) from error
+
+    def close(self) -> None:
+        stop_ray()
+
+
+class _Mapper:
+    """What a Ray actor holds: one opened stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.worker = stage, stage.open()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit = apply(self.stage, self.worker, Unit.from_bytes(row["unit"], row["payload"]))
+        return {"unit": unit.id, "payload": unit.to_bytes()}
+
+
+def start_ray(recipe: ClusterRecipe) -> None:
+    """Join or start Ray once per process, quietly."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if recipe.address == "local":
+        ray.init(
+            address="local",
+            num_cpus=recipe.cpus or max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            object_store_memory=recipe.object_store_mib << 20,
+            **common,
+        )
+    else:
+        ray.init(address=recipe.address, **common)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def stop_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _stage_error(error: Exception) -> StageError:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, StageError):
+        return cause
+    last = str(cause or error).strip().splitlines()[-1:] or ["unknown"]
+    return StageError(
+        f"a worker failed: {last[0]}", remedy="Mend the cause and run the same command again; --debug shows all"
+    )

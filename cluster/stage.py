@@ -1,0 +1,97 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+"""A stage of work: opened once in the process that owns its device, then mapped over work units.
+
+A unit is an Arrow table of rows that travel together and are never split, filtered or reordered: a stage marks a row, it does
+not drop it. Knows nothing of what the rows mean but the two columns `id` and `outcome`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from cluster.errors import StageError
+
+DEAD = "dead"
+PENDING = "pending"
+
+Row = dict[str, Any]
+
+
+class Worker(Protocol):
+    """An opened stage. It gets rows that are pending and returns as many, in order, with columns added or changed."""
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What to open, and what it needs where it runs."""
+
+    name: str
+    open: Callable[[], Worker]
+    workers: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    whole: bool = False
+    """Give the worker all rows of a unit, dead ones included; such a stage is never bisected."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows of one work unit; each has at least `id` and `outcome`."""
+
+    id: str
+    rows: list[Row]
+
+    def to_bytes(self) -> bytes:
+        """Arrow IPC, so that no runner has to pickle a row."""
+        table = pa.Table.from_pylist(self.rows)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, unit_id: str, data: bytes) -> Unit:
+        with pa.ipc.open_stream(data) as reader:
+            return cls(unit_id, reader.read_all().to_pylist())
+
+
+def apply(stage: Stage, worker: Worker, unit: Unit) -> Unit:
+    """Map `worker` over the pending rows of `unit`; a row that raises is found by bisection and marked dead with its error."""
+    if stage.whole:
+        return Unit(unit.id, worker(unit.rows))
+    pending = [i for i, row in enumerate(unit.rows) if row["outcome"] == PENDING]
+    rows = list(unit.rows)
+    for i, row in zip(pending, _bisect(stage.name, worker, [rows[i] for i in pending]), strict=True):
+        rows[i] = row
+    # Arrow tables are rectangular: rows that died early carry empty cells for later columns.
+    columns = {name: None for row in rows for name in row}
+    return Unit(unit.id, [{**columns, **row} for row in rows])
+
+
+def _bisect(stage: str, worker: Worker, rows: Sequence[Row]) -> list[Row]:
+    if not rows:
+        return []
+    try:
+        done = worker(list(rows))
+        if len(done) != len(rows):
+            raise StageError(f"stage {stage} was given {len(rows)} rows and returned {len(done)}")
+        return done
+    except StageError:
+        raise
+    except OSError as error:
+        # A full disk or a lost mount is no fault of the row.
+        raise StageError(
+            f"stage {stage} failed: {error}", remedy="Mend the machine and run the same command again"
+        ) from error
+    except Exception as error:
+        if len(rows) == 1:
+            reason = f"{stage}: {type(error).__name__}: {error}"[:300]
+            return [{**rows[0], "outcome": DEAD, "reason": reason}]
+        half = len(rows) // 2
+        return _bisect(stage, worker, rows[:half]) + _bisect(stage, worker, rows[half:])

@@ -1,0 +1,123 @@
+"""The ledger of `make`: an entry a work unit, written last, vouches that the unit's pictures are on disk and whole.
+
+Layout below the data set: `pictures/unit-00000.parquet` (id, picture), then `ledger/unit-00000.parquet` (outcome, reason, scores,
+embedding, hashes and the digest of the pictures file). Resume = planned minus ledger. The same unit always gives the same bytes, so
+a worker that outlives its driver can commit again without harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import CorruptShard, LedgerConflict
+from cluster.stage import PENDING, Row, Unit
+from cluster.storage import digest_file, publish_bytes
+from factory.plan import PLAN, table_bytes
+
+MADE = "made"
+_ENTRY = pa.schema(
+    [
+        ("id", pa.string()),
+        ("unit", pa.string()),
+        ("prompt", pa.string()),
+        ("group", pa.string()),
+        ("attributes", pa.string()),
+        ("seed", pa.int64()),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
+        ("clip_score", pa.float64()),
+        ("embedding", pa.binary()),
+        ("phash", pa.string()),
+        ("colours", pa.binary()),
+        ("pictures_sha256", pa.string()),
+    ]
+)
+_PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
+
+
+def planned_units(folder: Path, unit_images: int) -> list[Unit]:
+    """All units of the plan in `folder`, in order."""
+    rows = read_table(folder / PLAN).to_pylist()
+    return [
+        Unit(name, [{**row, "unit": name} for row in rows[start : start + unit_images]])
+        for start in range(0, len(rows), unit_images)
+        for name in [f"unit-{start // unit_images:05d}"]
+    ]
+
+
+def is_committed(folder: Path, unit: str) -> bool:
+    return (folder / "ledger" / f"{unit}.parquet").exists()
+
+
+def commit_unit(folder: Path, rows: list[Row]) -> None:
+    """Publish the pictures, then the entry. Raises LedgerConflict if the unit is there with other contents."""
+    unit = rows[0]["unit"]
+    pictures = [{"id": row["id"], "picture": row["picture"]} for row in rows if row.get("picture")]
+    digest = publish_bytes(
+        folder / "pictures" / f"{unit}.parquet", table_bytes(pa.Table.from_pylist(pictures, schema=_PICTURES))
+    )
+    entries = [
+        {
+            **{name: row.get(name) for name in _ENTRY.names},
+            "outcome": MADE if row["outcome"] == PENDING else row["outcome"],
+            "pictures_sha256": digest,
+        }
+        for row in rows
+    ]
+    data = table_bytes(pa.Table.from_pylist(entries, schema=_ENTRY))
+    final = folder / "ledger" / f"{unit}.parquet"
+    if final.exists() and final.read_bytes() != data:
+        raise LedgerConflict(
+            "the unit was committed before with other contents",
+            where=str(final),
+            remedy="Models or packages changed between runs: start in a new output folder",
+        )
+    publish_bytes(final, data)
+
+
+def read_entries(folder: Path, units: list[Unit]) -> list[dict[str, Any]]:
+    """Every ledger row, in the order of the plan; raises CorruptShard if an entry is missing, damaged or of another plan."""
+    found: list[dict[str, Any]] = []
+    for unit in units:
+        path = folder / "ledger" / f"{unit.id}.parquet"
+        if not path.exists():
+            raise CorruptShard(
+                "is missing", where=str(path), remedy="Run the same command again: it makes what is missing"
+            )
+        rows = read_table(path).to_pylist()
+        if [row["id"] for row in rows] != [row["id"] for row in unit.rows]:
+            raise LedgerConflict("belongs to another plan", where=str(path), remedy="Start in a new output folder")
+        found += rows
+    return found
+
+
+def read_pictures(folder: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """(id, picture file) of every made row, unit by unit; raises CorruptShard if a pictures file is not what its entry says."""
+    digests = {row["unit"]: row["pictures_sha256"] for row in entries}
+    for unit, digest in digests.items():
+        path = folder / "pictures" / f"{unit}.parquet"
+        if not path.exists() or digest_file(path) != digest:
+            raise CorruptShard(
+                "is damaged or missing",
+                where=str(path),
+                remedy=f"Delete {folder / 'ledger' / unit}.parquet and run the same command again",
+            )
+        table = read_table(path)
+        yield from zip(table["id"].to_pylist(), table["picture"].to_pylist(), strict=True)
+
+
+def read_table(path: Path) -> pa.Table:
+    """A Parquet file of ours; raises CorruptShard."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptShard(
+            f"cannot be read ({str(error).splitlines()[0]})",
+            where=str(path),
+            remedy="Delete it and run the same command again",
+        ) from error

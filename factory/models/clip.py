@@ -1,0 +1,60 @@
+"""CLIP through open_clip: how near a picture is to a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.errors import StageError
+from factory.models import quiet, resolve
+from factory.recipe import OpenClipScorer
+
+
+class Clip:
+    """An opened open_clip model with its tokenizer and preprocessing."""
+
+    def __init__(self, recipe: OpenClipScorer) -> None:
+        import open_clip
+        import torch
+
+        quiet()
+        local = recipe.pretrained is None
+        name = f"local-dir:{resolve(recipe.model)}" if local else recipe.model
+        try:
+            opened: Any = open_clip.create_model_from_pretrained(name, pretrained=recipe.pretrained)
+            model, self.preprocess = opened
+            self.tokenizer: Any = open_clip.get_tokenizer(name)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StageError(
+                f"the scorer {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                remedy="Check factory.make.scorer: a folder with open_clip_config.json, or a model name with `pretrained`",
+            ) from error
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = model.float().eval().to(self.device)
+        self.batch = recipe.batch_images
+
+    def pictures(self, pictures: list[np.ndarray]) -> np.ndarray:
+        """Unit embeddings N x D float32 of H x W x 3 uint8 pictures."""
+        import torch
+
+        tensors = [self.preprocess(Image.fromarray(p)) for p in pictures]
+        return self._embed(
+            tensors, lambda part: self.model.encode_image(torch.stack(part).to(self.device), normalize=True)
+        )
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        """Unit embeddings N x D float32 of prompts."""
+        return self._embed(
+            texts, lambda part: self.model.encode_text(self.tokenizer(part).to(self.device), normalize=True)
+        )
+
+    def _embed(self, things: list[Any], encode: Any) -> np.ndarray:
+        import torch
+
+        parts = [things[i : i + self.batch] for i in range(0, len(things), self.batch)]
+        with torch.inference_mode():
+            # Filled up to the full batch for the same reason as the painter's.
+            found = [encode(part + [part[-1]] * (self.batch - len(part)))[: len(part)].cpu().numpy() for part in parts]
+        return np.concatenate(found).astype(np.float32)

@@ -1,0 +1,65 @@
+"""The text-to-image teacher through diffusers. A picture is a function of its row alone: own seed, fixed batch size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import StageError
+from factory.models import quiet, resolve
+from factory.recipe import DiffusersTeacher
+
+
+class Painter:
+    """An opened pipeline."""
+
+    def __init__(self, recipe: DiffusersTeacher) -> None:
+        import diffusers
+        import torch
+
+        quiet()
+        samplers = {
+            "dpm++": diffusers.DPMSolverMultistepScheduler,
+            "ddim": diffusers.DDIMScheduler,
+            "euler": diffusers.EulerDiscreteScheduler,
+            "lcm": diffusers.LCMScheduler,
+        }
+        self.recipe, place = recipe, resolve(recipe.model)
+        try:
+            pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
+                place, revision=recipe.revision, torch_dtype=getattr(torch, recipe.dtype), safety_checker=None
+            )
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"the teacher {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                remedy="Check factory.make.teacher.model; hub names need a network or a filled cache",
+            ) from error
+        pipeline.scheduler = samplers[recipe.sampler].from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def paint(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray]:
+        """Pictures H x W x 3 uint8, one a prompt. Short batches are filled up, so neighbours and retries change no bit."""
+        import torch
+
+        fill = self.recipe.batch_images
+        found: list[np.ndarray] = []
+        for start in range(0, len(prompts), fill):
+            some, own = prompts[start : start + fill], seeds[start : start + fill]
+            lacking = fill - len(some)
+            with torch.inference_mode():
+                pictures = self.pipeline(
+                    some + [some[-1]] * lacking,
+                    negative_prompt=[self.recipe.negative_prompt] * fill,
+                    num_inference_steps=self.recipe.steps,
+                    guidance_scale=self.recipe.guidance,
+                    height=self.recipe.size_px,
+                    width=self.recipe.size_px,
+                    generator=[torch.Generator().manual_seed(s) for s in own + [own[-1]] * lacking],
+                    output_type="np",
+                )[0]
+            if not np.isfinite(pictures).all():
+                raise ValueError("the teacher returned a picture that is not a number")
+            found += list((pictures[: len(some)] * 255).round().astype(np.uint8))
+        return found

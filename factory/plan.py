@@ -1,0 +1,222 @@
+"""The plan: which prompts a language model writes, and every picture that will be made of them, enumerated ahead.
+
+Resume can then never lose half a prompt: what is planned and not in the ledger is still to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from pydantic import Field
+
+from cluster.errors import RecipeError, StageError
+from cluster.recipe import Settings, build_recipe
+from cluster.stage import DEAD, PENDING
+from cluster.storage import publish_bytes
+from factory.models import ZOO, fingerprint, resolve
+from factory.models.text import PromptWriter, open_writer
+from factory.recipe import FactoryRecipe
+
+PLAN = "plan.parquet"
+_PART_PROMPTS = 512
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("group", pa.string()),
+        ("attributes", pa.string()),
+        ("seed", pa.int64()),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+Progress = Callable[[int], None]
+"""Told how many more items are done."""
+
+
+class Group(Settings):
+    """Things that share the same attributes."""
+
+    name: str = Field(description="what the report calls it")
+    share: float = Field(gt=0, description="share of the prompts, relative to the other groups")
+    must_mention: list[str] = Field(default=["subject"], description="attributes whose words a prompt must hold")
+    attributes: dict[str, list[str]] = Field(description="attribute to its values; each value comes up equally often")
+
+
+class Taxonomy(Settings):
+    groups: list[Group] = Field(min_length=1, description="groups of concepts")
+
+
+def load_taxonomy(name: str) -> Taxonomy:
+    """Read the YAML file `name` (zoo:NAME for a shipped one); raises RecipeError."""
+    path = ZOO.parent / name.removeprefix("zoo:") if name.startswith("zoo:") else Path(name)
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no taxonomy {name}",
+            where="factory.plan.taxonomy",
+            remedy="Give a YAML file or zoo:taxonomy.yaml",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise RecipeError("is not valid YAML", where=str(path), remedy="Check indentation and colons") from None
+    taxonomy = build_recipe(Taxonomy, tree if isinstance(tree, dict) else {}, str(path))
+    for group in taxonomy.groups:
+        unknown = set(group.must_mention) - set(group.attributes)
+        if unknown or not all(group.attributes.values()):
+            raise RecipeError(
+                f"group {group.name}: must_mention names {sorted(unknown)}, which are no attributes"
+                if unknown
+                else f"group {group.name} has an attribute without values",
+                where=str(path),
+                remedy="Correct the group",
+            )
+    return taxonomy
+
+
+def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress = lambda n: None) -> Path:
+    """Write `folder/plan.parquet`, a row a picture; parts already written are kept, so a killed plan goes on.
+
+    A prompt that fails its check in every try is planned as dead: planned = kept + rejected + dead holds from here on.
+    """
+    final = folder / PLAN
+    if final.exists():
+        return final
+    records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
+    writer: PromptWriter | None = None
+    parts: list[pa.Table] = []
+    for start in range(0, len(records), _PART_PROMPTS):
+        part = folder / "plan" / f"part-{start // _PART_PROMPTS:05d}.parquet"
+        if not part.exists():
+            writer = writer or open_writer(recipe.plan.writer)
+            some = records[start : start + _PART_PROMPTS]
+            prompts = _write_checked(writer, some, recipe.plan.tries, seed + start)
+            rows = _enumerate(recipe, seed, start, some, prompts)
+            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
+        parts.append(pq.read_table(part, schema=_SCHEMA))
+        progress(min(_PART_PROMPTS, len(records) - start))
+    table = _without_doubles(pa.concat_tables(parts))
+    if all(value == DEAD for value in table["outcome"].to_pylist()):
+        raise StageError(
+            "no prompt passed its check", where="factory.plan.writer", remedy="Look at the template and the model"
+        )
+    publish_bytes(final, table_bytes(table))
+    return final
+
+
+def draw_records(taxonomy: Taxonomy, count: int, seed: int) -> list[tuple[Group, dict[str, str]]]:
+    """`count` attribute records: groups by share, and in each group every value of every attribute equally often (to one)."""
+    total = sum(group.share for group in taxonomy.groups)
+    found: list[tuple[Group, dict[str, str]]] = []
+    for place, group in enumerate(taxonomy.groups):
+        upto = round(count * sum(g.share for g in taxonomy.groups[: place + 1]) / total)
+        columns = {
+            name: _balanced(values, upto - len(found), random.Random(f"{seed}/{group.name}/{name}"))
+            for name, values in group.attributes.items()
+        }
+        found += [(group, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _balanced(values: list[str], count: int, rng: random.Random) -> list[str]:
+    found: list[str] = []
+    while len(found) < count:
+        found += rng.sample(values, len(values))
+    return found[:count]
+
+
+def sample_id(recipe: FactoryRecipe, prompt: str, seed: int) -> str:
+    """SHA-256 of everything that decides the picture."""
+    teacher = recipe.make.teacher
+    facts = {
+        **teacher.model_dump(mode="json", exclude={"model", "revision", "batch_images"}),
+        "model": fingerprint(teacher.model, teacher.revision),
+        "prompt": prompt,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_prompt(prompt: str, group: Group, record: dict[str, str]) -> str:
+    """Why a written prompt will not do; empty if it will."""
+    if not prompt:
+        return "the prompt is empty"
+    if len(prompt) > 500 or not prompt.isprintable():
+        return "the prompt is too long or holds odd characters"
+    words = prompt.lower()
+    lacking = [record[name] for name in group.must_mention if record[name].lower() not in words]
+    return f"the prompt does not mention {lacking[0]}" if lacking else ""
+
+
+def _write_checked(
+    writer: PromptWriter, some: list[tuple[Group, dict[str, str]]], tries: int, seed: int
+) -> list[tuple[str, str]]:
+    """(prompt, what is wrong with it or empty) for each record."""
+    found: list[tuple[str, str]] = [("", "never written")] * len(some)
+    for attempt in range(tries):
+        todo = [i for i, (_, wrong) in enumerate(found) if wrong]
+        if not todo:
+            break
+        written = writer.write([some[i][1] for i in todo], seed + 7919 * attempt)
+        for i, prompt in zip(todo, written, strict=True):
+            found[i] = (prompt, check_prompt(prompt, *some[i]))
+    return found
+
+
+def _enumerate(
+    recipe: FactoryRecipe,
+    seed: int,
+    start: int,
+    some: list[tuple[Group, dict[str, str]]],
+    prompts: list[tuple[str, str]],
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i, ((group, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True), start):
+        for k in range(recipe.plan.images_per_prompt):
+            own = int.from_bytes(hashlib.sha256(f"{seed}/{i}/{k}".encode()).digest()[:6], "big")
+            rows.append(
+                {
+                    "id": sample_id(recipe, prompt, own),
+                    "prompt": prompt,
+                    "group": group.name,
+                    "attributes": json.dumps(record, ensure_ascii=False),
+                    "seed": own,
+                    "outcome": DEAD if wrong else PENDING,
+                    "reason": f"plan: {wrong}" if wrong else "",
+                }
+            )
+    return rows
+
+
+def _without_doubles(table: pa.Table) -> pa.Table:
+    """An id can only come twice by a wildly unlikely seed; the law counts on each coming once."""
+    seen: set[str] = set()
+    keep = [not (key in seen or seen.add(key)) for key in table["id"].to_pylist()]
+    return table.filter(pa.array(keep))
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A Parquet file in memory; the same table gives the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def resolve_models(recipe: FactoryRecipe) -> None:
+    """Refuse unknown models and taxonomies before any work is done."""
+    resolve(recipe.plan.writer.model) if recipe.plan.writer.kind != "openai" else None
+    resolve(recipe.make.teacher.model)
+    if recipe.make.scorer.pretrained is None:
+        resolve(recipe.make.scorer.model)
+    load_taxonomy(recipe.plan.taxonomy)

@@ -1,0 +1,128 @@
+"""The factory's part of a recipe: what to plan, which models make and judge it, what is kept. Units stand in the names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.recipe import Settings
+
+
+class TransformersWriter(Settings):
+    """A causal language model folder run by transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: str = Field(description="folder, hub name or zoo:NAME of a causal language model")
+    template: str = Field(
+        "{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
+    )
+    temperature: float = Field(default=0.9, ge=0, le=2, description="sampling temperature")
+    max_new_tokens: int = Field(default=48, ge=4, le=1024, description="longest prompt, tokens")
+    batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
+
+
+class VllmWriter(TransformersWriter):
+    """The same by vLLM (`pip install vllm` in an environment of its own: it pins torch)."""
+
+    kind: Literal["vllm"] = "vllm"
+    batch_prompts: int = Field(default=4096, ge=1, description="prompts written at once")
+
+
+class OpenAiWriter(TransformersWriter):
+    """Any server that speaks OpenAI's chat completions, vLLM's among them. The key comes from OPENAI_API_KEY."""
+
+    kind: Literal["openai"] = "openai"
+    base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
+
+
+Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]
+
+
+class PlanRecipe(Settings):
+    """Which prompts are written."""
+
+    taxonomy: str = Field(
+        description="YAML file of groups with attributes and shares; zoo:taxonomy.yaml is the pocket world's"
+    )
+    prompts: int = Field(ge=1, description="prompts in all")
+    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt, each with its own seed")
+    tries: int = Field(
+        default=4, ge=1, description="how often a prompt that fails its check is written anew before it is dead"
+    )
+    writer: Writer
+
+
+class DiffusersTeacher(Settings):
+    """A text-to-image pipeline run by diffusers."""
+
+    kind: Literal["diffusers"] = "diffusers"
+    model: str = Field(description="diffusers folder, hub name or zoo:NAME")
+    revision: str | None = Field(default=None, description="commit of a hub model; pin it")
+    sampler: Literal["dpm++", "ddim", "euler", "lcm"] = Field(default="dpm++", description="scheduler")
+    steps: int = Field(default=25, ge=1, le=1000, description="denoising steps")
+    guidance: float = Field(default=7.5, ge=0, description="classifier-free guidance scale; 1 is none")
+    size_px: int = Field(default=512, ge=32, le=2048, multiple_of=8, description="edge of the pictures, pixels")
+    negative_prompt: str = Field(default="", description="what to steer away from")
+    batch_images: int = Field(
+        default=8, ge=1, description="pictures rendered at once; every batch is filled up to this size"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="compute type")
+
+
+class OpenClipScorer(Settings):
+    """How well a picture fits its prompt, by open_clip."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str = Field(description="open_clip folder, zoo:NAME, or a model name of open_clip such as ViT-B-32")
+    pretrained: str | None = Field(default=None, description="open_clip's weight tag when `model` is a model name")
+    batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
+
+
+class MakeRecipe(Settings):
+    """How pictures are made and scored."""
+
+    teacher: DiffusersTeacher
+    scorer: OpenClipScorer
+    unit_images: int = Field(default=64, ge=1, le=1024, description="pictures of one work unit: what a crash can cost")
+    picture_kind: Literal["png", "webp", "jpg"] = Field(
+        "png", description="picture format in the shards (webp: lossless)"
+    )
+    render_workers: int = Field(default=1, ge=1, description="rendering actors")
+    render_gpus: float = Field(default=0, ge=0, description="GPUs a rendering actor")
+    score_workers: int = Field(default=1, ge=1, description="scoring actors")
+    threads: int = Field(default=1, ge=1, description="CPU threads a worker")
+
+
+class SelectRecipe(Settings):
+    """What is kept."""
+
+    min_clip: float = Field(default=0.0, ge=-1, le=1, description="least cosine of picture and prompt")
+    max_hamming_bits: int = Field(
+        default=2, ge=0, le=16, description="perceptual hashes this near count as the same drawing"
+    )
+    max_colour_difference: float = Field(
+        default=6.0, ge=0, le=255, description="and so do mean colours (0-255) this near"
+    )
+
+
+class PackRecipe(Settings):
+    samples_per_shard: int = Field(default=1000, ge=1, description="samples a shard")
+
+
+class FactoryRecipe(Settings):
+    """prompts -> pictures -> scores -> selection -> shards."""
+
+    plan: PlanRecipe
+    make: MakeRecipe
+    select: SelectRecipe = SelectRecipe()
+    pack: PackRecipe = PackRecipe()
+
+    @model_validator(mode="after")
+    def _fits(self) -> FactoryRecipe:
+        if self.make.teacher.batch_images > self.make.unit_images:
+            raise ValueError(
+                f"make.teacher.batch_images ({self.make.teacher.batch_images}) is larger than make.unit_images "
+                f"({self.make.unit_images}): a batch never crosses units"
+            )
+        return self

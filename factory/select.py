@@ -1,0 +1,77 @@
+"""What is kept: a pure function of the ledger and the rules. Scores are never computed again, so rules can change for free."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.storage import publish_bytes
+from factory.ledger import MADE
+from factory.plan import table_bytes
+from factory.recipe import SelectRecipe
+
+SELECTION = "selection.parquet"
+KEPT, REJECTED, DEAD = "kept", "rejected", "dead"
+_SCHEMA = pa.schema([("id", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
+_BITS = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
+
+
+def select(entries: list[dict[str, Any]], pictures: dict[str, str], recipe: SelectRecipe) -> list[dict[str, str]]:
+    """(id, outcome, reason) for every ledger row. `pictures` maps made ids to the SHA-256 of their picture file.
+
+    The keeper among duplicates is the one with the best CLIP score, then the smallest id: no order of arrival plays a part.
+    """
+    verdict: dict[str, tuple[str, str]] = {}
+    candidates: list[dict[str, Any]] = []
+    for row in entries:
+        if row["outcome"] != MADE:
+            verdict[row["id"]] = (row["outcome"], row["reason"] or "")
+        elif row["clip_score"] < recipe.min_clip:
+            verdict[row["id"]] = (REJECTED, "clip below threshold")
+        else:
+            candidates.append(row)
+    seen: dict[str, str] = {}
+    kept_hash = np.zeros((len(candidates), 8), np.uint8)
+    kept_colours = np.zeros((len(candidates), 12), np.float32)
+    count = 0
+    for row in sorted(candidates, key=lambda r: (-r["clip_score"], r["id"])):
+        own = np.frombuffer(bytes.fromhex(row["phash"]), np.uint8)
+        colours = np.frombuffer(row["colours"], np.uint8).astype(np.float32)
+        near = _BITS[kept_hash[:count] ^ own].sum(axis=1) <= recipe.max_hamming_bits
+        alike = np.abs(kept_colours[:count] - colours).max(axis=1) <= recipe.max_colour_difference
+        if pictures[row["id"]] in seen:
+            verdict[row["id"]] = (REJECTED, "exact duplicate")
+        elif bool((near & alike).any()):
+            verdict[row["id"]] = (REJECTED, "near duplicate")
+        else:
+            verdict[row["id"]] = (KEPT, "")
+            kept_hash[count], kept_colours[count] = own, colours
+            count += 1
+        seen.setdefault(pictures[row["id"]], row["id"])
+    return [{"id": row["id"], "outcome": verdict[row["id"]][0], "reason": verdict[row["id"]][1]} for row in entries]
+
+
+def write_selection(folder: Path, selection: list[dict[str, str]]) -> None:
+    publish_bytes(folder / SELECTION, table_bytes(pa.Table.from_pylist(selection, schema=_SCHEMA)))
+
+
+def funnel(selection: list[dict[str, str]]) -> dict[str, Any]:
+    """Counts that must add up: planned = kept + rejected + dead; and rejected and dead by reason."""
+    outcomes = Counter(row["outcome"] for row in selection)
+    reasons = Counter((row["outcome"], row["reason"].split(":")[0]) for row in selection if row["outcome"] != KEPT)
+    return {
+        "planned": len(selection),
+        "kept": outcomes[KEPT],
+        "rejected": outcomes[REJECTED],
+        "dead": outcomes[DEAD],
+        "reasons": {f"{outcome}: {reason}": n for (outcome, reason), n in sorted(reasons.items())},
+    }
+
+
+def digest_picture(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,105 @@
+"""The workers of `make`: render, score, commit. Each marks rows and drops none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cluster.stage import Row, Stage
+from factory.ledger import commit_unit
+from factory.models import set_threads
+from factory.recipe import MakeRecipe
+
+REJECTED = "rejected"
+_BLANK_DEVIATION = 2.0
+"""A picture whose values (0-255) deviate less than this shows nothing."""
+
+
+def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
+    """Render, score and commit, as the runner places them."""
+    return [
+        Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus),
+        Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5),
+        Stage("commit", lambda: _Commit(folder), 1, cpus=0.1, whole=True),
+    ]
+
+
+class _Render:
+    def __init__(self, recipe: MakeRecipe) -> None:
+        from factory.models.image import Painter
+
+        set_threads(recipe.threads)
+        self.painter, self.kind = Painter(recipe.teacher), recipe.picture_kind
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        pictures = self.painter.paint([row["prompt"] for row in rows], [row["seed"] for row in rows])
+        return [{**row, "picture": encode_picture(p, self.kind)} for row, p in zip(rows, pictures, strict=True)]
+
+
+class _Score:
+    def __init__(self, recipe: MakeRecipe) -> None:
+        from factory.models.clip import Clip
+
+        set_threads(recipe.threads)
+        self.clip = Clip(recipe.scorer)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        pictures = [decode_picture(row["picture"]) for row in rows]
+        seen = self.clip.pictures(pictures)
+        scores = (seen * self.clip.texts([row["prompt"] for row in rows])).sum(axis=1)
+        return [
+            {
+                **row,
+                **({"outcome": REJECTED, "reason": "blank"} if float(picture.std()) < _BLANK_DEVIATION else {}),
+                "clip_score": round(float(score), 6),
+                "embedding": embedding.astype(np.float16).tobytes(),
+                **looks(picture),
+            }
+            for row, picture, score, embedding in zip(rows, pictures, scores, seen, strict=True)
+        ]
+
+
+class _Commit:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        commit_unit(self.folder, rows)
+        return [{"id": row["id"], "outcome": row["outcome"]} for row in rows]
+
+
+def looks(picture: np.ndarray) -> Row:
+    """`phash`: 64-bit perceptual hash of the drawing, in hex; `colours`: mean colour of each quadrant, 12 bytes."""
+    import imagehash
+
+    height, width = picture.shape[:2]
+    quadrants = picture[: height // 2 * 2, : width // 2 * 2].reshape(2, height // 2, 2, width // 2, 3).mean(axis=(1, 3))
+    return {
+        "phash": str(imagehash.phash(Image.fromarray(picture))),
+        "colours": quadrants.round().astype(np.uint8).tobytes(),
+    }
+
+
+def encode_picture(picture: np.ndarray, kind: str) -> bytes:
+    """H x W x 3 uint8 to a png, lossless webp or jpg (quality 95) file."""
+    sink = io.BytesIO()
+    options = {"png": {"compress_level": 6}, "webp": {"lossless": True}, "jpg": {"quality": 95}}[kind]
+    Image.fromarray(picture).save(sink, format="JPEG" if kind == "jpg" else kind.upper(), **options)
+    return sink.getvalue()
+
+
+MAX_PIXELS = 4096 * 4096
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """H x W x 3 uint8; raises ValueError for what is no picture or an unreasonably large one."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"a picture of {image.width} x {image.height} is over the limit")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"not a picture ({error})") from error
