@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -41,18 +42,50 @@ def publish_bytes(path: str | Path, data: bytes) -> str:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = error.strerror or str(error)
-        raise EdgeFusionError(
-            f"could not be written ({reason})", where=str(path), remedy="Free space or choose another output folder"
-        ) from error
+        raise _unwritable(path, error) from error
     return digest
 
 
+def publish_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a local file too large for memory, then put it under `path` whole, as `publish_bytes` does."""
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        handle = os.open(partial, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _unwritable(path, error) from error
+
+
+def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a fresh folder beside `path`, then put it there by one rename; an older folder there is replaced."""
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritable(path, error) from error
+
+
 def sweep_partials(folder: str | Path) -> int:
-    """Remove what killed writers left below a local folder; returns how many files. Call it while nobody writes there."""
-    found = [p for p in Path(folder).rglob(f".*{PARTIAL}*") if p.is_file()]
+    """Remove what killed writers left below a local folder; returns how many files and folders. Call it while nobody writes there."""
+    found = list(Path(folder).rglob(f".*{PARTIAL}*"))
     for path in found:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(found)
 
 
@@ -62,6 +95,13 @@ def digest_file(path: str | Path) -> str:
     for piece in _pieces(path):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _unwritable(path: str | Path, error: OSError) -> EdgeFusionError:
+    reason = error.strerror or str(error)
+    return EdgeFusionError(
+        f"could not be written ({reason})", where=str(path), remedy="Free space or choose another output folder"
+    )
 
 
 def _pieces(path: str | Path) -> Iterator[bytes]:

@@ -33,6 +33,9 @@ class NoiseSchedule:
     def from_alphas_cumprod(cls, alphas_cumprod: torch.Tensor, prediction: Prediction) -> NoiseSchedule:
         return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), prediction)
 
+    def to(self, device: torch.device) -> NoiseSchedule:
+        return NoiseSchedule(self.alpha.to(device), self.sigma.to(device), self.prediction)
+
     def at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and sigma of timesteps B, as B 1 1 1."""
         return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]

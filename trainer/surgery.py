@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -87,6 +87,11 @@ def _teacher_key(key: str, last_pair: int, shift: int) -> str:
 
 
 def _refuse_misfits(teacher: Mapping[str, Any], kind: Kind) -> None:
+    if kind not in get_args(Kind):
+        raise SurgeryError(f"a student is {', '.join(get_args(Kind))}, not {kind!r}")
+    lacking = {"down_block_types", "up_block_types", "block_out_channels", "layers_per_block"} - set(teacher)
+    if lacking:
+        raise SurgeryError(f"the teacher's config lacks {sorted(lacking)}: is it a UNet2DConditionModel's?")
     down, up = list(teacher["down_block_types"]), list(teacher["up_block_types"])
     if down != ["CrossAttnDownBlock2D"] * (len(down) - 1) + ["DownBlock2D"] or len(down) < 2:
         raise SurgeryError(f"down_block_types must be cross-attention blocks and one plain last block, not {down}")
@@ -98,6 +103,8 @@ def _refuse_misfits(teacher: Mapping[str, Any], kind: Kind) -> None:
     if not isinstance(layers, int) or layers < 2:
         raise SurgeryError(f"layers_per_block must be one number of at least 2 to remove pairs from, not {layers}")
     widths = list(teacher["block_out_channels"])
+    if len(widths) != len(down):
+        raise SurgeryError(f"block_out_channels has {len(widths)} widths for {len(down)} stages")
     if kind == "tiny" and widths[-1] != widths[-2]:
         raise SurgeryError(
             f"Tiny joins the second-innermost stages, so the last two of block_out_channels must agree, not {widths}; "

@@ -1,0 +1,54 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
+"""Launches a training function in this process or on Ray Train workers; the function resumes by itself from its own checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import EdgeFusionError, StageError
+from cluster.runner import ClusterRecipe, start_ray
+
+
+def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, threads: int, use_gpu: bool) -> None:
+    """Run `train` to its end; a worker that dies is restarted up to `max_failures` times. Raises StageError."""
+    if recipe.runner == "in-process":
+        train()
+        return
+    start_ray(recipe)
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    def on_worker(_config: dict[str, Any]) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        train()
+
+    trainer = TorchTrainer(
+        on_worker,
+        train_loop_config={},
+        scaling_config=ray.train.ScalingConfig(num_workers=recipe.train_workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name="ray-train",
+            storage_path=str(storage.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _own_error(error) from error
+
+
+def _own_error(error: BaseException) -> EdgeFusionError:
+    """The error of ours inside Ray's wrapping, if there is one."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, EdgeFusionError):
+            return inner
+        failures: dict[int, BaseException] = getattr(inner, "worker_failures", {})
+        following = next(iter(failures.values()), None) or getattr(inner, "cause", None) or inner.__cause__
+        inner = following if following is not inner else None
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return StageError(f"training failed: {last[0]}", remedy="Run the same command again to resume; --debug shows all")

@@ -1,0 +1,257 @@
+"""Both phases of training, top to bottom: adapt (BK-SDM feature distillation), then distill (LCM from the large teacher).
+
+Every rank draws the noise, timesteps and batches of the whole global batch from the step number and takes its slice, so any
+number of workers trains on the same numbers and a resumed run repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch.nn import functional as F
+
+from cluster.errors import EdgeFusionError, StageError
+from cluster.recipe import recipe_digest
+from cluster.storage import publish_folder
+from factory.models import quiet, resolve
+from trainer.features import Features, feature_names
+from trainer.latents import Encoder
+from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
+from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
+from trainer.state import Average, Log, load_state, save_state
+from trainer.stream import ShardStream
+from trainer.surgery import SurgeryError, build_student, student_config
+
+PHASES = ("adapt", "distill")
+LossAt = Callable[[UNet2DConditionModel, Average, int, slice], torch.Tensor]
+"""(student, its average, step, this rank's slice of the global batch) -> loss."""
+
+
+def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
+    """Train both phases on the data set `data`; leaves `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
+
+    Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
+    """
+    torch.set_num_threads(recipe.threads)
+    quiet()
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    pipeline = open_pipeline(recipe.teacher)
+    pipeline.unet.requires_grad_(False).eval().to(accelerator.device)
+    encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
+    stream = ShardStream(data, seed, check=accelerator.is_main_process)
+    schedule = schedule_of(pipeline).to(accelerator.device)
+    for phase in PHASES:
+        settings: AdaptRecipe | DistillRecipe = getattr(recipe, phase)
+        done = folder / phase / "unet"
+        if settings.steps == 0 or done.exists():
+            continue
+        student = _student_for(phase, recipe, pipeline.unet, folder)
+        if recipe.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if isinstance(settings, AdaptRecipe):
+            loss_at = _adapt_loss(settings, recipe, pipeline.unet, student, encoder, stream, schedule, seed)
+        else:
+            loss_at = _distill_loss(settings, pipeline.unet, encoder, stream, schedule, seed)
+        average = _fit(phase, settings, recipe, student, loss_at, folder / phase, accelerator)
+        if accelerator.is_main_process:
+            publish_folder(done, average.save_pretrained)
+        accelerator.wait_for_everyone()
+    stream.close()
+
+
+def open_pipeline(model: str) -> Any:
+    """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError."""
+    try:
+        return DiffusionPipeline.from_pretrained(resolve(model), torch_dtype=torch.float32, safety_checker=None)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{model} cannot be opened: {str(error).splitlines()[0]}",
+            remedy="Give a diffusers pipeline folder; hub names need a network or a filled cache",
+        ) from error
+
+
+def schedule_of(pipeline: Any) -> NoiseSchedule:
+    """The training schedule and prediction type of a pipeline's scheduler."""
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise StageError(f"the teacher predicts {prediction}", remedy="Use a teacher of epsilon or v_prediction")
+    return NoiseSchedule.from_alphas_cumprod(pipeline.scheduler.alphas_cumprod, prediction)
+
+
+def final_unet(folder: Path) -> Path:
+    """The UNet of the last phase that ran."""
+    for phase in reversed(PHASES):
+        if (folder / phase / "unet").exists():
+            return folder / phase / "unet"
+    raise EdgeFusionError(
+        "no phase was trained", where=str(folder), remedy="Set trainer.adapt.steps or trainer.distill.steps"
+    )
+
+
+def _student_for(
+    phase: str, recipe: TrainerRecipe, teacher: UNet2DConditionModel, folder: Path
+) -> UNet2DConditionModel:
+    before = folder / "adapt" / "unet"
+    if phase == "distill" and before.exists():
+        return UNet2DConditionModel.from_pretrained(before)
+    try:
+        if recipe.start is None:
+            return build_student(teacher, recipe.student).float()
+        wanted = student_config(dict(teacher.config), recipe.student)
+    except SurgeryError as error:
+        raise StageError(
+            f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
+        ) from error
+    student = open_pipeline(recipe.start).unet
+    if list(student.config.block_out_channels) != list(wanted["block_out_channels"]):
+        raise StageError(
+            f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}",
+            remedy="Leave trainer.start out to cut the student from the teacher",
+        )
+    return student.float()
+
+
+def _fit(
+    phase: str,
+    settings: PhaseRecipe,
+    recipe: TrainerRecipe,
+    student: UNet2DConditionModel,
+    loss_at: LossAt,
+    folder: Path,
+    accelerator: Accelerator,
+) -> UNet2DConditionModel:
+    """AdamW with warm-up, clipping and a moving average; returns the average. Checkpoints by the clock."""
+    if settings.batch_images % accelerator.num_processes:
+        raise StageError(
+            f"trainer.{phase}.batch_images ({settings.batch_images}) cannot be shared by {accelerator.num_processes} workers",
+            remedy="Choose a multiple",
+        )
+    own = settings.batch_images // accelerator.num_processes
+    share = slice(accelerator.process_index * own, (accelerator.process_index + 1) * own)
+    student.train()
+    optimiser = torch.optim.AdamW(
+        student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+    )
+    average = Average(student, settings.ema_decay)
+    digest = recipe_digest(recipe)
+    first = load_state(folder / "state.pt", student, average.model, optimiser, digest)
+    average.model.to(accelerator.device)
+    model, optimiser = accelerator.prepare(student, optimiser)
+    log = Log(folder / "metrics.jsonl", first) if accelerator.is_main_process else None
+    began = saved_at = time.monotonic()
+    for step in range(first, settings.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        with accelerator.autocast():
+            loss = loss_at(model, average, step, share)
+        if not torch.isfinite(loss):
+            raise StageError(
+                f"the loss of {phase} is {float(loss.detach())} at step {step}", remedy="Lower the learning rate"
+            )
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update(accelerator.unwrap_model(model))
+        if log:
+            rate = (step + 1 - first) * settings.batch_images / (time.monotonic() - began)
+            log.write(
+                step=step + 1, steps=settings.steps, loss=round(float(loss.detach()), 6), images_per_s=round(rate, 2)
+            )
+            if time.monotonic() - saved_at > settings.checkpoint_s:
+                save_state(
+                    folder / "state.pt", step + 1, accelerator.unwrap_model(model), average.model, optimiser, digest
+                )
+                saved_at = time.monotonic()
+    return average.model
+
+
+def _adapt_loss(
+    settings: AdaptRecipe,
+    recipe: TrainerRecipe,
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+    encoder: Encoder,
+    stream: ShardStream,
+    schedule: NoiseSchedule,
+    seed: int,
+) -> LossAt:
+    names = feature_names(len(teacher.config["block_out_channels"]), teacher.config["layers_per_block"], recipe.student)
+    own, theirs = Features(student, names[0]), Features(teacher, names[1])
+
+    def loss_at(model: UNet2DConditionModel, _average: Average, step: int, share: slice) -> torch.Tensor:
+        draw = _generator(seed, "adapt", step)
+        clean, prompts = _batch(stream, encoder, step, settings.batch_images, share)
+        empty = torch.rand(settings.batch_images, generator=draw)[share] < settings.empty_prompt_share
+        text = encoder.texts(["" if drop else p for p, drop in zip(prompts, empty.tolist(), strict=True)])
+        noise = torch.randn((settings.batch_images, *clean.shape[1:]), generator=draw)[share].to(clean.device)
+        t = torch.randint(0, len(schedule.alpha), (settings.batch_images,), generator=draw)[share].to(clean.device)
+        noisy = schedule.add_noise(clean, noise, t)
+        with torch.no_grad():
+            wanted = teacher(noisy, t, text, return_dict=False)[0]
+        said = model(noisy, t, text, return_dict=False)[0]
+        task = F.mse_loss(said.float(), schedule.target(clean, noise, t).float())
+        output = F.mse_loss(said.float(), wanted.float())
+        features = feature_loss(own.take(need_grad=True), theirs.take())
+        return task + settings.output_weight * output + settings.feature_weight * features
+
+    return loss_at
+
+
+def _distill_loss(
+    settings: DistillRecipe,
+    teacher: UNet2DConditionModel,
+    encoder: Encoder,
+    stream: ShardStream,
+    schedule: NoiseSchedule,
+    seed: int,
+) -> LossAt:
+    timesteps = len(schedule.alpha)
+    skip = timesteps // settings.ddim_steps
+
+    def denoiser(unet: UNet2DConditionModel):
+        return lambda noisy, t, text: unet(noisy, t, text, return_dict=False)[0]
+
+    def loss_at(model: UNet2DConditionModel, average: Average, step: int, share: slice) -> torch.Tensor:
+        draw, batch = _generator(seed, "distill", step), settings.batch_images
+        clean, prompts = _batch(stream, encoder, step, batch, share)
+        noise = torch.randn((batch, *clean.shape[1:]), generator=draw)[share].to(clean.device)
+        t = (torch.randint(1, settings.ddim_steps + 1, (batch,), generator=draw) * skip - 1)[share].to(clean.device)
+        spread = settings.guidance_max - settings.guidance_min
+        w = (settings.guidance_min + spread * torch.rand(batch, generator=draw))[share].to(clean.device)
+        return lcm_loss(
+            schedule,
+            denoiser(model),
+            denoiser(average.model),  # pyright: ignore[reportArgumentType]
+            denoiser(teacher),
+            schedule.add_noise(clean, noise, t),
+            t,
+            skip,
+            w,
+            encoder.texts(prompts),
+            encoder.texts([""] * len(prompts)),
+            settings.huber_c,
+        )
+
+    return loss_at
+
+
+def _batch(
+    stream: ShardStream, encoder: Encoder, step: int, batch: int, share: slice
+) -> tuple[torch.Tensor, list[str]]:
+    """Clean latents B C H W and prompts of this rank."""
+    examples = [stream.read(row) for row in stream.batch_rows(step, batch)[share]]
+    return encoder.latents(examples), [example.prompt for example in examples]
+
+
+def _generator(seed: int, phase: str, step: int) -> torch.Generator:
+    """Random numbers that depend on the seed, the phase and the step, and on nothing else."""
+    key = hashlib.sha256(f"{seed}/{phase}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))

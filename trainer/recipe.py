@@ -1,0 +1,78 @@
+"""The trainer's part of a recipe: the teacher, the student's shape and start, and the two phases."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.recipe import Settings
+
+
+class PhaseRecipe(Settings):
+    """What both phases share."""
+
+    steps: int = Field(ge=0, description="optimiser steps; 0 leaves the phase out")
+    batch_images: int = Field(ge=1, description="global batch, images; the same samples for any number of workers")
+    learning_rate: float = Field(gt=0, description="AdamW's, constant after warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    ema_decay: float = Field(
+        default=0.95, ge=0, lt=1, description="decay of the moving average that is saved as the student"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
+    checkpoint_s: float = Field(default=60.0, gt=0, description="seconds between checkpoints: what a crash can cost")
+
+
+class AdaptRecipe(PhaseRecipe):
+    """Phase 1: feature distillation (BK-SDM)."""
+
+    output_weight: float = Field(default=1.0, ge=0, description="weight of the error against the teacher's output")
+    feature_weight: float = Field(default=1.0, ge=0, description="weight of the six feature errors")
+    empty_prompt_share: float = Field(
+        default=0.1, ge=0, lt=1, description="share of samples trained without their prompt"
+    )
+
+
+class DistillRecipe(PhaseRecipe):
+    """Phase 2: latent consistency distillation (LCM) from the large teacher."""
+
+    ddim_steps: int = Field(
+        default=50, ge=2, le=1000, description="solver grid; one step spans 1000 / ddim_steps timesteps"
+    )
+    guidance_min: float = Field(default=5.0, ge=0, description="least w; a pipeline's guidance scale is w + 1")
+    guidance_max: float = Field(
+        default=5.0, ge=0, description="largest w; a student without guidance input wants it fixed"
+    )
+    huber_c: float = Field(default=0.001, gt=0, description="pseudo-Huber constant")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DistillRecipe:
+        if self.guidance_max < self.guidance_min:
+            raise ValueError(f"guidance_max ({self.guidance_max}) is below guidance_min ({self.guidance_min})")
+        return self
+
+
+class TrainerRecipe(Settings):
+    """shards -> student."""
+
+    teacher: str = Field(
+        description="diffusers pipeline folder, hub name or zoo:NAME; the large UNet both phases learn from"
+    )
+    student: Literal["base", "small", "tiny"] = Field(default="tiny", description="BK-SDM size cut from the teacher")
+    start: str | None = Field(
+        default=None, description="pipeline whose UNet the student starts from; the teacher's own blocks if left out"
+    )
+    size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    cache_latents: bool = Field(
+        default=False, description="keep encoded pictures and prompts in memory after first use"
+    )
+    threads: int = Field(default=2, ge=1, description="CPU threads a training worker")
+    adapt: AdaptRecipe
+    distill: DistillRecipe
+    grid_prompts: list[str] = Field(
+        default=[], description="prompts of the 1/2/4-step grid; from the data set if empty"
+    )
+    grid_seed: int = Field(default=1, description="first seed of the grid")

@@ -1,0 +1,110 @@
+"""A packed data set as an endless stream whose batch at any step is a pure function of (seed, step).
+
+The state of the stream is therefore the step number: resume is exact, and any number of workers sees the same global batches.
+Each epoch is a fresh seeded permutation of all samples; a batch may span two epochs. Pictures are read where they lie in the
+shards (a tar member is contiguous bytes), so nothing is unpacked. Knows no models.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from cluster.errors import CorruptShard, EdgeFusionError
+from factory.pack import read_manifest, verify
+
+_OPEN_SHARDS = 16
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sample."""
+
+    id: str
+    prompt: str
+    picture: bytes = field(repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def pixels(self, size_px: int) -> np.ndarray:
+        """size x size x 3 uint8, the centre square resized if it is another size."""
+        with Image.open(io.BytesIO(self.picture), formats=("PNG", "JPEG", "WEBP")) as image:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.convert("RGB").crop((left, top, left + side, top + side))
+            if side != size_px:
+                square = square.resize((size_px, size_px), Image.Resampling.LANCZOS)
+            return np.asarray(square)
+
+
+class ShardStream:
+    """Random access to the samples of a verified data set, and its endless seeded order."""
+
+    def __init__(self, folder: Path, seed: int = 0, check: bool = True) -> None:
+        """Raises CorruptShard if `check` finds that the shards are not what the manifest says."""
+        if check:
+            verify(folder)
+        self.folder, self.seed = folder, seed
+        self.rows = read_manifest(folder)
+        if not self.rows:
+            raise EdgeFusionError(
+                "the data set is empty",
+                where=str(folder),
+                remedy="Loosen factory.select (min_clip) or plan more prompts",
+            )
+        self._members: dict[str, dict[str, tuple[int, int]]] = {}
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch_rows(self, step: int, batch: int) -> list[int]:
+        """Row numbers of the global batch at `step`."""
+        return [self._row_at(position) for position in range(step * batch, (step + 1) * batch)]
+
+    def read(self, row: int) -> Example:
+        entry = self.rows[row]
+        found = self._index(entry["shard"])
+        kinds = ("json", entry["picture_kind"], "txt")
+        try:
+            data = {kind: self._bytes(entry["shard"], *found[f"{entry['id']}.{kind}"]) for kind in kinds}
+        except (KeyError, OSError) as error:
+            raise CorruptShard(
+                f"sample {entry['id']} cannot be read ({error})",
+                where=str(self.folder / entry["shard"]),
+                remedy="Copy the shard again or pack the data set again",
+            ) from error
+        return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _row_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.rows))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
+        return int(self._order[1][place])
+
+    def _index(self, shard: str) -> dict[str, tuple[int, int]]:
+        if shard not in self._members:
+            with tarfile.open(self.folder / shard, "r:") as archive:
+                self._members[shard] = {entry.name: (entry.offset_data, entry.size) for entry in archive}
+        return self._members[shard]
+
+    def _bytes(self, shard: str, offset: int, size: int) -> bytes:
+        file = self._files.pop(shard, None) or (self.folder / shard).open("rb")
+        self._files[shard] = file  # most recently used is last
+        if len(self._files) > _OPEN_SHARDS:
+            self._files.popitem(last=False)[1].close()
+        file.seek(offset)
+        return file.read(size)
