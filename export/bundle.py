@@ -1,0 +1,197 @@
+"""From a student folder to proven builds: a folder per target with its model files, tokenizer and `bundle.json`.
+
+A build that misses a gate is not called built: the folder keeps no bundle.json and the error says by how much.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import CorruptShard, EdgeFusionError, ParityError
+from cluster.storage import digest_file, publish_folder
+from export import parity
+from export.graph import GRAPHS, Graph, graphs_of, to_onnx
+from export.quantise import compress_openvino, quantise_onnx, to_openvino
+from export.recipe import ExportRecipe, Target
+from export.runtime import OPENERS, Build, scheduler_constants
+from trainer.loop import open_pipeline
+from trainer.sample import contact_sheet
+
+BUNDLE = "bundle.json"
+_SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+_SUPPORTED = {"onnx": ("fp32", "w8a16"), "openvino": ("fp32", "w8")}
+
+Progress = Callable[[str], None]
+
+
+def export_student(
+    student: Path, prompts: Sequence[str], recipe: ExportRecipe, folder: Path, progress: Progress = lambda what: None
+) -> None:
+    """Write `folder/TARGET` for every target of the recipe; a target with a bundle.json is finished and left alone."""
+    todo: list[Target] = [target for target in recipe.targets if not (folder / target / BUNDLE).exists()]
+    if not todo:
+        return
+    import torch
+
+    torch.set_num_threads(recipe.threads)
+    pipeline = open_pipeline(str(student))
+    graphs = graphs_of(pipeline)
+    scheduler = scheduler_constants(pipeline, recipe.steps)
+    shape = tuple(graphs[1].inputs["latent"].shape)
+    reference = Build(parity.torch_calls(graphs), scheduler, shape)
+    tokens = _tokenize(
+        pipeline, [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
+    )
+    calibration: list[dict[str, np.ndarray]] = []
+    for i, row in enumerate(tokens[: recipe.calibration_prompts]):
+        reference.denoise(row, 1000 + i, calibration.append)
+    judged = tokens[recipe.calibration_prompts :]
+    wanted = [reference.picture(row, i) for i, row in enumerate(judged)]
+    sources = folder / ".graphs"
+    for graph in graphs:
+        if not (sources / f"{graph.name}.onnx").exists():
+            progress(f"lowering {graph.name}")
+            to_onnx(graph, sources / f"{graph.name}.onnx")
+    torch_ms = parity.latency_ms(reference, judged[0], _arrays(graphs), recipe.latency_runs)
+    for target in todo:
+        progress(f"building {target}")
+        publish_folder(
+            folder / target,
+            lambda place, target=target: _build_target(
+                target, place, sources, pipeline, graphs, reference, calibration, judged, wanted, torch_ms, recipe
+            ),
+        )
+    shutil.rmtree(sources)
+
+
+def open_bundle(folder: Path, precision: str, threads: int = 2) -> tuple[Build, dict[str, Any]]:
+    """A build of a finished bundle and its bundle.json, after checking every digest. Raises CorruptShard."""
+    facts = read_bundle(folder)
+    if precision not in facts["builds"]:
+        raise EdgeFusionError(
+            f"there is no {precision} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
+        )
+    for name, digest in facts["files"].items():
+        if not (folder / name).exists() or digest_file(folder / name) != digest:
+            raise CorruptShard("is not what bundle.json says", where=str(folder / name), remedy="Export again")
+    calls = OPENERS[facts["target"]](folder, facts["builds"][precision]["graphs"], threads)
+    return Build(calls, facts["scheduler"], facts["latent_shape"]), facts
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """bundle.json; raises EdgeFusionError if the folder is no finished bundle."""
+    try:
+        return json.loads((folder / BUNDLE).read_text())
+    except (OSError, ValueError) as error:
+        raise EdgeFusionError(
+            "is no finished bundle", where=str(folder), remedy="Run edgefusion run or export first"
+        ) from error
+
+
+def _build_target(
+    target: Target,
+    place: Path,
+    sources: Path,
+    pipeline: Any,
+    graphs: Sequence[Graph],
+    reference: Build,
+    calibration: Sequence[dict[str, np.ndarray]],
+    judged: Sequence[np.ndarray],
+    wanted: Sequence[np.ndarray],
+    torch_ms: dict[str, float],
+    recipe: ExportRecipe,
+) -> None:
+    """Fill `place` with the builds of one target, prove each, and write bundle.json last."""
+    builds: dict[str, Any] = {}
+    sheet = [list(wanted)]
+    for precision in recipe.precisions:
+        if precision not in _SUPPORTED[target]:
+            continue
+        names = _lower(target, precision, place, sources, calibration)
+        build = Build(OPENERS[target](place, names, recipe.threads), reference.scheduler, reference.shape)
+        pictures = [build.picture(row, i) for i, row in enumerate(judged)]
+        proof = {
+            "graph_snr_db": parity.graph_parity(reference.calls, build.calls, _arrays(graphs)),
+            **parity.picture_parity(wanted, pictures),
+        }
+        missed = parity.failures(precision, proof, pictures, recipe)
+        if missed:
+            raise ParityError(
+                f"the {precision} build is too far from full precision: {'; '.join(missed)}",
+                where=f"{target}",
+                remedy="Loosen export.gates or leave the precision out of export.precisions",
+            )
+        builds[precision] = {
+            "graphs": names,
+            "bytes": {graph: _size(place / name) for graph, name in names.items()},
+            "parity": proof,
+            "measured_ms": parity.latency_ms(build, judged[0], _arrays(graphs), recipe.latency_runs),
+        }
+        sheet.append(pictures)
+    from PIL import Image
+
+    Image.fromarray(contact_sheet(sheet)).save(place / "parity.png")
+    pipeline.tokenizer.save_pretrained(place / "tokenizer")
+    facts = {
+        "target": target,
+        "runtime": f"{'onnxruntime' if target == 'onnx' else 'openvino'} {metadata.version('onnxruntime' if target == 'onnx' else 'openvino')}",
+        "measured_on": f"{platform.machine()} CPU, {recipe.threads} threads",
+        "steps": recipe.steps,
+        "latent_shape": list(reference.shape),
+        "scheduler": reference.scheduler,
+        "pytorch_fp32_ms": torch_ms,
+        "builds": builds,
+        "files": {
+            str(f.relative_to(place)): digest_file(f)
+            for f in sorted(place.rglob("*"))
+            if f.is_file() and f.name != BUNDLE
+        },
+    }
+    (place / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _lower(
+    target: Target, precision: str, place: Path, sources: Path, calibration: Sequence[dict[str, np.ndarray]]
+) -> dict[str, str]:
+    """Write the files of one precision; returns graph to file name. Only the UNet differs from full precision."""
+    names = {graph: f"{graph}{_SUFFIX[target]}" for graph in GRAPHS}
+    for graph, name in names.items():
+        if not (place / name).exists():
+            if target == "onnx":
+                shutil.copyfile(sources / name, place / name)
+            else:
+                to_openvino(sources / f"{graph}.onnx", place / name)
+    if precision == "fp32":
+        return names
+    quantised = f"unet.{precision}{_SUFFIX[target]}"
+    if target == "onnx":
+        quantise_onnx(place / names["unet"], place / quantised, calibration)
+    else:
+        compress_openvino(place / names["unet"], place / quantised)
+    return {**names, "unet": quantised}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a graph, an OpenVINO weights file included."""
+    weights = path.with_suffix(".bin")
+    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
+
+
+def _arrays(graphs: Sequence[Graph]) -> dict[str, dict[str, np.ndarray]]:
+    return {graph.name: {name: tensor.numpy() for name, tensor in graph.inputs.items()} for graph in graphs}
+
+
+def _tokenize(pipeline: Any, prompts: Sequence[str]) -> list[np.ndarray]:
+    tokenizer = pipeline.tokenizer
+    rows = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)[
+        "input_ids"
+    ]
+    return [np.array([row], dtype=np.int64) for row in rows]

@@ -1,0 +1,110 @@
+"""A student folder as three static graphs: text encoder, UNet and VAE decoder, as plain modules and as ONNX files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.errors import StageError
+
+GRAPHS = ("text_encoder", "unet", "vae_decoder")
+
+
+class _TextEncoder(nn.Module):
+    """Token ids 1 T (int64) to text states 1 T D."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(input_ids)[0]
+
+
+class _Unet(nn.Module):
+    """Latents 1 C H W, timestep 1 (float) and text states 1 T D to the prediction 1 C H W."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.unet(latent, timestep, text, return_dict=False)[0]
+
+
+class _Decoder(nn.Module):
+    """Scaled latents 1 C H W to a picture 1 3 H W in [0, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder, self.post, self.scale = vae.decoder, vae.post_quant_conv, vae.config.scaling_factor
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        latent = latent / self.scale
+        if self.post is not None:
+            latent = self.post(latent)
+        return (self.decoder(latent) / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module with example inputs that fix its shapes."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, torch.Tensor]
+    output: str
+
+
+def graphs_of(pipeline: Any) -> list[Graph]:
+    """The three graphs of a float32 student pipeline, batch 1."""
+    unet, tokenizer = pipeline.unet, pipeline.tokenizer
+    side, channels = unet.config.sample_size, unet.config.in_channels
+    width = pipeline.text_encoder.config.hidden_size
+    length = tokenizer.model_max_length
+    draw = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, channels, side, side, generator=draw)
+    text = torch.randn(1, length, width, generator=draw)
+    tokens = torch.tensor(tokenizer(["a picture"], padding="max_length", max_length=length)["input_ids"])
+    return [
+        Graph("text_encoder", _TextEncoder(pipeline.text_encoder).eval(), {"input_ids": tokens}, "text"),
+        Graph(
+            "unet",
+            _Unet(unet).eval(),
+            {"latent": latent, "timestep": torch.tensor([999.0]), "text": text},
+            "prediction",
+        ),
+        Graph("vae_decoder", _Decoder(pipeline.vae).eval(), {"latent": latent}, "picture"),
+    ]
+
+
+def to_onnx(graph: Graph, path: Path) -> None:
+    """Write one graph through torch.export; static shapes. Raises StageError if the model does not lower."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph.module,
+                tuple(graph.inputs.values()),
+                path,
+                input_names=list(graph.inputs),
+                output_names=[graph.output],
+                opset_version=21,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise StageError(
+            f"{graph.name} does not lower to ONNX: {str(error).splitlines()[0]}",
+            remedy="--debug shows the exporter's report",
+        ) from error

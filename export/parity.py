@@ -1,0 +1,86 @@
+"""How near a build is to PyTorch in float32: signal-to-noise a graph, PSNR of the pictures end to end, and the gates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.graph import GRAPHS, Graph
+from export.recipe import ExportRecipe
+from export.runtime import Build, Call
+
+_CEILING_DB = 200.0
+"""Stands for `equal`: decibels of no difference are infinite, which JSON cannot hold."""
+
+
+def snr_db(wanted: np.ndarray, got: np.ndarray) -> float:
+    """10 log10 of signal over error power."""
+    error = float(np.square(wanted.astype(np.float64) - got).sum())
+    signal = float(np.square(wanted.astype(np.float64)).sum())
+    return round(min(_CEILING_DB, 10 * np.log10(signal / error)) if error > 0 else _CEILING_DB, 2)
+
+
+def psnr_db(wanted: np.ndarray, got: np.ndarray) -> float:
+    """Of two uint8 pictures."""
+    mse = float(np.square(wanted.astype(np.float64) - got).mean())
+    return round(min(_CEILING_DB, 10 * np.log10(255**2 / mse)) if mse > 0 else _CEILING_DB, 2)
+
+
+def torch_calls(graphs: Sequence[Graph]) -> dict[str, Call]:
+    """The reference: the same modules run by PyTorch in float32."""
+
+    def call(graph: Graph) -> Call:
+        def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
+            with torch.inference_mode():
+                return graph.module(*(torch.from_numpy(inputs[name]) for name in graph.inputs)).numpy()
+
+        return run
+
+    return {graph.name: call(graph) for graph in graphs}
+
+
+def graph_parity(
+    reference: dict[str, Call], build: dict[str, Call], inputs: dict[str, dict[str, np.ndarray]]
+) -> dict[str, float]:
+    """SNR in dB of every graph on the same inputs."""
+    return {name: snr_db(reference[name](inputs[name]), build[name](inputs[name])) for name in GRAPHS}
+
+
+def picture_parity(wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> dict[str, float]:
+    values = [psnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
+    return {"psnr_db_mean": round(float(np.mean(values)), 2), "psnr_db_min": min(values)}
+
+
+def failures(precision: str, parity: dict[str, Any], pictures: Sequence[np.ndarray], recipe: ExportRecipe) -> list[str]:
+    """Which gates a build misses, in words; empty for a build that passes."""
+    found: list[str] = []
+    if any(float(picture.std()) < 1.0 for picture in pictures):
+        found.append("a picture is blank")
+    if precision == "fp32":
+        low = {name: db for name, db in parity["graph_snr_db"].items() if db < recipe.gates.fp32_snr_db}
+        found += [f"{name}: SNR {db} dB is under {recipe.gates.fp32_snr_db}" for name, db in low.items()]
+    elif parity["psnr_db_mean"] < recipe.gates.quantised_psnr_db:
+        found.append(f"pictures: PSNR {parity['psnr_db_mean']} dB is under {recipe.gates.quantised_psnr_db}")
+    return found
+
+
+def latency_ms(
+    build: Build, tokens: np.ndarray, inputs: dict[str, dict[str, np.ndarray]], runs: int
+) -> dict[str, float]:
+    """Median milliseconds of each graph and of a whole picture, after one warm-up, on this machine."""
+    found: dict[str, float] = {}
+    work: dict[str, Any] = {name: lambda n=name: build.calls[n](inputs[n]) for name in GRAPHS}
+    work["picture"] = lambda: build.picture(tokens, 0)
+    for name, run in work.items():
+        run()
+        times: list[float] = []
+        for _ in range(runs):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        found[name] = round(float(np.median(times)) * 1000, 3)
+    return found

@@ -1,0 +1,112 @@
+"""Runs a build the way a device would: tokens, a few UNet calls between closed-form scheduler steps, one decode.
+
+The scheduler is a short table of constants in `bundle.json`, so a device needs no diffusers. Knows no quantisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.graph import GRAPHS
+
+Call = Callable[[dict[str, np.ndarray]], np.ndarray]
+"""Named inputs to the graph's one output."""
+
+
+def scheduler_constants(pipeline: Any, steps: int) -> dict[str, Any]:
+    """What one few-step loop needs: per step t, c_skip, c_out, alpha, sigma, and alpha, sigma of the step after it."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    times = [int(t) for t in scheduler.timesteps]
+    cumulative = scheduler.alphas_cumprod
+    table: list[dict[str, float]] = []
+    for i, t in enumerate(times):
+        c_skip, c_out = (float(v) for v in scheduler.get_scalings_for_boundary_condition_discrete(t))
+        row = {
+            "t": t,
+            "c_skip": c_skip,
+            "c_out": c_out,
+            "alpha": _root(cumulative[t]),
+            "sigma": _root(1 - cumulative[t]),
+        }
+        if i + 1 < len(times):
+            after = cumulative[times[i + 1]]
+            row |= {"next_alpha": _root(after), "next_sigma": _root(1 - after)}
+        table.append(row)
+    return {"prediction_type": scheduler.config.prediction_type, "steps": table}
+
+
+def _root(value: Any) -> float:
+    return float(value) ** 0.5
+
+
+class Build:
+    """An opened build: three callables and the scheduler's table."""
+
+    def __init__(self, calls: dict[str, Call], scheduler: dict[str, Any], latent_shape: Sequence[int]) -> None:
+        self.calls, self.scheduler, self.shape = calls, scheduler, tuple(latent_shape)
+
+    def denoise(
+        self, tokens: np.ndarray, seed: int, seen: Callable[[dict[str, np.ndarray]], None] = lambda _: None
+    ) -> np.ndarray:
+        """The final latent for token ids 1 T; `seen` is shown the inputs of each UNet call (for calibration)."""
+        text = self.calls["text_encoder"]({"input_ids": tokens})
+        rng = np.random.default_rng(seed)
+        latent = rng.standard_normal(self.shape).astype(np.float32)
+        for row in self.scheduler["steps"]:
+            inputs = {"latent": latent, "timestep": np.array([row["t"]], np.float32), "text": text}
+            seen(inputs)
+            said = self.calls["unet"](inputs)
+            if self.scheduler["prediction_type"] == "epsilon":
+                clean = (latent - row["sigma"] * said) / row["alpha"]
+            else:
+                clean = row["alpha"] * latent - row["sigma"] * said
+            latent = (row["c_skip"] * latent + row["c_out"] * clean).astype(np.float32)
+            if "next_alpha" in row:
+                noise = rng.standard_normal(self.shape).astype(np.float32)
+                latent = row["next_alpha"] * latent + row["next_sigma"] * noise
+                latent = latent.astype(np.float32)
+        return latent
+
+    def picture(self, tokens: np.ndarray, seed: int) -> np.ndarray:
+        """H x W x 3 uint8."""
+        found = self.calls["vae_decoder"]({"latent": self.denoise(tokens, seed)})
+        return (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
+
+def open_onnx(folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
+    """ONNX Runtime sessions on the CPU for the files `names` maps the graphs to."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    sessions = {
+        graph: onnxruntime.InferenceSession(str(folder / names[graph]), options, providers=["CPUExecutionProvider"])
+        for graph in GRAPHS
+    }
+
+    def call(session: Any) -> Call:
+        return lambda inputs: session.run(None, inputs)[0]
+
+    return {graph: call(session) for graph, session in sessions.items()}
+
+
+def open_openvino(folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
+    """OpenVINO compiled models on the CPU, in float32 arithmetic whatever the machine would prefer."""
+    import openvino
+
+    core = openvino.Core()
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = {graph: core.compile_model(str(folder / names[graph]), "CPU", config) for graph in GRAPHS}
+
+    def call(model: Any) -> Call:
+        return lambda inputs: np.array(model(inputs)[0])
+
+    return {graph: call(model) for graph, model in compiled.items()}
+
+
+OPENERS = {"onnx": open_onnx, "openvino": open_openvino}

@@ -1,0 +1,77 @@
+"""Pictures from a teacher or a student folder, and the student folder itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+
+from cluster.errors import EdgeFusionError
+from cluster.storage import publish_folder
+from trainer.loop import final_unet, open_pipeline
+from trainer.recipe import TrainerRecipe
+
+
+def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
+    """Write `folder`: the trained UNet with the teacher's encoders and an LCM scheduler, as a diffusers pipeline folder."""
+    teacher = open_pipeline(recipe.teacher)
+    unet = UNet2DConditionModel.from_pretrained(final_unet(training))
+    student = as_student(teacher, unet, recipe.distill.ddim_steps)
+    publish_folder(folder, lambda partial: student.to(torch.float16).save_pretrained(partial))
+
+
+def as_student(teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50) -> LatentConsistencyModelPipeline:
+    """The pipeline of a few-step student: guidance is distilled into the weights, so its UNet runs once a step."""
+    return LatentConsistencyModelPipeline(
+        vae=teacher.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        unet=unet,
+        scheduler=LCMScheduler.from_config(
+            teacher.scheduler.config, original_inference_steps=ddim_steps, clip_sample=False
+        ),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+def generate(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float = 1.0, batch: int = 16
+) -> list[np.ndarray]:
+    """H x W x 3 uint8 pictures, one a prompt. Raises EdgeFusionError for an empty prompt or a picture that is not a number."""
+    if any(not prompt.strip() for prompt in prompts):
+        raise EdgeFusionError("the prompt is empty", remedy='Say what to draw, for example "a red apple, 3d render"')
+    pipeline.set_progress_bar_config(disable=True)
+    found: list[np.ndarray] = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        # An LCM pipeline has no unguided pass; its guidance_scale is only read by students with a guidance input.
+        with torch.inference_mode():
+            pictures = pipeline(
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+                output_type="np",
+            )[0]
+        if not np.isfinite(pictures).all():
+            raise EdgeFusionError("the model returned a picture that is not a number", remedy="Use float32 or retrain")
+        found += list((pictures * 255).round().astype(np.uint8))
+    return found
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
+    """Rows of equal pictures as one white-framed picture, H x W x 3 uint8."""
+    height, width = rows[0][0].shape[:2]
+    across = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) + gap, across * (width + gap) + gap, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            top, left = gap + y * (height + gap), gap + x * (width + gap)
+            sheet[top : top + height, left : left + width] = picture
+    return sheet
