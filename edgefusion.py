@@ -1,18 +1,34 @@
-"""The front door: `edgefusion doctor` and `edgefusion zoo build`; each wing adds its own commands as it becomes real."""
+"""The front door: one recipe, one chain, and the commands of the four wings. Nothing imports it."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
+import json
 import sys
-from importlib import metadata
+import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import Field, model_validator
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
+
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.machine import NEEDED, OPTIONAL, commit, every, machine_facts, version_of, watch_memory
+from cluster.recipe import Settings, load_recipe, recipe_digest
+from cluster.runner import ClusterRecipe, make_runner, resources, stop_ray
+from cluster.storage import publish_bytes, sweep_partials
+from export.cli import app as export_app
+from export.recipe import ExportRecipe
+from factory.cli import app as factory_app
+from factory.recipe import FactoryRecipe
+from trainer.recipe import TrainerRecipe
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
+RUN = "run.json"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,46 +37,318 @@ app = typer.Typer(
     help="From prompts and GPUs to a small, fast, on-device text-to-image model.",
 )
 zoo = typer.Typer(no_args_is_help=True, help="The embedded zoo: small real models that make the chain honest offline.")
+trainer_app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Where work runs.")
+for name, wing in (
+    ("factory", factory_app),
+    ("trainer", trainer_app),
+    ("export", export_app),
+    ("cluster", cluster_app),
+):
+    app.add_typer(wing, name=name)
 app.add_typer(zoo, name="zoo")
+console = Console(stderr=True)
 
-_NEEDED = [
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "open_clip_torch",
-    "webdataset",
-    "ray",
-    "pyarrow",
-    "fsspec",
-    "safetensors",
-    "pydantic",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "nncf",
-]
-_OPTIONAL = {
-    "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
-    "vllm": "prompts by vLLM: pip install vllm, in an environment of its own (it pins torch)",
-}
+
+class Recipe(Settings):
+    """Everything a run depends on."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="short name in lower-case letters, digits and dashes"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the plan and of training")
+    cluster: ClusterRecipe = ClusterRecipe()
+    factory: FactoryRecipe
+    trainer: TrainerRecipe
+    export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.trainer.adapt.steps == 0 and self.trainer.distill.steps == 0:
+            raise ValueError("trainer.adapt.steps and trainer.distill.steps are both 0, so there is nothing to train")
+        return self
+
+
+class Chain:
+    """One run of a recipe into a folder. Each step knows by its output whether it is done, so a rerun goes on where it stopped."""
+
+    STEPS = ("plan", "make", "select", "train", "student", "samples", "export", "report")
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
+        self.facts = self._claim()
+
+    def run(self, until: str = "report") -> bool:
+        """Run what is missing up to step `until`; returns False if there was nothing to do."""
+        steps = self.STEPS[: self.STEPS.index(until) + 1]
+        todo = [step for step in steps if not self._is_done(step)]
+        if not todo:
+            return False
+        from factory.plan import resolve_models
+
+        resolve_models(self.recipe.factory)
+        sweep_partials(self.out)
+        with watch_memory() as peak, _bars() as bars:
+            for step in todo:
+                began = time.monotonic()
+                result = getattr(self, f"_{step}")(bars)
+                self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
+                self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
+                self.facts |= result or {}
+                self._save()
+        return True
+
+    def _claim(self) -> dict[str, Any]:
+        """Take the output folder, or refuse one that holds another recipe's run."""
+        path, digest = self.out / RUN, recipe_digest(self.recipe)
+        if path.exists():
+            try:
+                facts = json.loads(path.read_text())
+                same = facts["recipe_digest"] == digest
+            except (ValueError, KeyError):
+                raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
+            if not same:
+                raise LedgerConflict(
+                    f"the folder holds a run of another recipe ({facts['recipe']['name']}, or the same with other values)",
+                    where=str(self.out),
+                    remedy="Choose another --out folder, or go back to that recipe",
+                )
+            return facts
+        if self.out.is_dir() and any(self.out.iterdir()):
+            raise LedgerConflict(
+                "the folder is not empty and holds no run", where=str(self.out), remedy="Choose another --out folder"
+            )
+        facts = {
+            "recipe_digest": digest,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": {package: version_of(package) for package in NEEDED},
+            "commit": commit(),
+            "machine": machine_facts(),
+            "seconds": {},
+        }
+        publish_bytes(path, (json.dumps(facts, indent=2) + "\n").encode())
+        return facts
+
+    def _save(self) -> None:
+        publish_bytes(self.out / RUN, (json.dumps(self.facts, indent=2) + "\n").encode())
+
+    def _is_done(self, step: str) -> bool:
+        if step == "export":
+            return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
+        proof = {
+            "plan": self.data / "plan.parquet",
+            "make": self.data / "manifest.parquet",
+            "select": self.data / "manifest.parquet",
+            "train": self.student,
+            "student": self.student,
+            "samples": self.out / "samples",
+            "report": self.out / "report.html",
+        }
+        return proof[step].exists()
+
+    def _plan(self, bars: Progress) -> None:
+        from factory.plan import make_plan
+
+        task = bars.add_task("plan: writing prompts", total=self.recipe.factory.plan.prompts)
+        make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
+
+    def _make(self, bars: Progress) -> None:
+        from factory.ledger import is_committed, planned_units
+        from factory.make import make
+
+        units = planned_units(self.data, self.recipe.factory.make.unit_images)
+        done = sum(len(unit.rows) for unit in units if is_committed(self.data, unit.id))
+        task = bars.add_task("make: pictures", total=sum(len(unit.rows) for unit in units), completed=done)
+        runner = make_runner(self.recipe.cluster)
+        try:
+            make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))
+        finally:
+            runner.close()
+
+    def _select(self, bars: Progress) -> dict[str, Any]:
+        from factory.make import select_and_pack
+
+        task = bars.add_task("select and pack", total=1)
+        funnel = select_and_pack(self.recipe.factory, self.data)
+        bars.advance(task)
+        return {"funnel": funnel}
+
+    def _train(self, bars: Progress) -> None:
+        import torch
+
+        from cluster.training import launch
+        from trainer.loop import train
+
+        recipe, data, folder, seed = self.recipe.trainer, self.data.resolve(), self.training.resolve(), self.recipe.seed
+        with _follow_training(bars, self.recipe.trainer, folder):
+            try:
+                launch(
+                    lambda: train(recipe, data, folder, seed),
+                    self.recipe.cluster,
+                    folder,
+                    recipe.threads,
+                    torch.cuda.is_available(),
+                )
+            finally:
+                if self.recipe.cluster.runner == "ray":
+                    stop_ray()
+
+    def _student(self, bars: Progress) -> None:
+        from trainer.sample import save_student
+
+        task = bars.add_task("student folder", total=1)
+        save_student(self.recipe.trainer, self.training, self.student)
+        bars.advance(task)
+
+    def _samples(self, bars: Progress) -> None:
+        from factory.models.clip import Clip
+        from trainer.evaluate import write_samples
+
+        task = bars.add_task("samples: teacher and student", total=1)
+        recipe = self.recipe
+        write_samples(
+            recipe.trainer.teacher,
+            self.student,
+            self._prompts(16),
+            recipe.trainer.grid_seed,
+            recipe.factory.make.teacher.guidance,
+            Clip(recipe.factory.make.scorer),
+            recipe.trainer.threads,
+            self.out / "samples",
+        )
+        bars.advance(task)
+
+    def _export(self, bars: Progress) -> None:
+        from export.bundle import export_student
+
+        task = bars.add_task("export", total=None)
+        export_student(
+            self.student,
+            self._prompts(16),
+            self.recipe.export,
+            self.out / "export",
+            lambda what: bars.update(task, description=f"export: {what}"),
+        )
+        bars.update(task, description="export", total=1, completed=1)
+
+    def _report(self, bars: Progress) -> None:
+        from export.report import write_report
+
+        task = bars.add_task("report", total=1)
+        write_report(self.out, self.facts)
+        bars.advance(task)
+
+    def _prompts(self, count: int) -> list[str]:
+        from factory.pack import read_manifest
+
+        return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
+
+
+_RECIPE = typer.Argument(help="a recipe, such as recipes/pocket.yaml")
+_OUT = typer.Option(help="output folder; the same command again goes on from what is there")
+_SET = typer.Option("--set", help="override a key: --set trainer.adapt.steps=20 (repeatable)")
+
+
+def _run(recipe: Path, out: Path, overrides: list[str] | None, until: str) -> None:
+    began = time.monotonic()
+    chain = Chain(load_recipe(Recipe, recipe, overrides or []), out)
+    if not chain.run(until):
+        typer.echo(f"{out}: nothing to do, the run is complete. Look at {out / 'report.html'}")
+        return
+    typer.echo(f"{out}: done in {time.monotonic() - began:.0f} s")
+    if funnel := chain.facts.get("funnel"):
+        typer.echo("planned {planned} = kept {kept} + rejected {rejected} + dead {dead}".format(**funnel))
+    if until == "report":
+        typer.echo(f"open {out / 'report.html'}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE,
+    out: Annotated[Path, _OUT] = Path("runs/pocket"),
+    overrides: Annotated[list[str] | None, _SET] = None,
+) -> None:
+    """Run the whole chain: plan, make, select, pack, adapt, distill, export, report. Kill it anywhere; run it again to go on."""
+    _run(recipe, out, overrides, "report")
+
+
+def _mount(wing: typer.Typer, until: str, what: str) -> None:
+    @wing.command("run", help=f"{what} Rerun to go on after a kill.")
+    def run_wing(
+        recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE,
+        out: Annotated[Path, _OUT] = Path("runs/pocket"),
+        overrides: Annotated[list[str] | None, _SET] = None,
+    ) -> None:
+        _run(recipe, out, overrides, until)
+
+
+_mount(factory_app, "select", "Run the chain as far as the packed data set.")
+_mount(trainer_app, "samples", "Run the chain as far as the student and its sample grid.")
+_mount(export_app, "export", "Run the chain as far as the proven builds.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to draw, for example: a red apple, 3d render")],
+    model: Annotated[str, typer.Option(help="a student or any diffusers folder, or zoo:NAME")] = "zoo:student-fewstep",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="denoising steps; 1, 2 or 4 for a student")] = 2,
+    guidance: Annotated[float, typer.Option(min=0, help="guidance scale; leave it at 1 for a student")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
+) -> None:
+    """Draw one picture."""
+    from PIL import Image
+
+    from factory.models import quiet
+    from trainer.loop import open_pipeline
+    from trainer.sample import generate as draw
+
+    quiet()
+    pipeline = open_pipeline(model)
+    began = time.perf_counter()
+    picture = draw(pipeline, [prompt], [seed], steps, guidance)[0]
+    Image.fromarray(picture).save(out)
+    typer.echo(
+        f"wrote {out}: {picture.shape[1]} x {picture.shape[0]}, {steps} steps, {time.perf_counter() - began:.2f} s"
+    )
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) -> None:
+    """Write OUT/report.html anew from what the run left behind."""
+    from export.report import write_report
+
+    try:
+        facts = json.loads((out / RUN).read_text())
+    except (OSError, ValueError):
+        raise EdgeFusionError(
+            "holds no run", where=str(out), remedy="Give the --out folder of edgefusion run"
+        ) from None
+    typer.echo(f"wrote {write_report(out, facts)}")
+
+
+@cluster_app.command("check")
+def cluster_check(recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE) -> None:
+    """Start or join the recipe's Ray and say what it offers."""
+    for key, value in resources(load_recipe(Recipe, recipe).cluster).items():
+        typer.echo(f"{key}: {value:g}")
 
 
 @app.command()
 def doctor() -> None:
     """Say what this machine can do, what is missing and how to get it. Exits with 1 if a needed package is missing."""
     table = Table(title="edgefusion doctor", show_header=False)
-    for name, value in _machine().items():
+    for name, value in machine_facts().items():
         table.add_row(name, value)
     table.add_section()
     missing = []
-    for package in _NEEDED:
-        version = _version(package)
+    for package in NEEDED:
+        version = version_of(package)
         table.add_row(package, version or "[red]missing[/]")
         missing += [] if version else [package]
-    for package, remedy in _OPTIONAL.items():
-        table.add_row(package, _version(package) or f"not installed (optional; to {remedy})".replace("[", r"\["))
+    for package, remedy in OPTIONAL.items():
+        table.add_row(package, version_of(package) or f"not installed (optional; to {remedy})".replace("[", r"\["))
     Console().print(table)
     if missing:
         typer.echo(f"Missing: {', '.join(missing)}. Mend it with: pip install {' '.join(missing)}", err=True)
@@ -82,29 +370,67 @@ def zoo_build(
     build(model, folder, steps)
 
 
-def _machine() -> dict[str, str]:
-    import torch
+@contextmanager
+def _bars() -> Generator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console) as bars:
+        yield bars
 
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fast = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "Python": f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}",
-        "CPU cores": str(os.cpu_count()),
-        "bf16 on this CPU": ", ".join(fast) or "emulated, very slow: train in fp32",
-        "memory": f"{memory / 2**30:.1f} GiB",
-        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
-        "GPUs": ", ".join(gpus) or "none",
+
+class _Rate(TextColumn):
+    """Items a second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Any:
+        from rich.text import Text
+
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+@contextmanager
+def _follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Generator[None]:
+    """Bars fed from metrics.jsonl, which any worker anywhere writes."""
+    from trainer.loop import PHASES
+    from trainer.state import read_log
+
+    tasks = {
+        phase: bars.add_task(f"train: {phase}", total=getattr(recipe, phase).steps)
+        for phase in PHASES
+        if getattr(recipe, phase).steps
     }
 
+    def look() -> None:
+        for phase, task in tasks.items():
+            rows = read_log(folder / phase / "metrics.jsonl")
+            bars.update(task, completed=rows[-1]["step"] if rows else 0)
 
-def _version(package: str) -> str | None:
+    with every(1.0, look):
+        yield
+
+
+def main() -> None:
+    """Run a command; what a user can mend is said in plain words, with its own exit code, unless --debug asks for more."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        app()
+    except EdgeFusionError as error:
+        if debug:
+            raise
+        console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -143,6 +143,16 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
+def resources(recipe: ClusterRecipe) -> dict[str, float]:
+    """What the recipe's Ray offers, by kind; starts it if need be and lets go of it."""
+    start_ray(recipe)
+    import ray
+
+    found = {key: float(value) for key, value in sorted(ray.cluster_resources().items()) if not key.startswith("node:")}
+    stop_ray()
+    return found
+
+
 def _stage_error(error: Exception) -> StageError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, StageError):

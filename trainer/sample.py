@@ -31,7 +31,7 @@ def as_student(teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50) -
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer,
         unet=unet,
-        scheduler=LCMScheduler.from_config(
+        scheduler=LCMScheduler.from_config(  # pyright: ignore[reportArgumentType]
             teacher.scheduler.config, original_inference_steps=ddim_steps, clip_sample=False
         ),
         safety_checker=None,  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,122 @@
+"""What this machine is, what is installed on it, and how much memory a run takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+NEEDED = [
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "open_clip_torch",
+    "webdataset",
+    "ray",
+    "pyarrow",
+    "fsspec",
+    "safetensors",
+    "pydantic",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "imagehash",
+    "matplotlib",
+    "jinja2",
+]
+OPTIONAL = {
+    "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
+    "vllm": "prompts by vLLM: pip install vllm, in an environment of its own (it pins torch)",
+}
+
+
+def machine_facts() -> dict[str, str]:
+    """Python, cores, memory, disk and GPUs in words."""
+    import torch
+
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "Python": f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}",
+        "CPU cores": str(os.cpu_count()),
+        "bf16 on this CPU": ", ".join(fast) or "emulated, very slow: train in fp32",
+        "memory": f"{memory / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+        "GPUs": ", ".join(gpus) or "none",
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit of this checkout, or `unknown`."""
+    try:
+        where = Path(__file__).parent
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10, check=True
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@contextmanager
+def watch_memory() -> Generator[Callable[[], int]]:
+    """Yields a function that says the peak so far of this process tree's memory, bytes (shared pages counted once)."""
+    import psutil
+
+    peak, own = 0, psutil.Process()
+
+    def look() -> None:
+        nonlocal peak
+        total = 0
+        for process in [own, *own.children(recursive=True)]:
+            try:
+                total += (
+                    process.memory_full_info().pss
+                    if hasattr(process.memory_full_info(), "pss")
+                    else process.memory_info().rss
+                )
+            except psutil.Error:
+                continue
+        peak = max(peak, total)
+
+    with every(2.0, look):
+        yield lambda: peak
+
+
+@contextmanager
+def every(seconds: float, do: Callable[[], None]) -> Generator[None]:
+    """Call `do` from a thread until the block ends, and once more then."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(seconds):
+            do()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        do()

@@ -1,0 +1,58 @@
+"""`edgefusion export ...`: look at builds and run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Student to proven edge builds.")
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")]) -> None:
+    """Sizes, parity and measured latency of the builds in a bundle."""
+    from export.bundle import read_bundle
+
+    facts = read_bundle(folder)
+    table = Table(
+        "build", "UNet MiB", "UNet SNR dB", "pictures PSNR dB", "UNet ms", "picture ms", title=facts["runtime"]
+    )
+    for name, build in facts["builds"].items():
+        proof, ms = build["parity"], build["measured_ms"]
+        table.add_row(
+            name,
+            f"{build['bytes']['unet'] / 2**20:.1f}",
+            str(proof["graph_snr_db"]["unet"]),
+            str(proof["psnr_db_mean"]),
+            str(ms["unet"]),
+            str(ms["picture"]),
+        )
+    Console().print(table)
+
+
+@app.command("try")
+def try_build(
+    folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
+    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    precision: Annotated[str, typer.Option(help="which build: fp32, w8a16 or w8")] = "fp32",
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
+) -> None:
+    """Draw a picture with a build, through its own runtime and without PyTorch."""
+    import numpy as np
+    from PIL import Image
+    from transformers import CLIPTokenizer
+
+    from export.bundle import open_bundle
+
+    build, _ = open_bundle(folder, precision)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=tokenizer.model_max_length)[
+        "input_ids"
+    ]
+    Image.fromarray(build.picture(np.array(tokens, dtype=np.int64), seed)).save(out)
+    typer.echo(f"wrote {out}")

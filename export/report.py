@@ -1,0 +1,154 @@
+"""`report.html`: one self-contained page that shows what a run did, from the files the run left behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.storage import publish_bytes
+from export.bundle import read_bundle
+from factory.ledger import planned_units, read_entries, read_pictures
+from factory.select import KEPT, SELECTION
+from factory.stages import decode_picture
+from trainer.state import read_log
+
+_SHOWN = 24
+
+
+def write_report(out: Path, facts: dict[str, Any]) -> Path:
+    """Write `out/report.html`; parts of the run that are not there yet are left out."""
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
+    ).get_template("report.html.j2")
+    page = template.render(
+        facts=facts,
+        recipe=facts["recipe"],
+        recipe_text=json.dumps(facts["recipe"], indent=2, ensure_ascii=False),
+        total_seconds=sum(facts["seconds"].values()),
+        **_data_part(out, facts),
+        training=_training_part(out / "training"),
+        samples=_samples_part(out / "samples"),
+        bundles=_bundle_part(out / "export"),
+    )
+    publish_bytes(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Kept and rejected pictures with scores and reasons, the score histogram, dead letters."""
+    data = out / "dataset"
+    if not (data / SELECTION).exists():
+        return {"kept": [], "rejected": [], "dead": [], "histogram": None}
+    import pyarrow.parquet as pq
+
+    entries = read_entries(data, planned_units(data, facts["recipe"]["factory"]["make"]["unit_images"]))
+    verdict = {row["id"]: row for row in pq.read_table(data / SELECTION).to_pylist()}
+    kept = [row for row in entries if verdict[row["id"]]["outcome"] == KEPT]
+    rejected = [row for row in entries if verdict[row["id"]]["outcome"] == "rejected"]
+    wanted = {row["id"] for row in [*kept[:_SHOWN], *rejected[:_SHOWN]]}
+    pictures = {key: data for key, data in read_pictures(data, entries) if key in wanted}
+
+    def card(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "picture": _png(decode_picture(pictures[row["id"]])) if row["id"] in pictures else "",
+            "prompt": row["prompt"],
+            "score": row["clip_score"],
+            "reason": verdict[row["id"]]["reason"],
+        }
+
+    dead = [{"prompt": r["prompt"], "reason": r["reason"]} for r in entries if verdict[r["id"]]["outcome"] == "dead"]
+    return {
+        "kept": [card(row) for row in kept[:_SHOWN]],
+        "rejected": [card(row) for row in rejected[:_SHOWN]],
+        "dead": dead[:50],
+        "histogram": _histogram(kept, rejected, facts["recipe"]["factory"]["select"]["min_clip"]),
+    }
+
+
+def _training_part(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for phase, title in (("adapt", "Phase 1, adapt: feature distillation"), ("distill", "Phase 2, distill: LCM")):
+        rows = read_log(folder / phase / "metrics.jsonl")
+        if rows:
+            found.append(
+                {
+                    "title": title,
+                    "steps": rows[-1]["step"],
+                    "first": rows[0]["loss"],
+                    "last": float(np.mean([row["loss"] for row in rows[-10:]])),
+                    "rate": rows[-1]["images_per_s"],
+                    "plot": _curve(rows),
+                }
+            )
+    return found
+
+
+def _samples_part(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "samples.json").exists():
+        return None
+    facts = json.loads((folder / "samples.json").read_text())
+    rows = [{**row, "sheet": _inline(folder / f"{row['name']}.png")} for row in facts["rows"]]
+    return {"prompts": facts["prompts"], "rows": rows}
+
+
+def _bundle_part(folder: Path) -> list[dict[str, Any]]:
+    places = sorted(p.parent for p in folder.glob("*/bundle.json"))
+    return [{**read_bundle(place), "sheet": _inline(place / "parity.png")} for place in places]
+
+
+def _histogram(kept: list[dict[str, Any]], rejected: list[dict[str, Any]], threshold: float) -> str:
+    scores = [[row["clip_score"] for row in rows if row["clip_score"] is not None] for rows in (kept, rejected)]
+
+    def draw(axes: Any) -> None:
+        axes.hist(scores, bins=40, stacked=True, color=["#2a9d8f", "#e76f51"], label=["kept", "rejected"])
+        axes.axvline(threshold, color="#666", linestyle="--", label=f"threshold {threshold}")
+        axes.set_xlabel("CLIP cosine of picture and prompt")
+        axes.set_ylabel("pictures")
+        axes.legend(frameon=False)
+
+    return _plot(draw)
+
+
+def _curve(rows: list[dict[str, Any]]) -> str:
+    steps, losses = [row["step"] for row in rows], np.array([row["loss"] for row in rows])
+    width = max(1, len(losses) // 12)
+    smooth = np.convolve(np.pad(losses, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+
+    def draw(axes: Any) -> None:
+        axes.plot(steps, losses, color="#2a9d8f", alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth, color="#2a9d8f", linewidth=2)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss")
+
+    return _plot(draw)
+
+
+def _plot(draw: Callable[[Any], None]) -> str:
+    """A plot as an inline SVG image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+def _png(picture: np.ndarray) -> str:
+    from factory.stages import encode_picture
+
+    return "data:image/png;base64," + base64.b64encode(encode_picture(picture, "png")).decode()
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else ""

@@ -1,0 +1,69 @@
+"""What a student can do: teacher beside student at 4, 2 and 1 steps, same prompts and seeds, with CLIP scores."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+
+from cluster.storage import publish_folder
+from factory.models.clip import Clip
+from trainer.loop import open_pipeline
+from trainer.sample import contact_sheet, generate
+
+STUDENT_STEPS = (4, 2, 1)
+TEACHER_STEPS = 25
+
+
+def write_samples(
+    teacher: str,
+    student: Path,
+    prompts: Sequence[str],
+    seed: int,
+    guidance: float,
+    clip: Clip,
+    threads: int,
+    folder: Path,
+) -> None:
+    """Fill `folder` with `teacher.png`, `student-N.png` (one row of pictures each) and `samples.json` (scores, seconds)."""
+    torch.set_num_threads(threads)
+    publish_folder(folder, lambda place: _fill(place, teacher, student, prompts, seed, guidance, clip))
+
+
+def _fill(
+    place: Path, teacher: str, student: Path, prompts: Sequence[str], seed: int, guidance: float, clip: Clip
+) -> None:
+    seeds = [seed + i for i in range(len(prompts))]
+    texts = clip.texts(list(prompts))
+    rows: list[dict[str, Any]] = []
+
+    def draw(name: str, pipeline: Any, steps: int, scale: float) -> None:
+        began = time.perf_counter()
+        pictures = generate(pipeline, prompts, seeds, steps, scale)
+        seconds = (time.perf_counter() - began) / len(prompts)
+        scores = (clip.pictures(pictures) * texts).sum(axis=1)
+        Image.fromarray(contact_sheet([pictures])).save(place / f"{name}.png")
+        rows.append(
+            {
+                "name": name,
+                "steps": steps,
+                "seconds_per_picture": round(seconds, 4),
+                "clip": [round(float(s), 4) for s in scores],
+                "clip_mean": round(float(scores.mean()), 4),
+            }
+        )
+
+    large = open_pipeline(teacher)
+    large.scheduler = DPMSolverMultistepScheduler.from_config(large.scheduler.config)
+    draw("teacher", large, TEACHER_STEPS, guidance)
+    small = open_pipeline(str(student))
+    for steps in STUDENT_STEPS:
+        draw(f"student-{steps}", small, steps, 1.0)
+    facts = {"prompts": list(prompts), "seeds": seeds, "rows": rows}
+    (place / "samples.json").write_text(json.dumps(facts, indent=2) + "\n")
