@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_folder
@@ -24,9 +24,12 @@ def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
     publish_folder(folder, lambda partial: student.to(torch.float16).save_pretrained(partial))
 
 
-def as_student(teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50) -> LatentConsistencyModelPipeline:
-    """The pipeline of a few-step student: guidance is distilled into the weights, so its UNet runs once a step."""
-    return LatentConsistencyModelPipeline(
+def as_student(teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50) -> StableDiffusionPipeline:
+    """The pipeline of a few-step student. Guidance is distilled into the weights: call it with `guidance_scale=1.0`.
+
+    (diffusers' LatentConsistencyModelPipeline cannot hold it: it insists on a guidance input of the UNet.)
+    """
+    return StableDiffusionPipeline(
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer,
@@ -50,7 +53,6 @@ def generate(
     found: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
-        # An LCM pipeline has no unguided pass; its guidance_scale is only read by students with a guidance input.
         with torch.inference_mode():
             pictures = pipeline(
                 part,
