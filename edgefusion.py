@@ -86,9 +86,13 @@ class Chain:
         todo = [step for step in steps if not self._is_done(step)]
         if not todo:
             return False
+        from factory.models import quiet, resolve
         from factory.plan import resolve_models
 
         resolve_models(self.recipe.factory)
+        resolve(self.recipe.trainer.teacher)
+        resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
+        quiet()
         sweep_partials(self.out)
         with watch_memory() as peak, _bars() as bars:
             for step in todo:
@@ -358,17 +362,53 @@ def doctor() -> None:
 
 @zoo.command("build")
 def zoo_build(
-    model: Annotated[str, typer.Argument(help="vae, clip, writer or teacher (which needs the first two)")],
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all, earlier runs included")],
+    model: Annotated[
+        str, typer.Argument(help="vae, clip, writer, teacher (needs vae and clip) or student (needs teacher)")
+    ],
+    steps: Annotated[
+        int, typer.Option(min=1, help="optimiser steps in all, earlier runs included; a student's of each phase")
+    ],
     folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
 ) -> None:
     """Train one of the zoo's models from public packages. Rerun the same command to resume; hours on two cores."""
     from factory.pocket.build import MODELS, build
 
-    if model not in MODELS:
-        typer.echo(f"No zoo model is called {model!r}; there are {', '.join(MODELS)}.", err=True)
+    if model == "student":
+        _build_student(folder, steps)
+    elif model in MODELS:
+        build(model, folder, steps)
+    else:
+        typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
         raise typer.Exit(2)
-    build(model, folder, steps)
+
+
+def _build_student(folder: Path, steps: int) -> None:
+    """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from factory.pocket.build import pack_world
+    from trainer.loop import open_pipeline, train
+    from trainer.recipe import AdaptRecipe, DistillRecipe
+    from trainer.sample import save_student
+
+    teacher = str(folder / "teacher" / "model")
+    rate = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
+    recipe = TrainerRecipe(
+        teacher=teacher,
+        size_px=64,
+        cache_latents=True,
+        adapt=AdaptRecipe(steps=steps, learning_rate=4e-4, ema_decay=0.998, **rate),
+        distill=DistillRecipe(
+            steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
+        ),
+    )
+    with _bars() as bars, _follow_training(bars, recipe, folder / "students"):
+        train(recipe, pack_world(folder), folder / "students", seed=0)
+    adapted = open_pipeline(teacher)
+    adapted.unet = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
+    adapted.to(dtype=torch.float16).save_pretrained(folder / "student")
+    save_student(recipe, folder / "students", folder / "student-fewstep")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ stage does. Knows no images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 from pydantic import Field
@@ -114,26 +115,57 @@ class _Mapper:
 
 def start_ray(recipe: ClusterRecipe) -> None:
     """Join or start Ray once per process, quietly."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Quiet: our own bars and errors say what a user needs.
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_DATA_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
     import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module="ray")
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
     import ray
 
     if ray.is_initialized():
         return
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "address": recipe.address}
     if recipe.address == "local":
-        ray.init(
-            address="local",
-            num_cpus=recipe.cpus or max(2, os.cpu_count() or 2),
-            include_dashboard=False,
-            object_store_memory=recipe.object_store_mib << 20,
-            **common,
-        )
-    else:
-        ray.init(address=recipe.address, **common)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+        options |= {
+            "num_cpus": recipe.cpus or max(2, os.cpu_count() or 2),
+            "include_dashboard": False,
+            "object_store_memory": recipe.object_store_mib << 20,
+        }
+    try:
+        with _hushed():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise StageError(
+            f"Ray at {recipe.address} cannot be reached ({str(error).splitlines()[0]})",
+            where="cluster.address",
+            remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
+        ) from error
+    for quiet in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(quiet).setLevel(logging.ERROR)
+        for handler in logging.getLogger(quiet).handlers:
+            handler.setLevel(logging.ERROR)
+
+
+@contextmanager
+def _hushed() -> Generator[None]:
+    """Drop what Ray's C++ core writes to stderr while it starts; its failures also come as exceptions."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def stop_ray() -> None:

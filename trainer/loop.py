@@ -69,7 +69,7 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
 def open_pipeline(model: str) -> Any:
     """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError."""
     try:
-        return DiffusionPipeline.from_pretrained(resolve(model), torch_dtype=torch.float32, safety_checker=None)
+        return DiffusionPipeline.from_pretrained(resolve(model), dtype=torch.float32, safety_checker=None)
     except (OSError, ValueError) as error:
         raise StageError(
             f"{model} cannot be opened: {str(error).splitlines()[0]}",

@@ -61,12 +61,14 @@ def set_threads(threads: int) -> None:
 
 def quiet() -> None:
     """No progress bars and no advice from the model libraries inside workers."""
+    import logging
     import warnings
 
     import diffusers
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -28,7 +28,7 @@ class Painter:
         self.recipe, place = recipe, resolve(recipe.model)
         try:
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
-                place, revision=recipe.revision, torch_dtype=getattr(torch, recipe.dtype), safety_checker=None
+                place, revision=recipe.revision, dtype=getattr(torch, recipe.dtype), safety_checker=None
             )
         except (OSError, ValueError) as error:
             raise StageError(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
+from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.clip import train_clip
-from factory.pocket.teacher import train_teacher
+from factory.pocket.grammar import sentence
+from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
-from factory.pocket.world import render_world
+from factory.pocket.world import BACKGROUNDS, compose, describe, render_world
 from factory.pocket.writer import train_writer
+from factory.stages import encode_picture
 
 PACKAGES = {
     "fluent-emoji-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -49,5 +56,27 @@ def build(model: str, zoo: Path, steps: int) -> None:
         train_clip(pairs, pixels, zoo / "clip", steps=steps)
     elif model == "writer":
         train_writer(pairs, zoo / "writer", steps=steps)
-    else:
+    elif model == "teacher":
         train_teacher(pairs, pixels, zoo, steps=steps)
+    else:
+        raise ValueError(f"no model of the zoo is called {model!r}")
+
+
+def pack_world(zoo: Path) -> Path:
+    """The pictures the teacher learns from, each on all backgrounds, as a packed data set: what the zoo's students train on."""
+    folder = zoo / "world-shards"
+    if (folder / MANIFEST).exists():
+        return folder
+    pairs, pixels = render_world(fetch_packages(zoo / "packages"), zoo / "world.npz")
+    rng, words = np.random.default_rng(11), random.Random(11)
+    samples = []
+    for row, (concept, style) in enumerate(pairs):
+        if style not in STYLES or not concept.is_drawn or concept.held_out:
+            continue
+        for ground in BACKGROUNDS:
+            record = describe(concept, style, ground)
+            key = hashlib.sha256(f"{concept.key}/{style}/{ground}".encode()).hexdigest()
+            picture = encode_picture(compose(pixels[row], ground, rng), "png")
+            samples.append(Sample(key, picture, "png", sentence(record, words), {"attributes": record}))
+    pack(samples, folder, 2000)
+    return folder

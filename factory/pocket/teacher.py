@@ -77,14 +77,14 @@ def cache_latents(
     return found
 
 
-def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 24) -> UNet2DConditionModel:
+def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 32) -> UNet2DConditionModel:
     """Train on cached latents of the VAE and the text encoder in `zoo`; write the pipeline to `zoo/teacher/model`."""
-    vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
     encoder = CLIPTextModel.from_pretrained(zoo / "clip" / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     data = cache_latents(pairs, pixels, vae, zoo / "teacher" / "latents.pt")
     torch.manual_seed(2)
-    unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
+    unet, noiser, names = new_unet().to(memory_format=torch.channels_last), schedule(), list(BACKGROUNDS)
     # Professions have many near-equal compositions; each object must not be drowned by them.
     weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
 
@@ -107,6 +107,7 @@ def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
         sample_grid(pipeline, pairs, zoo / "teacher" / f"look-{step:06d}.png")
 
     unet = fit(unet, loss_at, zoo / "teacher", steps=steps, learning_rate=6e-4, weight_decay=0.01, on_save=on_save)
+    unet = unet.to(memory_format=torch.contiguous_format)  # as safetensors want it
     assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(zoo / "teacher" / "model")
     return unet
 

@@ -58,11 +58,11 @@ def train_writer(pairs: Pairs, folder: Path, *, steps: int, batch: int = 64) -> 
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=6,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             max_position_embeddings=_CONTEXT,
             tie_word_embeddings=True,
             pad_token_id=0,
