@@ -114,31 +114,3 @@ def _save_writer(folder: Path, pairs: list) -> None:
             eos_token_id=2,
         )
     ).save_pretrained(folder)
-
-
-@pytest.fixture
-def tiny_recipe(tiny_models: Path, tmp_path: Path) -> Path:
-    """recipes/pocket.yaml with the tiny models and tiny counts, in this process."""
-    import yaml
-
-    recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "pocket.yaml").read_text())
-    recipe["cluster"]["runner"] = "in-process"
-    plan, make, trainer = recipe["factory"]["plan"], recipe["factory"]["make"], recipe["trainer"]
-    plan |= {"taxonomy": str(tiny_models / "taxonomy.yaml"), "prompts": 24}
-    plan["writer"]["model"] = str(tiny_models / "writer")
-    make["teacher"] |= {"model": str(tiny_models / "teacher"), "size_px": 32, "steps": 2, "batch_images": 4}
-    make |= {"scorer": {"kind": "open_clip", "model": str(tiny_models / "clip")}, "unit_images": 8, "threads": 1}
-    recipe["factory"]["select"] = {"min_clip": -1.0, "max_hamming_bits": 0, "max_colour_difference": 0}
-    trainer |= {"teacher": str(tiny_models / "teacher"), "start": None, "size_px": 32, "threads": 1}
-    trainer["adapt"] |= {"steps": 3, "batch_images": 4}
-    trainer["distill"] |= {"steps": 3, "batch_images": 4}
-    trainer["grid_prompts"] = ["a fox", "a key"]
-    recipe["export"] |= {
-        "calibration_prompts": 2,
-        "parity_prompts": 2,
-        "latency_runs": 1,
-        "gates": {"quantised_psnr_db": 5.0},
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import RecipeError
+from cluster.recipe import load_recipe, recipe_digest
+from edgefusion import DEFAULT_RECIPE, Recipe
+
+
+def test_the_shipped_recipes_validate() -> None:
+    recipes = sorted(DEFAULT_RECIPE.parent.glob("*.yaml"))
+    assert {p.stem for p in recipes} >= {"pocket", "edgefusion"}
+    for path in recipes:
+        load_recipe(Recipe, path)
+
+
+def test_overrides_are_typed_and_change_the_digest() -> None:
+    plain, changed = (
+        load_recipe(Recipe, DEFAULT_RECIPE),
+        load_recipe(Recipe, DEFAULT_RECIPE, ["trainer.adapt.steps=20"]),
+    )
+    assert changed.trainer.adapt.steps == 20
+    assert recipe_digest(plain) != recipe_digest(changed)
+    assert recipe_digest(plain) == recipe_digest(load_recipe(Recipe, DEFAULT_RECIPE))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("factory.plan.promts=3", ["factory.plan.promts", "Did you mean prompts?"]),
+        ("factory.plan.prompts=many", ["factory.plan.prompts", "valid integer", "prompts in all"]),
+        ("factory.plan.prompts=0", ["factory.plan.prompts", "greater than or equal to 1"]),
+        ("factory.plan.writer.kind=gpt", ["factory.plan.writer", "'transformers'"]),
+        ("factory.plan.writer.temprature=1", ["factory.plan.writer.temprature", "Did you mean temperature?"]),
+        ("trainer.student=nano", ["trainer.student", "'tiny'"]),
+        ("cluster.runner=slurm", ["cluster.runner", "'in-process'"]),
+        ("export.targets=[onyx]", ["export.targets.0", "'onnx'"]),
+        ("factory.make.unit_images=8", ["batch_images", "larger than make.unit_images"]),
+        ("trainer.distill.guidance_max=1", ["guidance_max", "below guidance_min"]),
+        ("name=../evil", ["name", "pattern"]),
+        ("trainer.adapt", ["--set takes key=value"]),
+        ("seed.x=1", ["seed", "holds no keys"]),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key_and_the_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Recipe, DEFAULT_RECIPE, [override])
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(RecipeError, match="nothing to train"):
+        load_recipe(Recipe, DEFAULT_RECIPE, ["trainer.adapt.steps=0", "trainer.distill.steps=0"])
+
+
+def test_a_missing_key_and_a_missing_or_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"Did you mean .*pocket\.yaml"):
+        load_recipe(Recipe, DEFAULT_RECIPE.with_name("pocke.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2")
+    with pytest.raises(RecipeError, match="not valid YAML at line"):
+        load_recipe(Recipe, broken)
+    tree = yaml.safe_load(DEFAULT_RECIPE.read_text())
+    del tree["factory"]["make"]["teacher"]["model"]
+    broken.write_text(yaml.safe_dump(tree))
+    with pytest.raises(RecipeError, match=r"factory\.make\.teacher\.model is missing"):
+        load_recipe(Recipe, broken)
