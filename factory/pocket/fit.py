@@ -38,7 +38,8 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    parameters, means = list(model.parameters()), list(average.parameters())
     start = _resume(folder / "state.pt", model, average, optimiser)
     saved_at, recent = time.monotonic(), []
     began, began_step = time.monotonic(), start
@@ -53,8 +54,7 @@ def fit(
         optimiser.step()
         decay = min(ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+            torch._foreach_lerp_(means, parameters, 1 - decay)  # one call for all: half the time of a step was here
         recent.append(float(loss.detach()))
         last = step + 1 == steps
         if len(recent) == 50 or last:

@@ -84,7 +84,7 @@ def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     data = cache_latents(pairs, pixels, vae, zoo / "teacher" / "latents.pt")
     torch.manual_seed(2)
-    unet, noiser, names = new_unet().to(memory_format=torch.channels_last), schedule(), list(BACKGROUNDS)
+    unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
     # Professions have many near-equal compositions; each object must not be drowned by them.
     weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
 
@@ -107,7 +107,6 @@ def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
         sample_grid(pipeline, pairs, zoo / "teacher" / f"look-{step:06d}.png")
 
     unet = fit(unet, loss_at, zoo / "teacher", steps=steps, learning_rate=6e-4, weight_decay=0.01, on_save=on_save)
-    unet = unet.to(memory_format=torch.contiguous_format)  # as safetensors want it
     assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(zoo / "teacher" / "model")
     return unet
 
