@@ -1,10 +1,10 @@
-# `make test` and `make check` set up everything on a machine that has only Python 3.11 and make.
+# `make demo`, `make test` and `make check` set up everything on a machine that has only Python 3.11 and make.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup test check format
+.PHONY: setup demo test check bench format
 
 setup: .venv/ready
 
@@ -14,6 +14,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[dev,zoo]"
 	touch $@
 
+demo: setup
+	$(BIN)/edgefusion run recipes/pocket.yaml --out runs/pocket
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -22,6 +25,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: setup
+	PYTHONPATH=. $(BIN)/python tests/bench/data.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -382,6 +382,18 @@ def zoo_build(
         raise typer.Exit(2)
 
 
+@zoo.command("ship")
+def zoo_ship(
+    folder: Annotated[Path, typer.Option(help="where zoo build worked")] = Path("runs/zoo"),
+) -> None:
+    """Put the finished models into the package, with their digests."""
+    from factory.models import ZOO
+    from factory.pocket.build import ship
+
+    ship(folder, ZOO)
+    typer.echo(f"wrote {ZOO}: {sum(p.stat().st_size for p in ZOO.rglob('*') if p.is_file()) / 2**20:.1f} MiB")
+
+
 def _build_student(folder: Path, steps: int) -> None:
     """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer."""
     import torch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.clip import train_clip
 from factory.pocket.grammar import sentence
@@ -80,3 +83,33 @@ def pack_world(zoo: Path) -> Path:
             samples.append(Sample(key, picture, "png", sentence(record, words), {"attributes": record}))
     pack(samples, folder, 2000)
     return folder
+
+
+SHIPPED = {
+    "clip": "clip/model",
+    "writer": "writer/model",
+    "teacher": "teacher/model",
+    "student": "student",
+    "student-fewstep": "student-fewstep",
+}
+"""Name in the zoo to the finished folder below the building place."""
+
+DIGESTS = "digests.json"
+
+
+def ship(zoo: Path, target: Path) -> None:
+    """Copy the finished models to `target` (the zoo's place in the package) and write their digests."""
+    for name, source in SHIPPED.items():
+        if (zoo / source).exists():
+            publish_folder(target / name, lambda place, source=source: copy_folder(zoo / source, place))
+    publish_bytes(target / DIGESTS, (json.dumps(digests_of(target), indent=2) + "\n").encode())
+
+
+def copy_folder(source: Path, place: Path) -> None:
+    shutil.copytree(source, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".cache"))
+
+
+def digests_of(target: Path) -> dict[str, str]:
+    """SHA-256 of every file of the zoo, by its path."""
+    files = sorted(p for p in target.rglob("*") if p.is_file() and p.name not in (DIGESTS, "README.md"))
+    return {p.relative_to(target).as_posix(): digest_file(p) for p in files}

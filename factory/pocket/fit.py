@@ -38,7 +38,9 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
+    )
     parameters, means = list(model.parameters()), list(average.parameters())
     start = _resume(folder / "state.pt", model, average, optimiser)
     saved_at, recent = time.monotonic(), []

@@ -30,7 +30,13 @@ def test_the_draw_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "wrong"),
-    [("a Fox on red", ""), ("", "empty"), ("an owl", "does not mention fox"), ("fox" * 200, "too long"), ("fox \x00", "odd")],
+    [
+        ("a Fox on red", ""),
+        ("", "empty"),
+        ("an owl", "does not mention fox"),
+        ("fox" * 200, "too long"),
+        ("fox \x00", "odd"),
+    ],
 )
 def test_a_prompt_must_say_what_it_is_about(prompt: str, wrong: str) -> None:
     found = check_prompt(prompt, TAXONOMY.groups[0], {"subject": "fox", "background": "red"})

@@ -1,0 +1,181 @@
+"""What training promises: exact resume, the recipe's checks, and the full-size models of recipes/edgefusion.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import trainer.loop as loop
+from cluster.errors import CorruptShard, StageError
+from cluster.recipe import load_recipe
+from edgefusion import DEFAULT_RECIPE, Recipe
+from factory.pack import Sample, pack
+from factory.stages import encode_picture
+from trainer.features import Features, feature_names
+from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
+from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+from trainer.surgery import build_student
+
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import hashlib
+
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    pack(
+        [
+            Sample(hashlib.sha256(bytes([i])).hexdigest(), encode_picture(p, "png"), "png", f"a fox {i}")
+            for i, p in enumerate(pictures)
+        ],
+        folder,
+    )
+    return folder
+
+
+def recipe(models: Path, **changes: object) -> TrainerRecipe:
+    phase = {"batch_images": 4, "learning_rate": 1e-3, "steps": 4, "checkpoint_s": 1e-9}
+    return TrainerRecipe.model_validate(
+        {
+            "teacher": str(models / "teacher"),
+            "size_px": 32,
+            "threads": 1,
+            "adapt": AdaptRecipe(**phase),
+            "distill": DistillRecipe(**phase),
+            **changes,
+        }
+    )
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_interrupted_at_every_step_equals_undisturbed(tiny_models, data, tmp_path, monkeypatch) -> None:
+    settings = recipe(tiny_models)
+    loop.train(settings, data, tmp_path / "whole", seed=1)
+
+    class Killed(Exception):
+        pass
+
+    def kill_after_save(*args: object) -> None:
+        saved(*args)
+        raise Killed
+
+    saved = loop.save_state
+    monkeypatch.setattr(loop, "save_state", kill_after_save)
+    for _ in range(8):
+        with pytest.raises(Killed):
+            loop.train(settings, data, tmp_path / "broken", seed=1)
+    monkeypatch.setattr(loop, "save_state", saved)
+    loop.train(settings, data, tmp_path / "broken", seed=1)
+    for phase in loop.PHASES:
+        assert weights(tmp_path / "broken" / phase) == weights(tmp_path / "whole" / phase)
+    losses = [[row["loss"] for row in loop_log(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def loop_log(folder: Path) -> list[dict]:
+    from trainer.state import read_log
+
+    return read_log(folder / "distill" / "metrics.jsonl")
+
+
+def test_training_lowers_the_loss_and_moves_every_tensor(tiny_models, data, tmp_path) -> None:
+    longer = {"batch_images": 12, "learning_rate": 3e-3, "steps": 30, "ema_decay": 0.0}
+    settings = recipe(
+        tiny_models,
+        adapt=AdaptRecipe(**longer, empty_prompt_share=0),
+        distill={"steps": 0, "batch_images": 1, "learning_rate": 1},
+    )
+    loop.train(settings, data, tmp_path, seed=1)
+    from trainer.state import read_log
+
+    rows = [row["loss"] for row in read_log(tmp_path / "adapt" / "metrics.jsonl")]
+    assert sum(rows[-5:]) < 0.8 * sum(rows[:5])
+    before = build_student(loop.open_pipeline(settings.teacher).unet, "tiny").state_dict()
+    after = UNet2DConditionModel.from_pretrained(tmp_path / "adapt" / "unet").state_dict()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_damaged_checkpoint_and_another_recipes_are_refused(tiny_models, data, tmp_path, monkeypatch) -> None:
+    def stop(*args: object) -> None:
+        saved(*args)
+        raise KeyboardInterrupt
+
+    saved = loop.save_state
+    monkeypatch.setattr(loop, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe(tiny_models), data, tmp_path, seed=1)
+    monkeypatch.setattr(loop, "save_state", saved)
+    with pytest.raises(CorruptShard, match="another recipe"):
+        loop.train(recipe(tiny_models, grid_seed=5), data, tmp_path, seed=1)
+    state = tmp_path / "adapt" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-5000])
+    with pytest.raises(CorruptShard, match=r"state\.pt"):
+        loop.train(recipe(tiny_models), data, tmp_path, seed=1)
+
+
+def test_a_start_of_another_shape_is_refused(tiny_models, data, tmp_path) -> None:
+    with pytest.raises(StageError, match="is no tiny student"):
+        loop.train(recipe(tiny_models, start=str(tiny_models / "teacher")), data, tmp_path, seed=1)
+
+
+def test_the_paper_recipe_builds_its_student_at_full_size() -> None:
+    settings = load_recipe(Recipe, DEFAULT_RECIPE.with_name("edgefusion.yaml"))
+    with torch.device("meta"):
+        teacher = UNet2DConditionModel.from_config(SD15)
+        student = build_student(teacher, settings.trainer.student)
+    assert sum(p.numel() for p in student.parameters()) == 323_384_964
+    assert settings.trainer.size_px // 8 == SD15["sample_size"]
+
+
+@pytest.mark.slow
+def test_one_step_of_both_phases_at_full_size() -> None:
+    """SD-v1.5's architecture with random weights on 64 x 64 latents: about 12 GB and two minutes."""
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_config(SD15).requires_grad_(False)
+    student = build_student(teacher, "tiny").requires_grad_(True)
+    student.enable_gradient_checkpointing()
+    student.train()
+    schedule = NoiseSchedule.from_alphas_cumprod(torch.linspace(0.9991, 0.0047, 1000), "epsilon")
+    latent, t, text = torch.randn(1, 4, 64, 64), torch.tensor([499]), torch.randn(1, 77, 768)
+    names = feature_names(4, 2, "tiny")
+    own, theirs = Features(student, names[0]), Features(teacher, names[1])
+    student(latent, t, text)
+    teacher(latent, t, text)
+    feature_loss(own.take(need_grad=True), theirs.take()).backward()
+    own.close()
+    theirs.close()
+
+    def run(unet: UNet2DConditionModel):
+        return lambda noisy, time, states: unet(noisy, time, states, return_dict=False)[0]
+
+    loss = lcm_loss(
+        schedule,
+        run(student),
+        run(student),
+        run(teacher),
+        latent,
+        t,
+        20,
+        torch.tensor([7.0]),
+        text,
+        torch.zeros_like(text),
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in student.parameters())
