@@ -400,7 +400,7 @@ def _build_student(folder: Path, steps: int) -> None:
     from diffusers import UNet2DConditionModel
 
     from factory.pocket.build import pack_world
-    from trainer.loop import open_pipeline, train
+    from trainer.loop import train
     from trainer.recipe import AdaptRecipe, DistillRecipe
     from trainer.sample import save_student
 
@@ -417,9 +417,8 @@ def _build_student(folder: Path, steps: int) -> None:
     )
     with _bars() as bars, _follow_training(bars, recipe, folder / "students"):
         train(recipe, pack_world(folder), folder / "students", seed=0)
-    adapted = open_pipeline(teacher)
-    adapted.unet = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
-    adapted.to(dtype=torch.float16).save_pretrained(folder / "student")
+    adapted: Any = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
+    adapted.to(torch.float16).save_pretrained(folder / "student")
     save_student(recipe, folder / "students", folder / "student-fewstep")
 
 

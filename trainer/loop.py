@@ -77,6 +77,14 @@ def open_pipeline(model: str) -> Any:
         ) from error
 
 
+def open_unet(model: str) -> UNet2DConditionModel:
+    """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32."""
+    place = Path(resolve(model))
+    if (place / "config.json").exists() and not (place / "model_index.json").exists():
+        return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)
+    return open_pipeline(model).unet
+
+
 def schedule_of(pipeline: Any) -> NoiseSchedule:
     """The training schedule and prediction type of a pipeline's scheduler."""
     prediction = pipeline.scheduler.config.prediction_type
@@ -109,7 +117,7 @@ def _student_for(
         raise StageError(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
         ) from error
-    student = open_pipeline(recipe.start).unet
+    student = open_unet(recipe.start)
     if list(student.config.block_out_channels) != list(wanted["block_out_channels"]):
         raise StageError(
             f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}",

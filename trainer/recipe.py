@@ -61,7 +61,8 @@ class TrainerRecipe(Settings):
     )
     student: Literal["base", "small", "tiny"] = Field(default="tiny", description="BK-SDM size cut from the teacher")
     start: str | None = Field(
-        default=None, description="pipeline whose UNet the student starts from; the teacher's own blocks if left out"
+        default=None,
+        description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
