@@ -118,7 +118,7 @@ def _student_for(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
         ) from error
     student = open_unet(recipe.start)
-    if list(student.config.block_out_channels) != list(wanted["block_out_channels"]):
+    if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
         raise StageError(
             f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}",
             remedy="Leave trainer.start out to cut the student from the teacher",

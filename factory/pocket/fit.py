@@ -41,7 +41,8 @@ def fit(
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
     )
-    parameters, means = list(model.parameters()), list(average.parameters())
+    parameters: list[torch.Tensor] = list(model.parameters())
+    means: list[torch.Tensor] = list(average.parameters())
     start = _resume(folder / "state.pt", model, average, optimiser)
     saved_at, recent = time.monotonic(), []
     began, began_step = time.monotonic(), start
