@@ -139,6 +139,8 @@ class Chain:
         publish_bytes(self.out / RUN, (json.dumps(self.facts, indent=2) + "\n").encode())
 
     def _is_done(self, step: str) -> bool:
+        if step == "select" and "funnel" not in self.facts:
+            return False  # packed, but killed before the counts were noted
         if step == "export":
             return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
         proof = {

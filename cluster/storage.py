@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -17,6 +17,18 @@ from cluster.errors import EdgeFusionError
 
 PARTIAL = ".partial-"
 _CHUNK_BYTES = 1 << 20
+_FULL = (
+    "No space left",
+    "File too large",
+    "file write failed",
+    "iostream error",
+    "inline_container",
+    "StorageFull",
+    "FileTooLarge",
+    "os error 28",
+    "os error 27",
+    "Disk quota",
+)
 
 
 def publish_bytes(path: str | Path, data: bytes) -> str:
@@ -48,34 +60,43 @@ def publish_bytes(path: str | Path, data: bytes) -> str:
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a local file too large for memory, then put it under `path` whole, as `publish_bytes` does."""
-    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial_of(path) as partial:
         write(partial)
         handle = os.open(partial, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise _unwritable(path, error) from error
 
 
 def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a fresh folder beside `path`, then put it there by one rename; an older folder there is replaced."""
-    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
+    with _partial_of(path) as partial:
+        partial.mkdir()
         write(partial)
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def _partial_of(path: Path) -> Generator[Path]:
+    """A temporary name beside `path`; what is left under it is removed, and a full disk is told in plain words."""
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except Exception as error:
+        # torch and safetensors wrap the system's error in types of their own.
+        if isinstance(error, OSError) or any(sign in str(error) for sign in _FULL):
+            raise _unwritable(path, error) from error
+        raise
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def sweep_partials(folder: str | Path) -> int:
@@ -97,8 +118,8 @@ def digest_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _unwritable(path: str | Path, error: OSError) -> EdgeFusionError:
-    reason = error.strerror or str(error)
+def _unwritable(path: str | Path, error: Exception) -> EdgeFusionError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return EdgeFusionError(
         f"could not be written ({reason})", where=str(path), remedy="Free space or choose another output folder"
     )

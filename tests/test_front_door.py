@@ -1,5 +1,7 @@
+import pytest
 from typer.testing import CliRunner
 
+from cluster.errors import EdgeFusionError, RecipeError
 from edgefusion import app
 
 
@@ -10,7 +12,7 @@ def test_doctor_names_what_is_installed() -> None:
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(monkeypatch) -> None:
-    monkeypatch.setattr("edgefusion._NEEDED", ["a-package-that-nobody-has"])
+    monkeypatch.setattr("edgefusion.NEEDED", ["a-package-that-nobody-has"])
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "pip install a-package-that-nobody-has" in result.output
@@ -20,3 +22,32 @@ def test_an_unknown_zoo_model_is_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["zoo", "build", "unet", "--steps", "1"])
     assert result.exit_code == 2
     assert "'unet'" in result.output and "teacher" in result.output
+
+
+def test_generate_refuses_an_empty_prompt_and_an_unknown_model(tiny_models, tmp_path) -> None:
+    out = tmp_path / "x.png"
+    for words, error in (
+        (["generate", " ", "--model", str(tiny_models / "teacher"), "--out", str(out)], EdgeFusionError),
+        (["generate", "a fox", "--model", "./no-such-folder", "--out", str(out)], RecipeError),
+        (["generate", "a fox", "--model", "zoo:nobody", "--out", str(out)], RecipeError),
+    ):
+        with pytest.raises(error):
+            CliRunner().invoke(app, words, catch_exceptions=False)
+    assert not out.exists()
+
+
+def test_generate_writes_the_same_picture_for_the_same_seed(tiny_models, tmp_path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for path, seed in zip(files, ("1", "1", "2"), strict=True):
+        words = ["generate", "a fox", "--model", str(tiny_models / "teacher"), "--seed", seed, "--out", str(path)]
+        assert CliRunner().invoke(app, words).exit_code == 0
+    a, b, c = (path.read_bytes() for path in files)
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["run"], ["factory"], ["trainer"], ["export"], ["cluster"], ["zoo"], ["generate"]]
+)
+def test_every_command_has_help_worth_reading(words: list[str]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0 and len(result.output) > 300

@@ -62,6 +62,7 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
         average = _fit(phase, settings, recipe, student, loss_at, folder / phase, accelerator)
         if accelerator.is_main_process:
             publish_folder(done, average.save_pretrained)
+            (folder / phase / "state.pt").unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     stream.close()
 

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from cluster.errors import EdgeFusionError
-from cluster.storage import digest_file, publish_bytes, sweep_partials
+from cluster.storage import digest_file, publish_bytes, publish_file, publish_folder, sweep_partials
 
 WRITER = """
 import sys
@@ -67,3 +67,42 @@ def test_urls_work_too() -> None:
     digest = publish_bytes("memory://bucket/a.bin", b"hello")
     assert fsspec.filesystem("memory").cat("/bucket/a.bin") == b"hello"
     assert digest_file("memory://bucket/a.bin") == digest
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from cluster.errors import EdgeFusionError
+from cluster.storage import publish_bytes, publish_file, publish_folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+place, big = Path(sys.argv[1]), torch.zeros(1_000_000)
+for do in (
+    lambda: publish_bytes(place / "a.bin", bytes(2_000_000)),
+    lambda: publish_file(place / "b.pt", lambda p: torch.save({"x": big}, p)),
+    lambda: publish_folder(place / "c", lambda p: save_file({"x": big}, p / "x.safetensors")),
+):
+    try:
+        do()
+        print("written")
+    except EdgeFusionError as error:
+        print("refused" if "could not be written" in str(error) else error)
+"""
+
+
+def test_a_place_without_room_leaves_nothing_half_written(tmp_path) -> None:
+    root = Path(__file__).parents[2]
+    said = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert said.stdout.split() == ["refused"] * 3, said.stderr[-1500:]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_replaced_whole_and_an_error_of_its_writer_is_not_disguised(tmp_path) -> None:
+    publish_folder(tmp_path / "a", lambda p: (p / "old").write_text("1"))
+    publish_folder(tmp_path / "a", lambda p: (p / "new").write_text("2"))
+    assert os.listdir(tmp_path / "a") == ["new"]
+    with pytest.raises(ZeroDivisionError):
+        publish_file(tmp_path / "b", lambda p: p.write_text(str(1 / 0)))
+    assert os.listdir(tmp_path) == ["a"]
