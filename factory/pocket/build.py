@@ -89,7 +89,6 @@ SHIPPED = {
     "clip": "clip/model",
     "writer": "writer/model",
     "teacher": "teacher/model",
-    "student": "student",
     "student-fewstep": "student-fewstep",
 }
 """Name in the zoo to the finished folder below the building place."""
