@@ -8,6 +8,7 @@ stage does. Knows no images.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
@@ -81,17 +82,19 @@ class OnRay:
         context.print_on_execution_start = False
         # One unit a block: a block is what Ray hands out, and what it repeats when a worker is lost.
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for stage in stages:
-            mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
-            data = data.map(
-                mapper,
-                fn_constructor_args=[stage],
-                compute=ray.data.ActorPoolStrategy(size=stage.workers),
-                num_cpus=stage.cpus,
-                num_gpus=stage.gpus,
-                max_restarts=self.recipe.max_failures,
-                max_task_retries=self.recipe.max_failures,
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray deprecates the spelling of max_restarts, and offers no other yet
+            for stage in stages:
+                mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
+                data = data.map(
+                    mapper,
+                    fn_constructor_args=[stage],
+                    compute=ray.data.ActorPoolStrategy(size=stage.workers),
+                    num_cpus=stage.cpus,
+                    num_gpus=stage.gpus,
+                    max_restarts=self.recipe.max_failures,
+                    max_task_retries=self.recipe.max_failures,
+                )
         try:
             for row in data.iter_rows():
                 yield Unit.from_bytes(row["unit"], row["payload"])
@@ -124,10 +127,6 @@ def start_ray(recipe: ClusterRecipe) -> None:
     }.items():
         os.environ.setdefault(name, value)
     import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", module="ray")
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
     import ray
 
