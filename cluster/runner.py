@@ -184,11 +184,18 @@ def resources(recipe: ClusterRecipe) -> dict[str, float]:
     return found
 
 
-def _stage_error(error: Exception) -> StageError:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, StageError):
-        return cause
-    last = str(cause or error).strip().splitlines()[-1:] or ["unknown"]
+def _stage_error(error: BaseException) -> StageError:
+    """The StageError inside Ray's wrapping if there is one: as an object, or as the line of a remote traceback."""
+    inner: BaseException | None = error
+    while inner is not None:
+        cause: BaseException | None = getattr(inner, "cause", None)
+        if isinstance(cause, StageError):
+            return cause
+        inner = cause or inner.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    named = [line.partition("StageError: ")[2] for line in lines if "StageError: " in line]
+    if named:
+        return StageError(named[-1])
     return StageError(
-        f"a worker failed: {last[0]}", remedy="Mend the cause and run the same command again; --debug shows all"
+        f"a worker failed: {lines[-1]}", remedy="Mend the cause and run the same command again; --debug shows all"
     )

@@ -18,9 +18,9 @@ def test_the_shipped_recipes_validate() -> None:
 def test_overrides_are_typed_and_change_the_digest() -> None:
     plain, changed = (
         load_recipe(Recipe, DEFAULT_RECIPE),
-        load_recipe(Recipe, DEFAULT_RECIPE, ["trainer.adapt.steps=20"]),
+        load_recipe(Recipe, DEFAULT_RECIPE, ["trainer.adapt.steps=21"]),
     )
-    assert changed.trainer.adapt.steps == 20
+    assert changed.trainer.adapt.steps == 21
     assert recipe_digest(plain) != recipe_digest(changed)
     assert recipe_digest(plain) == recipe_digest(load_recipe(Recipe, DEFAULT_RECIPE))
 
