@@ -101,7 +101,16 @@ def ship(zoo: Path, target: Path) -> None:
     for name, source in SHIPPED.items():
         if (zoo / source).exists():
             publish_folder(target / name, lambda place, source=source: copy_folder(zoo / source, place))
+    forget_origins(target)
     publish_bytes(target / DIGESTS, (json.dumps(digests_of(target), indent=2) + "\n").encode())
+
+
+def forget_origins(target: Path) -> None:
+    """Take the building place's paths out of the configs: they mean nothing elsewhere."""
+    for path in target.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            publish_bytes(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def copy_folder(source: Path, place: Path) -> None:
