@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
-from rich.table import Table
+from rich.progress import Progress
 
+from cluster.cli import app as cluster_app
+from cluster.cli import doctor
 from cluster.errors import EdgeFusionError, LedgerConflict
-from cluster.machine import NEEDED, OPTIONAL, commit, every, machine_facts, version_of, watch_memory
+from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
+from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, resources, stop_ray
 from cluster.storage import publish_bytes, sweep_partials
@@ -26,7 +24,10 @@ from export.cli import app as export_app
 from export.recipe import ExportRecipe
 from factory.cli import app as factory_app
 from factory.recipe import FactoryRecipe
+from trainer.cli import app as trainer_app
+from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
+from trainer.zoo import app as zoo_app
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
 RUN = "run.json"
@@ -37,18 +38,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From prompts and GPUs to a small, fast, on-device text-to-image model.",
 )
-zoo = typer.Typer(no_args_is_help=True, help="The embedded zoo: small real models that make the chain honest offline.")
-trainer_app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
-cluster_app = typer.Typer(no_args_is_help=True, help="Where work runs.")
 for name, wing in (
     ("factory", factory_app),
     ("trainer", trainer_app),
     ("export", export_app),
     ("cluster", cluster_app),
+    ("zoo", zoo_app),
 ):
     app.add_typer(wing, name=name)
-app.add_typer(zoo, name="zoo")
-console = Console(stderr=True)
+app.command()(doctor)
 
 
 class Recipe(Settings):
@@ -94,7 +92,7 @@ class Chain:
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
         sweep_partials(self.out)
-        with watch_memory() as peak, _bars() as bars:
+        with watch_memory() as peak, progress_bars() as bars:
             for step in todo:
                 began = time.monotonic()
                 result = getattr(self, f"_{step}")(bars)
@@ -188,7 +186,7 @@ class Chain:
         from trainer.loop import train
 
         recipe, data, folder, seed = self.recipe.trainer, self.data.resolve(), self.training.resolve(), self.recipe.seed
-        with _follow_training(bars, self.recipe.trainer, folder):
+        with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(
                     lambda: train(recipe, data, folder, seed),
@@ -340,128 +338,6 @@ def cluster_check(recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE) -> None:
     """Start or join the recipe's Ray and say what it offers."""
     for key, value in resources(load_recipe(Recipe, recipe).cluster).items():
         typer.echo(f"{key}: {value:g}")
-
-
-@app.command()
-def doctor() -> None:
-    """Say what this machine can do, what is missing and how to get it. Exits with 1 if a needed package is missing."""
-    table = Table(title="edgefusion doctor", show_header=False)
-    for name, value in machine_facts().items():
-        table.add_row(name, value)
-    table.add_section()
-    missing = []
-    for package in NEEDED:
-        version = version_of(package)
-        table.add_row(package, version or "[red]missing[/]")
-        missing += [] if version else [package]
-    for package, remedy in OPTIONAL.items():
-        table.add_row(package, version_of(package) or f"not installed (optional; to {remedy})".replace("[", r"\["))
-    Console().print(table)
-    if missing:
-        typer.echo(f"Missing: {', '.join(missing)}. Mend it with: pip install {' '.join(missing)}", err=True)
-        raise typer.Exit(1)
-
-
-@zoo.command("build")
-def zoo_build(
-    model: Annotated[
-        str, typer.Argument(help="vae, clip, writer, teacher (needs vae and clip) or student (needs teacher)")
-    ],
-    steps: Annotated[
-        int, typer.Option(min=1, help="optimiser steps in all, earlier runs included; a student's of each phase")
-    ],
-    folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
-) -> None:
-    """Train one of the zoo's models from public packages. Rerun the same command to resume; hours on two cores."""
-    from factory.pocket.build import MODELS, build
-
-    if model == "student":
-        _build_student(folder, steps)
-    elif model in MODELS:
-        build(model, folder, steps)
-    else:
-        typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
-        raise typer.Exit(2)
-
-
-@zoo.command("ship")
-def zoo_ship(
-    folder: Annotated[Path, typer.Option(help="where zoo build worked")] = Path("runs/zoo"),
-) -> None:
-    """Put the finished models into the package, with their digests."""
-    from factory.models import ZOO
-    from factory.pocket.build import ship
-
-    ship(folder, ZOO)
-    typer.echo(f"wrote {ZOO}: {sum(p.stat().st_size for p in ZOO.rglob('*') if p.is_file()) / 2**20:.1f} MiB")
-
-
-def _build_student(folder: Path, steps: int) -> None:
-    """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from factory.pocket.build import pack_world
-    from trainer.loop import train
-    from trainer.recipe import AdaptRecipe, DistillRecipe
-    from trainer.sample import save_student
-
-    teacher = str(folder / "teacher" / "model")
-    rate = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
-    recipe = TrainerRecipe(
-        teacher=teacher,
-        size_px=64,
-        cache_latents=True,
-        adapt=AdaptRecipe(steps=steps, learning_rate=4e-4, ema_decay=0.998, **rate),
-        distill=DistillRecipe(
-            steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
-        ),
-    )
-    with _bars() as bars, _follow_training(bars, recipe, folder / "students"):
-        train(recipe, pack_world(folder), folder / "students", seed=0)
-    adapted: Any = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
-    adapted.to(torch.float16).save_pretrained(folder / "student")
-    save_student(recipe, folder / "students", folder / "student-fewstep")
-
-
-@contextmanager
-def _bars() -> Generator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console) as bars:
-        yield bars
-
-
-class _Rate(TextColumn):
-    """Items a second."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Any) -> Any:
-        from rich.text import Text
-
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-
-@contextmanager
-def _follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Generator[None]:
-    """Bars fed from metrics.jsonl, which any worker anywhere writes."""
-    from trainer.loop import PHASES
-    from trainer.state import read_log
-
-    tasks = {
-        phase: bars.add_task(f"train: {phase}", total=getattr(recipe, phase).steps)
-        for phase in PHASES
-        if getattr(recipe, phase).steps
-    }
-
-    def look() -> None:
-        for phase, task in tasks.items():
-            rows = read_log(folder / phase / "metrics.jsonl")
-            bars.update(task, completed=rows[-1]["step"] if rows else 0)
-
-    with every(1.0, look):
-        yield
 
 
 def main() -> None:

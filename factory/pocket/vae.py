@@ -20,6 +20,8 @@ from factory.pocket.world import BACKGROUNDS, SIZE, Concept, compose
 
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.1
+MSE_WEIGHT = 10.0
+"""With 2.0 the picture error stopped falling at 27.5 dB; the edge term keeps outlines sharp."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -69,7 +71,7 @@ def train_vae(
             out = decode(vae, latent).float()
         edges = sum((_difference(out, d) - _difference(pictures, d)).abs().mean() for d in (2, 3))
         kl = posterior.kl().float().mean() / latent[0].numel()
-        return (out - pictures).abs().mean() + 2 * F.mse_loss(out, pictures) + 0.5 * edges + KL_WEIGHT * kl
+        return (out - pictures).abs().mean() + MSE_WEIGHT * F.mse_loss(out, pictures) + 0.5 * edges + KL_WEIGHT * kl
 
     def on_save(average: AutoencoderKL, step: int) -> None:
         psnr = reconstruct(average, pixels, kept_out[:64], folder / f"look-{step:06d}.png")

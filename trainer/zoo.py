@@ -1,0 +1,75 @@
+"""`edgefusion zoo ...`: rebuild the embedded models and ship them. It lies here because the students need the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.progress import progress_bars
+from trainer.progress import follow_training
+from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+
+app = typer.Typer(no_args_is_help=True, help="The embedded zoo: small real models that make the chain honest offline.")
+
+
+@app.command("build")
+def zoo_build(
+    model: Annotated[
+        str, typer.Argument(help="vae, clip, writer, teacher (needs vae and clip) or student (needs teacher)")
+    ],
+    steps: Annotated[
+        int, typer.Option(min=1, help="optimiser steps in all, earlier runs included; a student's of each phase")
+    ],
+    folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
+) -> None:
+    """Train one of the zoo's models from public packages. Rerun the same command to resume; hours on two cores."""
+    from factory.pocket.build import MODELS, build
+
+    if model == "student":
+        _build_student(folder, steps)
+    elif model in MODELS:
+        build(model, folder, steps)
+    else:
+        typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
+        raise typer.Exit(2)
+
+
+@app.command("ship")
+def zoo_ship(
+    folder: Annotated[Path, typer.Option(help="where zoo build worked")] = Path("runs/zoo"),
+) -> None:
+    """Put the finished models into the package, with their digests."""
+    from factory.models import ZOO
+    from factory.pocket.build import ship
+
+    ship(folder, ZOO)
+    typer.echo(f"wrote {ZOO}: {sum(p.stat().st_size for p in ZOO.rglob('*') if p.is_file()) / 2**20:.1f} MiB")
+
+
+def _build_student(folder: Path, steps: int) -> None:
+    """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from factory.pocket.build import pack_world
+    from trainer.loop import train
+    from trainer.sample import save_student
+
+    teacher = str(folder / "teacher" / "model")
+    rate = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
+    recipe = TrainerRecipe(
+        teacher=teacher,
+        size_px=64,
+        cache_latents=True,
+        adapt=AdaptRecipe(steps=steps, learning_rate=4e-4, ema_decay=0.998, **rate),
+        distill=DistillRecipe(
+            steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
+        ),
+    )
+    with progress_bars() as bars, follow_training(bars, recipe, folder / "students"):
+        train(recipe, pack_world(folder), folder / "students", seed=0)
+    adapted: Any = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
+    adapted.to(torch.float16).save_pretrained(folder / "student")
+    save_student(recipe, folder / "students", folder / "student-fewstep")
