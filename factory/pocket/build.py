@@ -15,7 +15,8 @@ import numpy as np
 
 from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
-from factory.pocket.clip import train_clip
+from factory.pocket.captioner import train_captioner
+from factory.pocket.clip import FILTER, JUDGE, train_clip
 from factory.pocket.grammar import sentence
 from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
@@ -47,7 +48,7 @@ def fetch_packages(folder: Path) -> Path:
     return folder
 
 
-MODELS = ("vae", "clip", "writer", "teacher")
+MODELS = ("vae", "clip", "judge", "captioner", "writer", "teacher")
 
 
 def build(model: str, zoo: Path, steps: int) -> None:
@@ -56,7 +57,11 @@ def build(model: str, zoo: Path, steps: int) -> None:
     if model == "vae":
         train_vae(pairs, pixels, zoo / "vae", steps=steps)
     elif model == "clip":
-        train_clip(pairs, pixels, zoo / "clip", steps=steps)
+        train_clip(pairs, pixels, zoo / "clip", FILTER, steps=steps)
+    elif model == "judge":
+        train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps)
+    elif model == "captioner":
+        train_captioner(pairs, pixels, zoo, steps=steps)
     elif model == "writer":
         train_writer(pairs, zoo / "writer", steps=steps)
     elif model == "teacher":
@@ -87,6 +92,8 @@ def pack_world(zoo: Path) -> Path:
 
 SHIPPED = {
     "clip": "clip/model",
+    "judge": "judge/model",
+    "captioner": "captioner/model",
     "writer": "writer/model",
     "teacher": "teacher/model",
     "student-fewstep": "student-fewstep",

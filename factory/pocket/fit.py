@@ -68,6 +68,8 @@ def fit(
                 log.write(line + "\n")
             recent = []
         if last or time.monotonic() - saved_at > save_every_s:
+            for mean, now in zip(average.buffers(), model.buffers(), strict=True):
+                mean.copy_(now)  # a batch norm's statistics are means already
             _save(folder / "state.pt", step + 1, model, average, optimiser)
             saved_at = time.monotonic()
             if on_save:

@@ -2,7 +2,7 @@
 
 import torch
 
-from factory.pocket.clip import CONTEXT, _new_clip, clip_config, text_encoder, tokens, train_tokenizer
+from factory.pocket.clip import CONTEXT, FILTER, _new_clip, clip_config, text_encoder, tokens, train_tokenizer
 from factory.pocket.world import Concept
 
 PAIRS = [(Concept("1f34e", "red apple", "food-fruit", ("fruit",)), "3d"), (Concept("1f680", "rocket", "sky"), "flat")]
@@ -19,7 +19,7 @@ def test_tokenizer_keeps_words_and_ends_with_the_highest_id(tmp_path) -> None:
 def test_converted_text_tower_equals_open_clip(tmp_path) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(PAIRS, tmp_path, vocabulary=600)
-    model = _new_clip(clip_config(len(tokenizer))).eval()
+    model = _new_clip(clip_config(FILTER, len(tokenizer))).eval()
     ids = tokens(tokenizer, ["a rocket on blue", "a 3d render of a red apple"])
     encoder = text_encoder(model, len(tokenizer)).eval()
     with torch.no_grad():
