@@ -155,7 +155,10 @@ class Chain:
     def _plan(self, bars: Progress) -> None:
         from factory.plan import make_plan
 
-        task = bars.add_task("plan: writing prompts", total=self.recipe.factory.plan.prompts)
+        plan = self.recipe.factory.plan
+        total = plan.prompts if plan.kind == "prompts" else plan.limit
+        what = "writing prompts" if plan.kind == "prompts" else "taking in pictures"
+        task = bars.add_task(f"plan: {what}", total=total)
         make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
 
     def _make(self, bars: Progress) -> None:
@@ -217,7 +220,7 @@ class Chain:
             self.student,
             self._prompts(16),
             recipe.trainer.grid_seed,
-            recipe.factory.make.teacher.guidance,
+            self._guidance(),
             Clip(recipe.factory.make.scorer),
             recipe.trainer.threads,
             self.out / "samples",
@@ -243,6 +246,11 @@ class Chain:
         task = bars.add_task("report", total=1)
         write_report(self.out, self.facts)
         bars.advance(task)
+
+    def _guidance(self) -> float:
+        """The teacher's scale where it draws; where pictures came in, the one that the student learned."""
+        teacher = self.recipe.factory.make.teacher
+        return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
         from factory.pack import read_manifest

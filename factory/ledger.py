@@ -34,6 +34,12 @@ _ENTRY = pa.schema(
         ("embedding", pa.binary()),
         ("phash", pa.string()),
         ("colours", pa.binary()),
+        ("source", pa.string()),
+        ("raw_caption", pa.string()),
+        ("raw_clip_score", pa.float64()),
+        ("crop", pa.string()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
         ("pictures_sha256", pa.string()),
     ]
 )

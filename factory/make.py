@@ -50,7 +50,13 @@ def _samples(recipe: FactoryRecipe, folder: Path, entries: list[dict[str, Any]],
                 "attributes": json.loads(row["attributes"]),
                 "clip_score": row["clip_score"],
                 "group": row["group"],
-                "seed": row["seed"],
-                "teacher": recipe.make.teacher.model,
             }
+            if recipe.make.teacher is not None:
+                facts |= {"seed": row["seed"], "teacher": recipe.make.teacher.model}
+            else:
+                place = json.loads(row["source"])
+                facts |= {
+                    name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")
+                }
+                facts["source"] = f"{Path(place['file']).name}#{place['at']}"
             yield Sample(key, data, recipe.make.picture_kind, row["prompt"], facts)

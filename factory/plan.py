@@ -22,9 +22,10 @@ from cluster.errors import RecipeError, StageError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
+from factory.ingest import planned_rows, source_path
 from factory.models import ZOO, fingerprint, resolve
 from factory.models.text import PromptWriter, open_writer
-from factory.recipe import FactoryRecipe
+from factory.recipe import FactoryRecipe, PicturePlan
 
 PLAN = "plan.parquet"
 _PART_PROMPTS = 512
@@ -37,6 +38,8 @@ _SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("outcome", pa.string()),
         ("reason", pa.string()),
+        ("source", pa.string()),
+        ("picture_sha256", pa.string()),
     ]
 )
 
@@ -92,6 +95,8 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
     final = folder / PLAN
     if final.exists():
         return final
+    if recipe.plan.kind == "pictures":
+        return _plan_pictures(recipe.plan, final, progress)
     records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
     writer: PromptWriter | None = None
     parts: list[pa.Table] = []
@@ -101,7 +106,7 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
             writer = writer or open_writer(recipe.plan.writer)
             some = records[start : start + _PART_PROMPTS]
             prompts = _write_checked(writer, some, recipe.plan.tries, seed + start)
-            rows = _enumerate(recipe, seed, start, some, prompts)
+            rows = _enumerate(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
             publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
         parts.append(pq.read_table(part, schema=_SCHEMA))
         progress(min(_PART_PROMPTS, len(records) - start))
@@ -111,6 +116,15 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
             "no prompt passed its check", where="factory.plan.writer", remedy="Look at the template and the model"
         )
     publish_bytes(final, table_bytes(table))
+    return final
+
+
+def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
+    rows = list(planned_rows(plan))
+    if all(row["outcome"] == DEAD for row in rows):
+        raise StageError("the sources hold no picture", where=", ".join(plan.paths), remedy="Check factory.plan.paths")
+    progress(len(rows))
+    publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
     return final
 
 
@@ -139,6 +153,7 @@ def _balanced(values: list[str], count: int, rng: random.Random) -> list[str]:
 def sample_id(recipe: FactoryRecipe, prompt: str, seed: int) -> str:
     """SHA-256 of everything that decides the picture."""
     teacher = recipe.make.teacher
+    assert teacher is not None
     facts = {
         **teacher.model_dump(mode="json", exclude={"model", "revision", "batch_images"}),
         "model": fingerprint(teacher.model, teacher.revision),
@@ -176,6 +191,7 @@ def _write_checked(
 
 def _enumerate(
     recipe: FactoryRecipe,
+    images_per_prompt: int,
     seed: int,
     start: int,
     some: list[tuple[Group, dict[str, str]]],
@@ -183,7 +199,7 @@ def _enumerate(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i, ((group, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True), start):
-        for k in range(recipe.plan.images_per_prompt):
+        for k in range(images_per_prompt):
             own = int.from_bytes(hashlib.sha256(f"{seed}/{i}/{k}".encode()).digest()[:6], "big")
             rows.append(
                 {
@@ -214,9 +230,17 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def resolve_models(recipe: FactoryRecipe) -> None:
-    """Refuse unknown models and taxonomies before any work is done."""
-    resolve(recipe.plan.writer.model) if recipe.plan.writer.kind != "openai" else None
-    resolve(recipe.make.teacher.model)
+    """Refuse unknown models, taxonomies and sources before any work is done."""
+    if recipe.make.teacher is not None:
+        resolve(recipe.make.teacher.model)
+    if recipe.make.captioner is not None and recipe.make.captioner.kind != "openai":
+        resolve(recipe.make.captioner.model)
     if recipe.make.scorer.pretrained is None:
         resolve(recipe.make.scorer.model)
+    if recipe.plan.kind == "pictures":
+        for name in recipe.plan.paths:
+            source_path(name)
+        return
+    if recipe.plan.writer.kind != "openai":
+        resolve(recipe.plan.writer.model)
     load_taxonomy(recipe.plan.taxonomy)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cluster.recipe import Settings
 
@@ -39,9 +39,10 @@ class OpenAiWriter(TransformersWriter):
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]
 
 
-class PlanRecipe(Settings):
+class PromptPlan(Settings):
     """Which prompts are written."""
 
+    kind: Literal["prompts"] = "prompts"
     taxonomy: str = Field(
         description="YAML file of groups with attributes and shares; zoo:taxonomy.yaml is the pocket world's"
     )
@@ -51,6 +52,29 @@ class PlanRecipe(Settings):
         default=4, ge=1, description="how often a prompt that fails its check is written anew before it is dead"
     )
     writer: Writer
+
+
+class PicturePlan(Settings):
+    """Which pictures are taken in: real ones with the texts that came with them (the paper's L-orig)."""
+
+    kind: Literal["pictures"] = "pictures"
+    paths: list[str] = Field(
+        min_length=1,
+        description="folders (picture files with .txt beside them), WebDataset shards (.tar), Parquet files, or zoo:wild.parquet",
+    )
+    picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
+    text_column: str = Field(default="text", description="Parquet column with the text")
+    limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
+
+
+def _plan_kind(plan: Any) -> str:
+    """A plan without `kind` writes prompts."""
+    return plan.get("kind", "prompts") if isinstance(plan, dict) else getattr(plan, "kind", "prompts")
+
+
+PlanRecipe = Annotated[
+    Annotated[PromptPlan, Tag("prompts")] | Annotated[PicturePlan, Tag("pictures")], Discriminator(_plan_kind)
+]
 
 
 class DiffusersTeacher(Settings):
@@ -79,10 +103,48 @@ class OpenClipScorer(Settings):
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
 
 
-class MakeRecipe(Settings):
-    """How pictures are made and scored."""
+class CropRecipe(Settings):
+    """How a taken-in picture becomes square."""
 
-    teacher: DiffusersTeacher
+    size_px: int = Field(default=512, ge=32, le=2048, description="edge of the crops, pixels")
+    choice: Literal["best", "centre"] = Field(
+        default="best",
+        description="`best`: of the centre and the two ends of the longer side, the one CLIP finds nearest to the text",
+    )
+
+
+class TransformersCaptioner(Settings):
+    """A vision-language model folder run by transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: str = Field(description="folder, hub name or zoo:NAME of an image-text-to-text model, such as a LLaVA")
+    revision: str | None = Field(default=None, description="commit of a hub model; pin it")
+    template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
+    max_new_tokens: int = Field(default=48, ge=4, le=512, description="longest caption, tokens")
+    batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")
+
+
+class OpenAiCaptioner(TransformersCaptioner):
+    """Any server that speaks OpenAI's chat completions with pictures, vLLM's among them. The key comes from OPENAI_API_KEY."""
+
+    kind: Literal["openai"] = "openai"
+    base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
+    template: str = Field(default="Describe the picture in one sentence.", description="the question")
+
+
+Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner, Field(discriminator="kind")]
+
+
+class MakeRecipe(Settings):
+    """How pictures are made, or taken in, and scored."""
+
+    teacher: DiffusersTeacher | None = Field(default=None, description="draws the prompts; none when pictures come in")
+    crop: CropRecipe | None = Field(
+        default=None, description="makes taken-in pictures square; 512 px by CLIP if left out"
+    )
+    captioner: Captioner | None = Field(
+        default=None, description="writes the text anew after the crop; the text that came with it is kept beside it"
+    )
     scorer: OpenClipScorer
     unit_images: int = Field(default=64, ge=1, le=1024, description="pictures of one work unit: what a crash can cost")
     picture_kind: Literal["png", "webp", "jpg"] = Field(
@@ -98,6 +160,7 @@ class SelectRecipe(Settings):
     """What is kept."""
 
     min_clip: float = Field(default=0.0, ge=-1, le=1, description="least cosine of picture and prompt")
+    min_size_px: int = Field(default=0, ge=0, description="least shorter edge of a taken-in picture, before the crop")
     max_hamming_bits: int = Field(
         default=2, ge=0, le=16, description="perceptual hashes this near count as the same drawing"
     )
@@ -120,9 +183,16 @@ class FactoryRecipe(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> FactoryRecipe:
-        if self.make.teacher.batch_images > self.make.unit_images:
+        teacher, make = self.make.teacher, self.make
+        if self.plan.kind == "pictures" and teacher is not None:
+            raise ValueError("make.teacher draws prompts, but plan.kind is pictures: leave the teacher out")
+        if self.plan.kind == "prompts" and teacher is None:
+            raise ValueError("make.teacher is missing: who is to draw the prompts?")
+        if self.plan.kind == "prompts" and (make.crop or make.captioner):
+            raise ValueError("make.crop and make.captioner are for plan.kind pictures; drawn pictures need neither")
+        if teacher is not None and teacher.batch_images > make.unit_images:
             raise ValueError(
-                f"make.teacher.batch_images ({self.make.teacher.batch_images}) is larger than make.unit_images "
-                f"({self.make.unit_images}): a batch never crosses units"
+                f"make.teacher.batch_images ({teacher.batch_images}) is larger than make.unit_images "
+                f"({make.unit_images}): a batch never crosses units"
             )
         return self

@@ -18,6 +18,8 @@ from factory.recipe import SelectRecipe
 SELECTION = "selection.parquet"
 KEPT, REJECTED, DEAD = "kept", "rejected", "dead"
 _SCHEMA = pa.schema([("id", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
+_LARGE = 1 << 30
+"""Stands for the size of a drawn picture: it is what the recipe asked for."""
 _BITS = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 
 
@@ -31,6 +33,10 @@ def select(entries: list[dict[str, Any]], pictures: dict[str, str], recipe: Sele
     for row in entries:
         if row["outcome"] != MADE:
             verdict[row["id"]] = (row["outcome"], row["reason"] or "")
+        elif min(row.get("width_px") or _LARGE, row.get("height_px") or _LARGE) < recipe.min_size_px:
+            verdict[row["id"]] = (REJECTED, "too small")
+        elif not row.get("prompt", "-"):
+            verdict[row["id"]] = (REJECTED, "no caption")
         elif row["clip_score"] < recipe.min_clip:
             verdict[row["id"]] = (REJECTED, "clip below threshold")
         else:

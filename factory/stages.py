@@ -1,4 +1,4 @@
-"""The workers of `make`: render, score, commit. Each marks rows and drops none."""
+"""The workers of `make`: render (or crop and caption), score, commit. Each marks rows and drops none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from cluster.stage import Row, Stage
+from factory.ingest import fetch
 from factory.ledger import commit_unit
 from factory.models import set_threads
-from factory.recipe import MakeRecipe
+from factory.recipe import CropRecipe, MakeRecipe
 
 REJECTED = "rejected"
 _BLANK_DEVIATION = 2.0
@@ -19,9 +20,17 @@ _BLANK_DEVIATION = 2.0
 
 
 def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
-    """Render, score and commit, as the runner places them."""
+    """Render, or crop and caption what was taken in; then score and commit, as the runner places them."""
+    if recipe.teacher is not None:
+        first = [Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus)]
+    else:
+        first = [Stage("crop", lambda: _Crop(recipe), recipe.score_workers, cpus=0.5)]
+        if recipe.captioner is not None:
+            first.append(
+                Stage("caption", lambda: _Caption(recipe), recipe.render_workers, cpus=0.5, gpus=recipe.render_gpus)
+            )
     return [
-        Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus),
+        *first,
         Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5),
         Stage("commit", lambda: _Commit(folder), 1, cpus=0.1, whole=True),
     ]
@@ -32,11 +41,72 @@ class _Render:
         from factory.models.image import Painter
 
         set_threads(recipe.threads)
+        assert recipe.teacher is not None
         self.painter, self.kind = Painter(recipe.teacher), recipe.picture_kind
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures = self.painter.paint([row["prompt"] for row in rows], [row["seed"] for row in rows])
         return [{**row, "picture": encode_picture(p, self.kind)} for row, p in zip(rows, pictures, strict=True)]
+
+
+class _Crop:
+    """The paper's best-of-three: centre and the two ends of the longer side, the one nearest to the text by CLIP."""
+
+    def __init__(self, recipe: MakeRecipe) -> None:
+        from factory.models.clip import Clip
+
+        set_threads(recipe.threads)
+        self.recipe, self.kind = recipe.crop or CropRecipe(), recipe.picture_kind
+        self.clip = Clip(recipe.scorer)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        opened = [decode_picture(fetch(row["source"], row["picture_sha256"])) for row in rows]
+        three = [crops(picture, self.recipe.size_px) for picture in opened]
+        seen = self.clip.pictures([crop for crop_set in three for crop in crop_set]).reshape(len(rows), 3, -1)
+        scores = np.einsum("bkd,bd->bk", seen, self.clip.texts([row["prompt"] for row in rows]))
+        return [
+            {
+                **row,
+                "picture": encode_picture(three[i][chosen], self.kind),
+                "raw_caption": row["prompt"],
+                "raw_clip_score": round(float(scores[i, chosen]), 6),
+                "crop": CROPS[chosen],
+                "width_px": opened[i].shape[1],
+                "height_px": opened[i].shape[0],
+            }
+            for i, row in enumerate(rows)
+            for chosen in [self._choose(row, scores[i])]
+        ]
+
+    def _choose(self, row: Row, scores: np.ndarray) -> int:
+        """Index into CROPS; the centre where there is nothing to choose by, and on a tie."""
+        best = int(scores.argmax())
+        informed = self.recipe.choice == "best" and row["prompt"] and scores[best] > scores[0] + 1e-6
+        return best if informed else 0
+
+
+CROPS = ("centre", "start", "end")
+
+
+def crops(picture: np.ndarray, size_px: int) -> list[np.ndarray]:
+    """Three squares of H x W x 3 uint8, scaled to `size_px`: centre, left or upper end, right or lower end."""
+    image, side = Image.fromarray(picture), min(picture.shape[:2])
+    across, down = picture.shape[1] - side, picture.shape[0] - side
+    boxes = [(left, top, left + side, top + side) for left, top in ((across // 2, down // 2), (0, 0), (across, down))]
+    return [np.asarray(image.resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)) for box in boxes]
+
+
+class _Caption:
+    def __init__(self, recipe: MakeRecipe) -> None:
+        from factory.models.caption import open_captioner
+
+        set_threads(recipe.threads)
+        assert recipe.captioner is not None
+        self.model = open_captioner(recipe.captioner)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        captions = self.model.describe([decode_picture(row["picture"]) for row in rows])
+        return [{**row, "prompt": caption} for row, caption in zip(rows, captions, strict=True)]
 
 
 class _Score:

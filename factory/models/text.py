@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,8 @@ def spell(record: Record) -> str:
     return "; ".join(f"{key}: {value}" for key, value in record.items())
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """The first line that says something, without quotes around it."""
     return next((line.strip() for line in text.strip().splitlines() if line.strip()), "").strip('"')
 
 
@@ -73,7 +75,7 @@ class _Transformers:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             new = out[:, tokens["input_ids"].shape[1] :]
-            found += [_first_line(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            found += [first_line(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
 
@@ -94,7 +96,7 @@ class _Vllm:
             temperature=self.recipe.temperature, max_tokens=self.recipe.max_new_tokens, seed=seed, stop=["\n"]
         )
         asked = [self.recipe.template.format(attributes=spell(r)) for r in records]
-        return [_first_line(answer.outputs[0].text) for answer in self.engine.generate(asked, options)]
+        return [first_line(answer.outputs[0].text) for answer in self.engine.generate(asked, options)]
 
 
 class _OpenAi:
@@ -106,27 +108,50 @@ class _OpenAi:
             return list(pool.map(lambda pair: self._ask(pair[1], seed + pair[0]), enumerate(records)))
 
     def _ask(self, record: Record, seed: int) -> str:
-        body = {
-            "model": self.recipe.model,
-            "messages": [{"role": "user", "content": self.recipe.template.format(attributes=spell(record))}],
-            "temperature": self.recipe.temperature,
-            "max_tokens": self.recipe.max_new_tokens,
-            "seed": seed,
-        }
-        request = urllib.request.Request(
-            f"{self.recipe.base_url.rstrip('/')}/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={
-                "Content-Type": "application/json",
-                "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+        return ask_server(
+            self.recipe.base_url,
+            {
+                "model": self.recipe.model,
+                "messages": [{"role": "user", "content": self.recipe.template.format(attributes=spell(record))}],
+                "temperature": self.recipe.temperature,
+                "max_tokens": self.recipe.max_new_tokens,
+                "seed": seed,
             },
         )
+
+
+_TRIES = 5
+
+
+def ask_server(base_url: str, body: Mapping[str, Any], wait_s: float = 1.0) -> str:
+    """First line of the answer of an OpenAI-compatible server; tried again, ever more slowly, when it is busy or away.
+
+    Raises StageError when it stays away or answers what is no answer.
+    """
+    request = urllib.request.Request(
+        f"{base_url.rstrip('/')}/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+        },
+    )
+    failure: Exception | None = None
+    for attempt in range(_TRIES):
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
-                return _first_line(json.load(answer)["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, KeyError, ValueError, TimeoutError) as error:
-            raise StageError(
-                f"the prompt server did not answer: {error}",
-                where=self.recipe.base_url,
-                remedy="Start it, then run again",
-            ) from error
+                return first_line(json.load(answer)["choices"][0]["message"]["content"])
+        except urllib.error.HTTPError as error:
+            failure = error
+            if error.code not in (408, 429) and error.code < 500:
+                break  # our own fault: asking again changes nothing
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            failure = error
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            failure = ValueError(f"its answer is no chat completion ({error})")
+        time.sleep(wait_s * 2**attempt)
+    raise StageError(
+        f"the model server did not answer: {failure}",
+        where=base_url,
+        remedy="Start it, check the model's name and OPENAI_API_KEY, then run again",
+    ) from failure

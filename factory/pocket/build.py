@@ -20,6 +20,7 @@ from factory.pocket.clip import FILTER, JUDGE, train_clip
 from factory.pocket.grammar import sentence
 from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
+from factory.pocket.wild import write_wild
 from factory.pocket.world import BACKGROUNDS, compose, describe, render_world
 from factory.pocket.writer import train_writer
 from factory.stages import encode_picture
@@ -48,7 +49,8 @@ def fetch_packages(folder: Path) -> Path:
     return folder
 
 
-MODELS = ("vae", "clip", "judge", "captioner", "writer", "teacher")
+WILD = "wild.parquet"
+MODELS = ("wild", "vae", "clip", "judge", "captioner", "writer", "teacher")
 
 
 def build(model: str, zoo: Path, steps: int) -> None:
@@ -58,6 +60,8 @@ def build(model: str, zoo: Path, steps: int) -> None:
         train_vae(pairs, pixels, zoo / "vae", steps=steps)
     elif model == "clip":
         train_clip(pairs, pixels, zoo / "clip", FILTER, steps=steps)
+    elif model == "wild":
+        write_wild(pairs, pixels, zoo / "packages", zoo / WILD)
     elif model == "judge":
         train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps)
     elif model == "captioner":
@@ -108,6 +112,8 @@ def ship(zoo: Path, target: Path) -> None:
     for name, source in SHIPPED.items():
         if (zoo / source).exists():
             publish_folder(target / name, lambda place, source=source: copy_folder(zoo / source, place))
+    if (zoo / WILD).exists():
+        publish_bytes(target / WILD, (zoo / WILD).read_bytes())
     forget_origins(target)
     publish_bytes(target / DIGESTS, (json.dumps(digests_of(target), indent=2) + "\n").encode())
 

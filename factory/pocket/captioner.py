@@ -68,7 +68,6 @@ def new_captioner(tokens: int, image_token: int) -> LlavaForConditionalGeneratio
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
             tie_word_embeddings=True,
-            pad_token_id=0,
         )
     )
 

@@ -246,5 +246,5 @@ def _layers(source: dict[str, torch.Tensor], ours: str, theirs: str, layers: int
 
 
 def _new_clip(config: dict[str, Any]) -> nn.Module:
-    text = {k: v for k, v in config["text_cfg"].items() if k != "hf_tokenizer_name"}
+    text: Any = {k: v for k, v in config["text_cfg"].items() if k != "hf_tokenizer_name"}
     return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)

@@ -108,7 +108,7 @@ def label(concept: Concept) -> str:
     return (concept.subject if concept.gender == "person" else f"{concept.gender} {concept.subject}") + tone
 
 
-def write_wild(pairs: Pairs, pixels: np.ndarray, packages: Path, path: Path, count: int = 2000) -> Path:
+def write_wild(pairs: Pairs, pixels: np.ndarray, packages: Path, path: Path, count: int = 3000) -> Path:
     """Write a Parquet file (`picture` jpg bytes, `text`, `source`, `licence`, `flaws`, `truth`); the same bytes each time."""
     shortcodes = json.loads((packages / "emojibase-data" / "en" / "shortcodes" / "github.json").read_text())
     rows = [

@@ -1,0 +1,211 @@
+"""Real pictures in: folders, WebDataset shards and Parquet files become the same kind of plan as prompts do.
+
+The plan holds where each picture lies and the SHA-256 of its bytes, never the bytes; nothing is unpacked to disk. The text that came with a
+picture is kept as it is, wrong or empty. What cannot be read is planned as dead, so planned = kept + rejected + dead holds from here on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import RecipeError, StageError
+from cluster.stage import DEAD, PENDING
+from factory.models import ZOO
+from factory.recipe import PicturePlan
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+MAX_PICTURE_BYTES = 64 << 20
+"""A larger file is refused unread."""
+MAX_TEXT_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a source: where it lies, its bytes, the text beside it, and why it will not do (empty if it will)."""
+
+    source: dict[str, Any]
+    data: bytes
+    text: str
+    wrong: str = ""
+
+
+def source_path(name: str) -> Path:
+    """`zoo:NAME` or a path; raises RecipeError if there is nothing."""
+    path = ZOO / name.removeprefix("zoo:") if name.startswith("zoo:") else Path(name)
+    if not path.exists():
+        raise RecipeError(
+            f"there is no source {name}",
+            where="factory.plan.paths",
+            remedy="Give a folder, a .tar shard, a .parquet file or zoo:wild.parquet",
+        )
+    return path.resolve()
+
+
+def planned_rows(recipe: PicturePlan) -> Iterator[dict[str, Any]]:
+    """A plan row a picture, in the order of the sources; the same bytes from the same place come once."""
+    seen: set[str] = set()
+    for name in recipe.paths:
+        for found in _read(source_path(name), recipe):
+            place = json.dumps(found.source, sort_keys=True)
+            sha = hashlib.sha256(found.data).hexdigest()
+            key = hashlib.sha256(f"{Path(found.source['file']).name}/{found.source['at']}/{sha}/{found.text}".encode())
+            if key.hexdigest() in seen:
+                continue
+            seen.add(key.hexdigest())
+            yield {
+                "id": key.hexdigest(),
+                "prompt": found.text,
+                "group": "pictures",
+                "attributes": "{}",
+                "seed": 0,
+                "outcome": DEAD if found.wrong else PENDING,
+                "reason": f"plan: {found.wrong}" if found.wrong else "",
+                "source": place,
+                "picture_sha256": sha,
+            }
+            if recipe.limit and len(seen) >= recipe.limit:
+                return
+
+
+def fetch(place: str, sha256: str) -> bytes:
+    """The picture file that the plan names. Raises StageError if the source changed since (all its rows would be wrong)."""
+    source = json.loads(place)
+    try:
+        data = _fetch(source)
+    except (OSError, KeyError, pa.ArrowInvalid, IndexError) as error:
+        raise StageError(
+            f"a source is gone or damaged ({error})", where=source["file"], remedy="Put it back and run again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StageError(
+            "a source changed after it was planned", where=source["file"], remedy="Start in a new output folder"
+        )
+    return data
+
+
+def _fetch(source: dict[str, Any]) -> bytes:
+    if "column" in source:
+        group, row = source["at"]
+        return _row_group(source["file"], group, source["column"])[row].as_py()
+    with Path(source["file"]).open("rb") as file:
+        file.seek(source["at"])
+        return file.read(source["size"])
+
+
+@lru_cache(maxsize=2)
+def _row_group(file: str, group: int, column: str) -> pa.ChunkedArray:
+    return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+
+
+def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
+    if path.is_dir():
+        yield from _read_folder(path)
+    elif path.suffix == ".tar":
+        yield from _read_shard(path)
+    elif path.suffix == ".parquet":
+        yield from _read_parquet(path, recipe)
+    else:
+        raise RecipeError(
+            "is neither a folder nor a .tar or .parquet file", where=str(path), remedy="Check factory.plan.paths"
+        )
+
+
+def _read_folder(folder: Path) -> Iterator[Found]:
+    """Picture files at any depth with NAME.txt beside them; links that lead out of the folder are left alone."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or not path.is_file() or not path.resolve().is_relative_to(folder):
+            continue
+        beside, size = path.with_suffix(".txt"), path.stat().st_size
+        text, wrong = _text(beside.read_bytes()[: 4 * MAX_TEXT_CHARACTERS + 4] if beside.is_file() else b"")
+        source = {"file": str(path), "at": 0, "size": size}
+        yield _judged(source, path.read_bytes() if size <= MAX_PICTURE_BYTES else b"", size, text, wrong)
+
+
+def _read_shard(path: Path) -> Iterator[Found]:
+    """Members of one key stand together, as in any WebDataset; links and folders are no members."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            key, picture, text = "", None, b""
+            for entry in archive:
+                own, _, kind = entry.name.rpartition("/")[2].partition(".")
+                own = f"{entry.name.rpartition('/')[0]}/{own}"
+                if own != key:
+                    if picture:
+                        yield _member(path, archive, picture, text)
+                    key, picture, text = own, None, b""
+                if not entry.isfile():
+                    continue
+                if f".{kind.lower()}" in SUFFIXES and picture is None:
+                    picture = entry
+                elif kind.lower() == "txt":
+                    text = _content(archive, entry, 4 * MAX_TEXT_CHARACTERS + 4)
+            if picture:
+                yield _member(path, archive, picture, text)
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise StageError(
+            f"the shard cannot be read to its end ({error})", where=str(path), remedy="Copy it again or leave it out"
+        ) from error
+
+
+def _member(path: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo, text: bytes) -> Found:
+    source = {"file": str(path), "at": entry.offset_data, "size": entry.size}
+    data = _content(archive, entry, entry.size) if entry.size <= MAX_PICTURE_BYTES else b""
+    return _judged(source, data, entry.size, *_text(text))
+
+
+def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bytes:
+    content = archive.extractfile(entry)
+    return content.read(most) if content else b""
+
+
+def _read_parquet(path: Path, recipe: PicturePlan) -> Iterator[Found]:
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StageError(
+            f"cannot be read ({error})", where=str(path), remedy="Copy it again or leave it out"
+        ) from error
+    lacking = [name for name in (recipe.picture_column, recipe.text_column) if name not in names]
+    if lacking:
+        raise RecipeError(
+            f"has no column {lacking[0]}; there are {names}",
+            where=str(path),
+            remedy="Set factory.plan.picture_column and text_column",
+        )
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=[recipe.picture_column, recipe.text_column])
+        columns = (table[recipe.picture_column], table[recipe.text_column])
+        for row, (data, text) in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
+            source = {"file": str(path), "at": [group, row], "column": recipe.picture_column}
+            data = data if isinstance(data, bytes) else b""
+            told = _text(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"")
+            yield _judged(source, data, len(data), *told)
+
+
+def _text(data: bytes) -> tuple[str, str]:
+    """(text, what is wrong with it): spaces and line ends become one space, other control characters vanish."""
+    try:
+        text = " ".join(data.decode("utf-8").split())
+    except UnicodeDecodeError:
+        return "", "the text is not UTF-8"
+    text = "".join(c for c in text if c.isprintable())
+    return text[:MAX_TEXT_CHARACTERS], ""
+
+
+def _judged(source: dict[str, Any], data: bytes, size: int, text: str, wrong: str) -> Found:
+    if size > MAX_PICTURE_BYTES:
+        wrong = f"the file has {size} bytes, over the limit"
+    elif not data:
+        wrong = "the picture is empty"
+    return Found(source, data, text, wrong)
