@@ -171,5 +171,7 @@ def decode_picture(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"a picture of {image.width} x {image.height} is over the limit")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # damaged files make the decoders raise whatever they please
         raise ValueError(f"not a picture ({error})") from error

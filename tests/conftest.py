@@ -10,8 +10,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+from factory.pocket.captioner import processor_for
 from factory.pocket.clip import _new_clip, train_tokenizer
 from factory.pocket.teacher import assemble
 from factory.pocket.world import Concept
@@ -22,7 +32,7 @@ SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `clip`, `writer` and `taxonomy.yaml`: untrained, 32 px, seconds to use."""
+    """A folder with `teacher`, `clip`, `writer`, `captioner` and `taxonomy.yaml`: untrained, 32 px, seconds to use."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     pairs = [(Concept(f"{i:x}", name, "object"), "flat") for i, name in enumerate(SUBJECTS)]
@@ -30,6 +40,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _save_clip(root / "clip", len(tokenizer))
     _save_teacher(root / "teacher", tokenizer)
     _save_writer(root / "writer", pairs)
+    _save_captioner(root / "captioner", pairs)
     (root / "taxonomy.yaml").write_text(
         "groups:\n- {name: things, share: 1, must_mention: [], attributes: "
         f"{{subject: [{', '.join(SUBJECTS)}], background: [red, blue, white]}}}}\n"
@@ -114,3 +125,26 @@ def _save_writer(folder: Path, pairs: list) -> None:
             eos_token_id=2,
         )
     ).save_pretrained(folder)
+
+
+def _save_captioner(folder: Path, pairs: list) -> None:
+    tokenizer = train_writer_tokenizer(pairs, folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8
+    )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=64)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor_for(tokenizer).save_pretrained(folder)

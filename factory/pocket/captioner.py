@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from factory.pocket.clip import FILTER, Pairs, tower_weights
@@ -105,12 +106,15 @@ def train_captioner(
 
     model = fit(model, loss_at, zoo / "captioner", steps=steps, learning_rate=1.5e-3, ema_decay=0.995)
     model.half().save_pretrained(place)
-    processor = LlavaProcessor(
+    processor_for(tokenizer).save_pretrained(place)
+    return model
+
+
+def processor_for(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures to 64 x 64 in [-1, 1]; `<image>` in a text to as many image tokens as the tower has patches."""
+    return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
-            size={"height": SIZE, "width": SIZE},
-            do_center_crop=False,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
+            size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
         tokenizer=tokenizer,
         patch_size=FILTER.vision["patch_size"],
@@ -118,8 +122,6 @@ def train_captioner(
         image_token="<image>",
         num_additional_image_tokens=1,
     )
-    processor.save_pretrained(place)
-    return model
 
 
 def see(rgba: np.ndarray, ground: str, rng: np.random.Generator, words: random.Random) -> np.ndarray:

@@ -1,0 +1,227 @@
+"""Real pictures in: what is good arrives whole, what is bad ends as a dead letter or a plain error, and nothing is written elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.errors import EdgeFusionError, RecipeError, StageError
+from cluster.runner import InProcess
+from factory.ingest import fetch, planned_rows
+from factory.make import make, select_and_pack
+from factory.pack import read_manifest, read_shard, verify
+from factory.plan import make_plan
+from factory.recipe import FactoryRecipe, PicturePlan
+from factory.stages import crops, decode_picture
+
+
+def drawing(seed: int, kind: str = "PNG", size: tuple[int, int] = (80, 64)) -> bytes:
+    rng, sink = np.random.default_rng(seed), io.BytesIO()
+    cells = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(sink, format=kind)
+    return sink.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def plan_of(*paths: Path, **keys) -> list[dict]:
+    return list(planned_rows(PicturePlan(paths=[str(p) for p in paths], **keys)))
+
+
+def recipe_of(models: Path, *paths: Path, **select) -> FactoryRecipe:
+    return FactoryRecipe.model_validate(
+        {
+            "plan": {"kind": "pictures", "paths": [str(p) for p in paths]},
+            "make": {
+                "crop": {"size_px": 64},
+                "captioner": {"kind": "transformers", "model": str(models / "captioner"), "max_new_tokens": 6},
+                "scorer": {"kind": "open_clip", "model": str(models / "clip")},
+                "unit_images": 8,
+            },
+            "select": {"min_clip": -1, **select},
+        }
+    )
+
+
+def test_folder_shard_and_parquet_give_the_same_pictures_and_texts(tmp_path: Path) -> None:
+    samples = [(drawing(i), f"a picture of {i}") for i in range(5)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, (data, text) in enumerate(samples):
+        (folder / f"{i}.png").write_bytes(data)
+        (folder / f"{i}.txt").write_text(text)
+    tar = write_tar(
+        tmp_path / "a.tar",
+        [m for i, (data, text) in enumerate(samples) for m in ((f"{i}.png", data), (f"{i}.txt", text.encode()))],
+    )
+    parquet = tmp_path / "a.parquet"
+    table = pa.table({"image": [d for d, _ in samples], "caption": [t for _, t in samples]})
+    pq.write_table(table, parquet, row_group_size=2)
+    found = [
+        plan_of(folder),
+        plan_of(tar),
+        plan_of(parquet, picture_column="image", text_column="caption"),
+    ]
+    for rows in found:
+        assert [row["prompt"] for row in rows] == [text for _, text in samples]
+        assert [fetch(row["source"], row["picture_sha256"]) for row in rows] == [data for data, _ in samples]
+    assert len({row["id"] for rows in found for row in rows}) == 15
+    assert [r["id"] for r in plan_of(tar)] == [r["id"] for r in found[1]]
+
+
+def test_a_source_that_changed_after_planning_stops_the_run(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [("1.png", drawing(1)), ("1.txt", b"one")])
+    row = plan_of(tar)[0]
+    write_tar(tar, [("1.png", drawing(2)), ("1.txt", b"one")])
+    with pytest.raises(StageError, match="changed after it was planned"):
+        fetch(row["source"], row["picture_sha256"])
+    tar.unlink()
+    with pytest.raises(StageError, match="gone or damaged"):
+        fetch(row["source"], row["picture_sha256"])
+
+
+def test_bad_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no source"):
+        plan_of(tmp_path / "nowhere")
+    pq.write_table(pa.table({"url": ["x"]}), tmp_path / "u.parquet")
+    with pytest.raises(RecipeError, match="has no column picture"):
+        plan_of(tmp_path / "u.parquet")
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(RecipeError, match=r"neither a folder nor a \.tar"):
+        plan_of(tmp_path / "x.zip")
+
+
+def test_recipe_refuses_what_cannot_be_combined(tiny_models: Path, tmp_path: Path) -> None:
+    tree = recipe_of(tiny_models, tmp_path).model_dump(mode="json")
+    teacher = {"kind": "diffusers", "model": str(tiny_models / "teacher")}
+    with pytest.raises(ValueError, match="leave the teacher out"):
+        FactoryRecipe.model_validate({**tree, "make": {**tree["make"], "teacher": teacher}})
+    with pytest.raises(ValueError, match=r"make\.teacher is missing"):
+        FactoryRecipe.model_validate(
+            {**tree, "plan": {"taxonomy": "x", "prompts": 1, "writer": {"kind": "transformers", "model": "y"}}}
+        )
+
+
+def test_crops_take_the_centre_and_both_ends() -> None:
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, :32], wide[:, 96:] = (255, 0, 0), (0, 0, 255)
+    centre, start, end = crops(wide, 64)
+    assert centre.max() == 0
+    assert start[:, 0, 0].min() == 255 and start[..., 2].max() == 0
+    assert end[:, -1, 2].min() == 255 and end[..., 0].max() == 0
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            crops(wide.transpose(1, 0, 2), 64)[1:], (start.transpose(1, 0, 2), end.transpose(1, 0, 2)), strict=True
+        )
+    )
+
+
+def test_from_a_shard_to_a_packed_data_set(tiny_models: Path, tmp_path: Path) -> None:
+    """Small pictures and exact copies are rejected, damaged ones dead, the rest packed with a new caption and the old one beside it."""
+    members = []
+    for i in range(10):
+        members += [(f"{i}.png", drawing(i)), (f"{i}.txt", f"raw {i}".encode())]
+    members += [("small.png", drawing(50, size=(30, 40))), ("small.txt", b"tiny")]
+    members += [("copy.png", drawing(3)), ("copy.txt", b"raw 3")]
+    members += [("cut.jpg", drawing(60, "JPEG")[:200]), ("cut.txt", b"cut")]
+    members += [("empty.png", b""), ("latin.jpg", drawing(61, "JPEG")), ("latin.txt", b"caf\xe9")]
+    tar, out = write_tar(tmp_path / "wild.tar", members), tmp_path / "data"
+    recipe = recipe_of(tiny_models, tar, min_size_px=48, max_hamming_bits=0, max_colour_difference=0)
+    make_plan(recipe, 0, out)
+    make(recipe, out, InProcess())
+    counts = select_and_pack(recipe, out)
+    assert counts["planned"] == 15 == counts["kept"] + counts["rejected"] + counts["dead"]
+    assert counts["dead"] == 3 and counts["reasons"]["rejected: too small"] == 1
+    assert counts["reasons"]["rejected: exact duplicate"] >= 1
+    assert verify(out) == counts["kept"]
+    shard = out / read_manifest(out)[0]["shard"]
+    for _, members_of in read_shard(shard):
+        facts = json.loads(members_of["json"])
+        assert facts["raw_caption"].startswith("raw ") and facts["source"].startswith("wild.tar#")
+        assert members_of["txt"].decode() != facts["raw_caption"]
+        assert decode_picture(members_of["png"]).shape == (64, 64, 3)
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    how = rng.randrange(4)
+    if how == 0:
+        return data[: rng.randrange(len(data))]
+    if how == 1:
+        spoilt = bytearray(data)
+        for _ in range(rng.randint(1, 40)):
+            spoilt[rng.randrange(len(spoilt))] ^= 1 << rng.randrange(8)
+        return bytes(spoilt)
+    if how == 2:
+        place = rng.randrange(len(data))
+        return data[:place] + rng.randbytes(rng.randint(1, 200)) + data[place:]
+    return rng.randbytes(rng.randint(0, 300))
+
+
+def test_600_damaged_pictures_are_pictures_or_value_errors() -> None:
+    found: Counter[str] = Counter()
+    for seed in range(600):
+        rng = random.Random(seed)
+        kind = rng.choice(["PNG", "JPEG", "WEBP"])
+        try:
+            decode_picture(damage(drawing(seed, kind, (24, 24)), rng))
+            found["picture"] += 1
+        except ValueError:
+            found["refused"] += 1
+    assert found["refused"] > 300
+
+
+def test_200_damaged_archives_end_in_a_plan_or_a_plain_error(tmp_path: Path) -> None:
+    """Also names with `..`, absolute names, links and doubled keys: nothing appears outside, nothing crashes."""
+    place = tmp_path / "inside" / "w.tar"
+    place.parent.mkdir()
+    odd = ["../../up.png", "/etc/up.png", "a/../../b.png", "ok.png", "ok.png", "x" * 300 + ".png", ".png", "no-suffix"]
+    for seed in range(200):
+        rng = random.Random(seed)
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for name in rng.sample(odd, 4):
+                data = drawing(seed, size=(8, 8))
+                entry = tarfile.TarInfo(name)
+                if rng.random() < 0.2:
+                    entry.type, entry.linkname = rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]), "/etc/passwd"
+                    archive.addfile(entry)
+                else:
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        place.write_bytes(damage(sink.getvalue(), rng) if seed % 4 else sink.getvalue())
+        try:
+            rows = plan_of(place)
+        except EdgeFusionError:
+            continue
+        assert len({row["id"] for row in rows}) == len(rows)
+        for row in rows:
+            if row["outcome"] == "pending":
+                assert len(fetch(row["source"], row["picture_sha256"])) > 0
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "w.tar"]
+
+
+def test_links_out_of_a_folder_are_left_alone(tmp_path: Path) -> None:
+    inside, secret = tmp_path / "in", tmp_path / "secret.png"
+    inside.mkdir()
+    secret.write_bytes(drawing(1))
+    (inside / "link.png").symlink_to(secret)
+    (inside / "own.png").write_bytes(drawing(2))
+    assert [Path(json.loads(r["source"])["file"]).name for r in plan_of(inside)] == ["own.png"]
