@@ -17,6 +17,7 @@ from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.captioner import train_captioner
 from factory.pocket.clip import FILTER, JUDGE, train_clip
+from factory.pocket.evalset import EVALSET, write_evalset
 from factory.pocket.grammar import sentence
 from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
@@ -50,7 +51,7 @@ def fetch_packages(folder: Path) -> Path:
 
 
 WILD = "wild.parquet"
-MODELS = ("wild", "vae", "clip", "judge", "captioner", "writer", "teacher")
+MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher")
 
 
 def build(model: str, zoo: Path, steps: int) -> None:
@@ -62,6 +63,8 @@ def build(model: str, zoo: Path, steps: int) -> None:
         train_clip(pairs, pixels, zoo / "clip", FILTER, steps=steps)
     elif model == "wild":
         write_wild(pairs, pixels, zoo / "packages", zoo / WILD)
+    elif model == "evalset":
+        write_evalset(pairs, pixels, zoo / EVALSET)
     elif model == "judge":
         train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps)
     elif model == "captioner":
@@ -112,8 +115,9 @@ def ship(zoo: Path, target: Path) -> None:
     for name, source in SHIPPED.items():
         if (zoo / source).exists():
             publish_folder(target / name, lambda place, source=source: copy_folder(zoo / source, place))
-    if (zoo / WILD).exists():
-        publish_bytes(target / WILD, (zoo / WILD).read_bytes())
+    for name in (WILD, EVALSET):
+        if (zoo / name).exists():
+            publish_bytes(target / name, (zoo / name).read_bytes())
     forget_origins(target)
     publish_bytes(target / DIGESTS, (json.dumps(digests_of(target), indent=2) + "\n").encode())
 
