@@ -26,7 +26,8 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
+        loader=FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent / "cluster"]),
+        autoescape=select_autoescape(default=True),
     ).get_template("report.html.j2")
     page = template.render(
         facts=facts,

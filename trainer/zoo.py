@@ -17,7 +17,11 @@ app = typer.Typer(no_args_is_help=True, help="The embedded zoo: small real model
 @app.command("build")
 def zoo_build(
     model: Annotated[
-        str, typer.Argument(help="vae, clip, writer, teacher (needs vae and clip) or student (needs teacher)")
+        str,
+        typer.Argument(
+            help="wild, evalset, vae, clip, judge, captioner (needs clip), writer, teacher (needs vae and clip) "
+            "or student (needs teacher)"
+        ),
     ],
     steps: Annotated[
         int, typer.Option(min=1, help="optimiser steps in all, earlier runs included; a student's of each phase")
@@ -34,6 +38,30 @@ def zoo_build(
     else:
         typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
         raise typer.Exit(2)
+
+
+@app.command("report")
+def zoo_report(
+    out: Annotated[Path, typer.Option(help="page, figures, grids and drawn pictures")] = Path("runs/zoo-report"),
+) -> None:
+    """Measure every shipped model with the judge CLIP and write a page; minutes. What misses its target is said so."""
+    from rich.table import Table
+
+    from cluster.progress import console
+    from factory.models import quiet
+    from trainer.zoo_report import write_zoo_report
+
+    quiet()
+    with progress_bars() as bars:
+        task = bars.add_task("zoo report", total=None)
+        figures = write_zoo_report(out, lambda what: bars.update(task, description=f"zoo report: {what}"))
+        bars.update(task, description="zoo report", total=1, completed=1)
+    table = Table("what", "measured", "target", "", title="The zoo, by the judge CLIP")
+    for line in figures["targets"]:
+        mark = "met" if line["met"] else "[red]missed[/]"
+        table.add_row(line["what"], f"{line['value']:.3g}", f"{line['target']:g}", mark)
+    console.print(table)
+    typer.echo(f"open {out / 'report.html'}")
 
 
 @app.command("ship")
