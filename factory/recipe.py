@@ -15,7 +15,7 @@ class TransformersWriter(Settings):
     kind: Literal["transformers"] = "transformers"
     model: str = Field(description="folder, hub name or zoo:NAME of a causal language model")
     template: str = Field(
-        "{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
+        default="{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
     )
     temperature: float = Field(default=0.9, ge=0, le=2, description="sampling temperature")
     max_new_tokens: int = Field(default=48, ge=4, le=1024, description="longest prompt, tokens")
@@ -148,7 +148,7 @@ class MakeRecipe(Settings):
     scorer: OpenClipScorer
     unit_images: int = Field(default=64, ge=1, le=1024, description="pictures of one work unit: what a crash can cost")
     picture_kind: Literal["png", "webp", "jpg"] = Field(
-        "png", description="picture format in the shards (webp: lossless)"
+        default="png", description="picture format in the shards (webp: lossless)"
     )
     render_workers: int = Field(default=1, ge=1, description="rendering actors")
     render_gpus: float = Field(default=0, ge=0, description="GPUs a rendering actor")
