@@ -175,10 +175,12 @@ class Chain:
             runner.close()
 
     def _select(self, bars: Progress) -> dict[str, Any]:
+        from factory.card import write_card
         from factory.make import select_and_pack
 
         task = bars.add_task("select and pack", total=1)
         funnel = select_and_pack(self.recipe.factory, self.data)
+        write_card(self.data, self.recipe.factory, funnel, self.recipe.name)
         bars.advance(task)
         return {"funnel": funnel}
 

@@ -1,0 +1,228 @@
+"""The data card: README.md with a grid, the funnel, balance and provenance, and Croissant metadata, beside the shards.
+
+Both are written from what the folder holds, so they can be written anew at any time; the same data set gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.storage import digest_file, publish_bytes
+from factory.models import fingerprint
+from factory.pack import MANIFEST, read_manifest, read_shard
+from factory.recipe import FactoryRecipe, TransformersCaptioner, TransformersWriter
+from factory.stages import decode_picture
+
+CARD, GRID, CROISSANT = "README.md", "card-samples.png", "croissant.json"
+_SHOWN, _ACROSS, _EDGE = 48, 12, 96
+_BALANCE_VALUES = 12
+
+
+def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> Path:
+    """Write README.md, card-samples.png and croissant.json of the packed data set in `folder`; returns the README's path."""
+    rows = read_manifest(folder)
+    facts, pictures = _read(folder, rows)
+    publish_bytes(folder / GRID, _grid(pictures))
+    publish_bytes(folder / CROISSANT, (json.dumps(_croissant(folder, rows, name), indent=2) + "\n").encode())
+    publish_bytes(folder / CARD, _readme(rows, facts, recipe, funnel, name).encode())
+    return folder / CARD
+
+
+def _read(folder: Path, rows: Sequence[dict[str, str]]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Facts of every sample, and the first pictures of each shard for the grid."""
+    facts: list[dict[str, Any]] = []
+    pictures: list[np.ndarray] = []
+    shards = sorted({row["shard"] for row in rows})
+    each = -(-_SHOWN // max(1, len(shards)))
+    for shard in shards:
+        for place, (_, members) in enumerate(read_shard(folder / shard)):
+            facts.append(json.loads(members["json"]))
+            if place < each and len(pictures) < _SHOWN:
+                pictures.append(decode_picture(next(v for k, v in members.items() if k not in ("json", "txt"))))
+    return facts, pictures
+
+
+def _grid(pictures: list[np.ndarray]) -> bytes:
+    down = max(1, -(-len(pictures) // _ACROSS))
+    sheet = Image.new("RGB", (_ACROSS * _EDGE, down * _EDGE), "white")
+    for i, picture in enumerate(pictures):
+        small = Image.fromarray(picture).resize((_EDGE - 2, _EDGE - 2), Image.Resampling.LANCZOS)
+        sheet.paste(small, (i % _ACROSS * _EDGE + 1, i // _ACROSS * _EDGE + 1))
+    sink = io.BytesIO()
+    sheet.save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def _readme(
+    rows: list[dict[str, str]], facts: list[dict[str, Any]], recipe: FactoryRecipe, funnel: dict[str, Any], name: str
+) -> str:
+    shards = len({row["shard"] for row in rows})
+    drawn = recipe.make.teacher is not None
+    parts = [
+        "---",
+        f"pretty_name: {name}",
+        "task_categories: [text-to-image]",
+        "annotations_creators: [machine-generated]",
+        f"size_categories: [{_size(len(rows))}]",
+        f"tags: [{'synthetic, ' if drawn else ''}webdataset, edgefusion]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{len(rows):,} {'AI-generated' if drawn else 'real'} pictures with texts in {shards} WebDataset shards, made by EdgeFusion Factory.",
+        "",
+        f"![{min(len(rows), _SHOWN)} samples]({GRID})",
+        "",
+        "## From plan to shards",
+        "",
+        "| | samples |",
+        "|---|---:|",
+        *(f"| {what} | {funnel[what]:,} |" for what in ("planned", "kept", "rejected", "dead")),
+        *(f"| {reason.replace('|', '/')} | {count:,} |" for reason, count in funnel["reasons"].items()),
+        "",
+        "planned = kept + rejected + dead. "
+        f"CLIP score of what is kept: {_spread([f['clip_score'] for f in facts])} (median, 5% and 95% quantile; by the filter's own CLIP).",
+        "",
+        *_balance(facts),
+        "## Provenance",
+        "",
+        "| part | model | revision or digest |",
+        "|---|---|---|",
+        *(f"| {part} | `{model}` | `{mark}` |" for part, model, mark in _provenance(recipe)),
+        "",
+        "Licences of the models and of the sources bind this data set too; this tool does not know them: state them here before you publish.",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "import webdataset",
+        f'samples = webdataset.WebDataset("shard-{{000000..{shards - 1:06d}}}.tar", shardshuffle=False).decode("pil")',
+        "",
+        "from datasets import load_dataset",
+        'samples = load_dataset("webdataset", data_files="shard-*.tar", split="train")',
+        "```",
+        "",
+        f"`{MANIFEST}` has a row a sample: id, shard, prompt, SHA-256 of the sample and of its shard. `edgefusion factory verify` proves it.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
+    """(part, model, digest of the folder or the hub revision)."""
+    make, plan = recipe.make, recipe.plan
+    found: list[tuple[str, str, str]] = []
+    if plan.kind == "prompts":
+        found.append(("prompts", plan.writer.model, _mark(plan.writer)))
+    if make.teacher is not None:
+        found.append(("pictures", make.teacher.model, _short(fingerprint(make.teacher.model, make.teacher.revision))))
+    if make.captioner is not None:
+        found.append(("captions", make.captioner.model, _mark(make.captioner)))
+    scorer = make.scorer
+    mark = scorer.pretrained or _short(fingerprint(scorer.model))
+    sources = [("source", path, "") for path in plan.paths] if plan.kind == "pictures" else []
+    return [*sources, *found, ("filter", scorer.model, mark)]
+
+
+def _mark(model: TransformersWriter | TransformersCaptioner) -> str:
+    """A served model has no files to take a digest of."""
+    return "by a server" if model.kind == "openai" else _short(fingerprint(model.model))
+
+
+def _short(mark: str) -> str:
+    return mark if "@" in mark else f"sha256 {mark[:16]}"
+
+
+def _balance(facts: list[dict[str, Any]]) -> list[str]:
+    """How often each value of each attribute is among the kept; long lists by their ends."""
+    counts: dict[str, Counter[str]] = {}
+    for fact in facts:
+        for key, value in fact.get("attributes", {}).items():
+            counts.setdefault(key, Counter())[str(value)] += 1
+    if not counts:
+        return []
+    lines = ["## Balance of what is kept", "", "| attribute | values |", "|---|---|"]
+    for key in sorted(counts):
+        ordered = sorted(counts[key].items(), key=lambda item: (-item[1], item[0]))
+        shown = ordered if len(ordered) <= _BALANCE_VALUES else [*ordered[:5], *ordered[-5:]]
+        text = ", ".join(f"{value} {count}" for value, count in shown)
+        more = f" (5 most and 5 least frequent of {len(ordered)})" if len(shown) < len(ordered) else ""
+        lines.append(f"| {key} | {text}{more} |")
+    return [*lines, ""]
+
+
+def _spread(scores: list[float]) -> str:
+    if not scores:
+        return "none"
+    low, middle, high = np.percentile(scores, [5, 50, 95])
+    return f"{middle:.3f}, {low:.3f} and {high:.3f}"
+
+
+def _size(count: int) -> str:
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((label for bound, label in bounds if count < bound), "n>1M")
+
+
+def _croissant(folder: Path, rows: list[dict[str, str]], name: str) -> dict[str, Any]:
+    """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set."""
+    fields = ("id", "shard", "prompt", "picture_kind")
+    return {
+        "@context": {
+            "@language": "en",
+            "@vocab": "https://schema.org/",
+            "cr": "http://mlcommons.org/croissant/",
+            "sc": "https://schema.org/",
+            "dct": "http://purl.org/dc/terms/",
+            "conformsTo": "dct:conformsTo",
+        },
+        "@type": "sc:Dataset",
+        "name": name,
+        "description": f"{len(rows)} pictures with texts in WebDataset shards",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "distribution": [
+            {
+                "@type": "cr:FileObject",
+                "@id": "manifest",
+                "name": "manifest",
+                "contentUrl": MANIFEST,
+                "encodingFormat": "application/x-parquet",
+                "sha256": digest_file(folder / MANIFEST),
+            },
+            *(
+                {
+                    "@type": "cr:FileObject",
+                    "@id": shard,
+                    "name": shard,
+                    "contentUrl": shard,
+                    "encodingFormat": "application/x-tar",
+                    "sha256": digest,
+                }
+                for shard, digest in sorted({(row["shard"], row["shard_sha256"]) for row in rows})
+            ),
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": "samples",
+                "name": "samples",
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": f"samples/{field}",
+                        "name": field,
+                        "dataType": "sc:Text",
+                        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": field}},
+                    }
+                    for field in fields
+                ],
+            }
+        ],
+    }

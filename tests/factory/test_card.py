@@ -1,0 +1,94 @@
+"""The packed result in other people's tools: webdataset, HF datasets, DuckDB; and a card that tells the truth about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.runner import InProcess
+from factory.card import CARD, CROISSANT, GRID, write_card
+from factory.make import make, select_and_pack
+from factory.pack import MANIFEST
+from factory.plan import make_plan
+from factory.recipe import FactoryRecipe
+
+
+@pytest.fixture(scope="module")
+def data(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card") / "data"
+    recipe = recipe_of(tiny_models)
+    make_plan(recipe, 3, folder)
+    make(recipe, folder, InProcess())
+    write_card(folder, recipe, select_and_pack(recipe, folder), "tiny")
+    return folder
+
+
+def recipe_of(models: Path) -> FactoryRecipe:
+    return FactoryRecipe.model_validate(
+        {
+            "plan": {
+                "taxonomy": str(models / "taxonomy.yaml"),
+                "prompts": 12,
+                "writer": {"kind": "transformers", "model": str(models / "writer"), "max_new_tokens": 8},
+            },
+            "make": {
+                "teacher": {
+                    "kind": "diffusers",
+                    "model": str(models / "teacher"),
+                    "steps": 2,
+                    "size_px": 32,
+                    "batch_images": 4,
+                },
+                "scorer": {"kind": "open_clip", "model": str(models / "clip")},
+                "unit_images": 4,
+            },
+            "select": {"min_clip": -1, "max_hamming_bits": 0, "max_colour_difference": 0},
+            "pack": {"samples_per_shard": 5},
+        }
+    )
+
+
+def test_the_card_counts_what_is_there(data: Path, tiny_models: Path) -> None:
+    import pyarrow.parquet as pq
+
+    text, kept = (data / CARD).read_text(), pq.read_table(data / MANIFEST).num_rows
+    assert f"| kept | {kept} |" in text and f"{kept} AI-generated pictures" in text
+    assert str(tiny_models / "teacher") in text and "## Balance" in text and "background" in text
+    assert (data / GRID).read_bytes().startswith(b"\x89PNG")
+    croissant = json.loads((data / CROISSANT).read_text())
+    assert {f["contentUrl"] for f in croissant["distribution"]} == {
+        MANIFEST,
+        *(p.name for p in data.glob("shard-*.tar")),
+    }
+    before = (data / CARD).read_bytes()
+    recipe = recipe_of(tiny_models)
+    write_card(data, recipe, select_and_pack(recipe, data), "tiny")
+    assert (data / CARD).read_bytes() == before
+
+
+def test_webdataset_reads_the_shards(data: Path) -> None:
+    import pyarrow.parquet as pq
+    import webdataset
+
+    shards = [str(p) for p in sorted(data.glob("shard-*.tar"))]
+    found = {s["__key__"]: s["txt"].decode() for s in webdataset.WebDataset(shards, shardshuffle=False)}
+    rows = pq.read_table(data / MANIFEST).to_pylist()
+    assert found == {row["id"]: row["prompt"] for row in rows}
+
+
+def test_hf_datasets_reads_shards_and_manifest(data: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    shards = [str(p) for p in sorted(data.glob("shard-*.tar"))]
+    samples = datasets.load_dataset("webdataset", data_files=shards, split="train", cache_dir=str(tmp_path))
+    manifest = datasets.load_dataset("parquet", data_files=str(data / MANIFEST), split="train", cache_dir=str(tmp_path))
+    assert len(samples) == len(manifest) > 0
+    assert samples[0]["png"].size == (32, 32) and samples[0]["txt"] in set(manifest["prompt"])
+
+
+def test_duckdb_reads_manifest_and_ledger(data: Path) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="pip install duckdb")
+    query = f"select count(*) from '{data}/{MANIFEST}' m join '{data}/ledger/*.parquet' l using (id) where l.outcome = 'made'"
+    packed = duckdb.sql(f"select count(*) from '{data}/{MANIFEST}'").fetchall()
+    assert duckdb.sql(query).fetchall() == packed and packed[0][0] > 0
