@@ -20,6 +20,7 @@ from cluster.machine import commit, machine_facts
 from cluster.storage import publish_bytes
 from factory.models import ZOO, fingerprint
 from factory.models.clip import Clip
+from factory.pocket.build import distinct_bytes
 from factory.pocket.clip import CHOICES
 from factory.pocket.evalset import Shown, read_evalset
 from factory.pocket.grammar import sentence
@@ -63,7 +64,7 @@ def write_zoo_report(folder: Path, say: Say) -> dict[str, Any]:
     figures["writer"] = _writer()
     say("timing")
     figures["latency"] = _latency()
-    figures["size_bytes"] = sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file())
+    figures["size_bytes"] = distinct_bytes(ZOO)
     figures["targets"] = _targets(figures)
     publish_bytes(folder / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
     _write_page(folder, figures, splits, drawn)
@@ -252,7 +253,7 @@ def _targets(f: dict[str, Any]) -> list[dict[str, Any]]:
         line("student 1 step, R@1 / teacher's", trained["student, 1 step"]["r1"] / trained[name]["r1"], 0.75),
         line("teacher 25 steps, s a picture at batch 8", f["latency"]["teacher_s_per_picture"], 3, most=True),
         line("student 2 steps, s a picture at batch 8", f["latency"]["student_s_per_picture"], 0.15, most=True),
-        line("size in the repository, MB", f["size_bytes"] / 1e6, 100, most=True),
+        line("size in the repository (equal files once), MB", f["size_bytes"] / 1e6, 100, most=True),
     ]
 
 

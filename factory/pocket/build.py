@@ -138,3 +138,9 @@ def digests_of(target: Path) -> dict[str, str]:
     """SHA-256 of every file of the zoo, by its path."""
     files = sorted(p for p in target.rglob("*") if p.is_file() and p.name not in (DIGESTS, "README.md"))
     return {p.relative_to(target).as_posix(): digest_file(p) for p in files}
+
+
+def distinct_bytes(target: Path) -> int:
+    """Size in bytes with equal files counted once, as a git repository stores them: the student's frozen parts are the teacher's."""
+    sizes = {digest: (target / name).stat().st_size for name, digest in digests_of(target).items()}
+    return sum(sizes.values())

@@ -141,8 +141,9 @@ CHOICES = {"gender": GENDERS, "tone": TONES, "style": STYLES, "background": tupl
 
 
 def change_one_fact(record: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """The same record with another gender, tone, style or background."""
-    key = rng.choice([k for k in CHOICES if k in record])
+    """The same record with another gender, tone, style or background; of people mostly gender and tone, which are hardest to see."""
+    keys = [k for k in CHOICES if k in record]
+    key = rng.choice(keys[:2] if "gender" in record and rng.random() < 0.8 else keys)
     return {**record, key: rng.choice([value for value in CHOICES[key] if value != record[key]])}
 
 
