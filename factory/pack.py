@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,32 +64,62 @@ class Sample:
 def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000) -> Path:
     """Write shards of `samples` in the order of their ids, then the manifest; returns the manifest's path.
 
-    Rerunning with the same samples writes the same bytes. A shard lies in memory while it is built. Raises ValueError for a
-    doubled or malformed id, an unknown picture kind or an empty prompt.
+    Rerunning with the same samples writes the same bytes. They are spilled to disk first and sorted by id there: one shard and the ids lie
+    in memory, however many samples come. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
     """
-    ordered = sorted(samples, key=lambda sample: sample.id)
-    _refuse_bad(ordered)
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
-    for start in range(0, len(ordered), samples_per_shard):
-        part, name = ordered[start : start + samples_per_shard], f"shard-{start // samples_per_shard:06d}.tar"
-        digest = publish_bytes(folder / name, _tar(part))
-        rows += [
-            {
-                "id": s.id,
-                "shard": name,
-                "prompt": s.prompt,
-                "picture_kind": s.picture_kind,
-                "sample_sha256": s.digest(),
-                "shard_sha256": digest,
-            }
-            for s in part
-        ]
+    with tempfile.TemporaryFile(dir=folder) as spill:
+        places = _spill(samples, spill)
+        for start in range(0, len(places), samples_per_shard):
+            part = [_unspill(spill, *place) for place in places[start : start + samples_per_shard]]
+            name = f"shard-{start // samples_per_shard:06d}.tar"
+            digest = publish_bytes(folder / name, _tar(part))
+            rows += [
+                {
+                    "id": s.id,
+                    "shard": name,
+                    "prompt": s.prompt,
+                    "picture_kind": s.picture_kind,
+                    "sample_sha256": s.digest(),
+                    "shard_sha256": digest,
+                }
+                for s in part
+            ]
     for stale in set(folder.glob("shard-*.tar")) - {folder / row["shard"] for row in rows}:
         stale.unlink()
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
+
+
+_Place = tuple[bytes, int, int, int]
+"""Id (raw, so that they sort as their hex does), offset, length of the head, length of the picture."""
+
+
+def _spill(samples: Iterable[Sample], spill: IO[bytes]) -> list[_Place]:
+    """Append every sample to `spill`; returns where each lies, in the order of the ids."""
+    places: list[_Place] = []
+    offset = 0
+    for sample in samples:
+        _refuse_bad(sample)
+        head = json.dumps([sample.picture_kind, sample.prompt, dict(sample.facts)]).encode()
+        spill.write(head)
+        spill.write(sample.picture)
+        places.append((bytes.fromhex(sample.id), offset, len(head), len(sample.picture)))
+        offset += len(head) + len(sample.picture)
+    places.sort()
+    for before, after in itertools.pairwise(places):
+        if before[0] == after[0]:
+            raise ValueError(f"sample {after[0].hex()} is there twice")
+    return places
+
+
+def _unspill(spill: IO[bytes], key: bytes, offset: int, head: int, picture: int) -> Sample:
+    spill.seek(offset)
+    kind, prompt, facts = json.loads(spill.read(head))
+    return Sample(key.hex(), spill.read(picture), kind, prompt, facts)
 
 
 def verify(folder: Path) -> int:
@@ -179,13 +211,10 @@ def _tar(samples: list[Sample]) -> bytes:
     return sink.getvalue()
 
 
-def _refuse_bad(ordered: list[Sample]) -> None:
-    for before, sample in zip([None, *ordered], ordered, strict=False):
-        if not _ID.fullmatch(sample.id):
-            raise ValueError(f"a sample id is 64 hex digits, not {sample.id[:90]!r}")
-        if before is not None and before.id == sample.id:
-            raise ValueError(f"sample {sample.id} is there twice")
-        if sample.picture_kind not in ("png", "jpg", "webp"):
-            raise ValueError(f"sample {sample.id}: pictures are png, jpg or webp, not {sample.picture_kind!r}")
-        if not sample.prompt.strip():
-            raise ValueError(f"sample {sample.id} has an empty prompt")
+def _refuse_bad(sample: Sample) -> None:
+    if not _ID.fullmatch(sample.id):
+        raise ValueError(f"a sample id is 64 hex digits, not {sample.id[:90]!r}")
+    if sample.picture_kind not in ("png", "jpg", "webp"):
+        raise ValueError(f"sample {sample.id}: pictures are png, jpg or webp, not {sample.picture_kind!r}")
+    if not sample.prompt.strip():
+        raise ValueError(f"sample {sample.id} has an empty prompt")
