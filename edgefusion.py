@@ -15,10 +15,12 @@ from rich.progress import Progress
 from cluster.cli import app as cluster_app
 from cluster.cli import doctor
 from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, resources, stop_ray
+from cluster.status_view import status
 from cluster.storage import publish_bytes, sweep_partials
 from export.cli import app as export_app
 from export.recipe import ExportRecipe
@@ -47,6 +49,7 @@ for name, wing in (
 ):
     app.add_typer(wing, name=name)
 app.command()(doctor)
+app.command()(status)
 
 
 class Recipe(Settings):
@@ -92,8 +95,9 @@ class Chain:
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
         sweep_partials(self.out)
-        with watch_memory() as peak, progress_bars() as bars:
+        with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
             for step in todo:
+                begin(step)
                 began = time.monotonic()
                 result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
