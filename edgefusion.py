@@ -13,13 +13,14 @@ from pydantic import Field, model_validator
 from rich.progress import Progress
 
 from cluster.cli import app as cluster_app
-from cluster.cli import doctor
+from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
+from cluster.needs import Need, RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
-from cluster.runner import ClusterRecipe, make_runner, resources, stop_ray
+from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.status_view import status
 from cluster.storage import publish_bytes, sweep_partials
 from export.cli import app as export_app
@@ -184,8 +185,6 @@ class Chain:
         return {"funnel": funnel}
 
     def _train(self, bars: Progress) -> None:
-        import torch
-
         from cluster.training import launch
         from trainer.loop import train
 
@@ -197,7 +196,7 @@ class Chain:
                     self.recipe.cluster,
                     folder,
                     recipe.threads,
-                    torch.cuda.is_available(),
+                    self.recipe.cluster.trains_on_gpu(),
                 )
             finally:
                 if self.recipe.cluster.runner == "ray":
@@ -337,11 +336,32 @@ def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) 
     typer.echo(f"wrote {write_report(out, facts)}")
 
 
-@cluster_app.command("check")
-def cluster_check(recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE) -> None:
-    """Start or join the recipe's Ray and say what it offers."""
-    for key, value in resources(load_recipe(Recipe, recipe).cluster).items():
-        typer.echo(f"{key}: {value:g}")
+def cluster_view(path: Path, overrides: list[str]) -> RunView:
+    """What the cluster wing may know of a recipe: who works, with what, and what the driver does by itself."""
+    from factory.stages import make_stages
+
+    recipe = load_recipe(Recipe, path, overrides)
+    cluster, writer = recipe.cluster, recipe.factory.plan.writer
+    needs = [
+        Need("make", stage.name, stage.workers, stage.cpus, stage.gpus, cluster.memory_gib.get(stage.name, 0))
+        for stage in make_stages(recipe.factory.make, Path())
+    ]
+    needs.append(
+        Need("train", "train", cluster.train_workers, 1, cluster.trains_on_gpu(), cluster.memory_gib.get("train", 0))
+    )
+    served = writer.kind == "vllm"
+    return RunView(
+        recipe.name,
+        cluster,
+        needs,
+        recipe.model_dump(mode="json"),
+        "plan, select, samples, export and report",
+        writer.model if served else "",
+        ("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
+    )
+
+
+mount_cluster(cluster_view, DEFAULT_RECIPE)
 
 
 def main() -> None:

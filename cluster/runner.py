@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -35,11 +35,29 @@ class ClusterRecipe(Settings):
     cpus: int | None = Field(default=None, ge=1, description="CPU slots of a local Ray; all cores if left out")
     object_store_mib: int = Field(default=200, ge=80, description="shared memory of a local Ray, MiB")
     train_workers: int = Field(default=1, ge=1, description="Ray Train workers, one a GPU or one a CPU group")
+    train_gpu: bool | None = Field(
+        default=None,
+        description="train on GPUs, one a worker; left out: if the machine that starts the run has one (a cluster's head may not)",
+    )
+    memory_gib: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
+    )
     max_failures: int = Field(
         default=2,
         ge=0,
         description="restarts of a training that lost a worker, and workers a sample may kill before it is a dead letter",
     )
+
+    def trains_on_gpu(self) -> bool:
+        """As the recipe says, or as this machine can."""
+        import torch
+
+        return torch.cuda.is_available() if self.train_gpu is None else self.train_gpu
+
+    def memory_bytes(self, stage: str) -> int:
+        """What a worker of the stage needs; 0 if the recipe does not say."""
+        return int(self.memory_gib.get(stage, 0) * 2**30)
 
 
 class Runner(Protocol):
@@ -118,6 +136,7 @@ class OnRay:
                     compute=ray.data.ActorPoolStrategy(size=stage.workers),
                     num_cpus=stage.cpus,
                     num_gpus=stage.gpus,
+                    memory=self.recipe.memory_bytes(stage.name) or None,
                     max_restarts=restarts,
                     max_task_retries=restarts,
                 )
@@ -214,16 +233,6 @@ def stop_ray() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
-
-
-def resources(recipe: ClusterRecipe) -> dict[str, float]:
-    """What the recipe's Ray offers, by kind; starts it if need be and lets go of it."""
-    start_ray(recipe)
-    import ray
-
-    found = {key: float(value) for key, value in sorted(ray.cluster_resources().items()) if not key.startswith("node:")}
-    stop_ray()
-    return found
 
 
 def _stage_error(error: BaseException) -> StageError:
