@@ -37,6 +37,21 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command("storage-check")
+def storage_check(
+    url: Annotated[str, typer.Argument(help="folder or URL (s3://bucket/prefix) that a run would write to")],
+    megabytes: Annotated[int, typer.Option(min=1, help="MiB to write and read for the speed")] = 64,
+) -> None:
+    """Prove that a store keeps what runs rely on: whole or absent, read after write, true listings; say how fast it is."""
+    from cluster.storage_check import Probe, check_storage
+
+    findings = check_storage(url, Probe(stream_bytes=megabytes << 20))
+    for finding in findings:
+        typer.echo(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
 _SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
 
 
