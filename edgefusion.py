@@ -17,10 +17,11 @@ from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
-from cluster.needs import Need, RunView
+from cluster.needs import RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
+from cluster.simulate_view import mount_simulate
 from cluster.status_view import status
 from cluster.storage import publish_bytes, sweep_partials
 from export.cli import app as export_app
@@ -337,31 +338,17 @@ def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) 
 
 
 def cluster_view(path: Path, overrides: list[str]) -> RunView:
-    """What the cluster wing may know of a recipe: who works, with what, and what the driver does by itself."""
-    from factory.stages import make_stages
+    """What the cluster wing may know of a recipe, as the other wings tell it."""
+    from factory.needs import factory_view
+    from trainer.needs import trainer_view
 
     recipe = load_recipe(Recipe, path, overrides)
-    cluster, writer = recipe.cluster, recipe.factory.plan.writer
-    needs = [
-        Need("make", stage.name, stage.workers, stage.cpus, stage.gpus, cluster.memory_gib.get(stage.name, 0))
-        for stage in make_stages(recipe.factory.make, Path())
-    ]
-    needs.append(
-        Need("train", "train", cluster.train_workers, 1, cluster.trains_on_gpu(), cluster.memory_gib.get("train", 0))
-    )
-    served = writer.kind == "vllm"
-    return RunView(
-        recipe.name,
-        cluster,
-        needs,
-        recipe.model_dump(mode="json"),
-        "plan, select, samples, export and report",
-        writer.model if served else "",
-        ("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
-    )
+    view = RunView(recipe.name, recipe.cluster, recipe.model_dump(mode="json"))
+    return trainer_view(recipe.trainer, factory_view(recipe.factory, view))
 
 
 mount_cluster(cluster_view, DEFAULT_RECIPE)
+mount_simulate(cluster_view)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
-from cluster.needs import Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
+from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
 
 app = typer.Typer(no_args_is_help=True, help="Where work runs.")
@@ -52,7 +52,7 @@ def storage_check(
         raise typer.Exit(1)
 
 
-_SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
+SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
 
 
 def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) -> None:
@@ -61,7 +61,7 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
     @app.command("check")
     def check(
         recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/pocket.yaml")] = default,
-        overrides: Annotated[list[str] | None, _SET] = None,
+        overrides: Annotated[list[str] | None, SET] = None,
         node: Annotated[
             list[str] | None,
             typer.Option(help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64 (repeatable)"),
@@ -83,7 +83,7 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/edgefusion.yaml")],
         on: Annotated[str, typer.Option(help="kuberay, slurm, aws or gcp")],
         out: Annotated[Path, typer.Option(help="folder for the files")],
-        overrides: Annotated[list[str] | None, _SET] = None,
+        overrides: Annotated[list[str] | None, SET] = None,
         images: Annotated[str, typer.Option(help="image names up to their role")] = Options.images,
         storage: Annotated[
             str, typer.Option(help="shared storage: a claim (kuberay), a folder (slurm), HOST:/PATH (aws, gcp)")
@@ -116,7 +116,7 @@ def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
         where = f"on {len(fit.nodes)} node{'s' * (len(fit.nodes) != 1)}"
         table.add_row(need.step, need.stage, str(need.workers), each, str(fit.placed), fit.why or where)
     Console().print(table)
-    typer.echo(f"The process that starts the run does {view.driver} by itself.")
+    typer.echo(f"The process that starts the run does {DRIVER} by itself.")
     if view.vllm_model:
         typer.echo(f"It also opens {view.vllm_model} by vLLM, on a GPU of its own machine that Ray does not count.")
     if view.cluster.runner == "in-process":

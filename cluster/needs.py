@@ -36,20 +36,36 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A phase of training."""
+
+    name: str
+    steps: int
+    batch_images: int
+    checkpoint_s: float
+
+
+@dataclass(frozen=True)
 class RunView:
-    """What the cluster wing knows of a recipe."""
+    """What the cluster wing knows of a recipe; each wing adds its part."""
 
     name: str
     cluster: ClusterRecipe
-    needs: list[Need]
     tree: dict[str, Any]
     """The whole recipe as plain values."""
-    driver: str
-    """What the process that starts the run does by itself, in words."""
+    needs: tuple[Need, ...] = ()
+    samples: int = 0
+    """Planned pictures."""
+    unit_images: int = 1
+    phases: tuple[Phase, ...] = ()
     vllm_model: str = ""
     """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
+
+
+DRIVER = "plan, select, samples, export and report"
+"""What the process that starts the run does by itself."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, version_of
-from cluster.needs import Group, RunView, groups
+from cluster.needs import DRIVER, Group, RunView, groups
 from cluster.storage import publish_bytes
 
 Place = Literal["kuberay", "slurm", "aws", "gcp"]
@@ -112,7 +112,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "vllm": _VLLM,
         "pins": {name: str(version_of(name)).partition("+")[0] for name in NEEDED if version_of(name)},
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
-        "driver": view.driver,
+        "driver": DRIVER,
         "head": Group(1, 4, 0, 16),
         "worker_groups": workers,
         "max_workers": gpu.nodes + cpu.nodes,
