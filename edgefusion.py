@@ -13,12 +13,16 @@ from pydantic import Field, model_validator
 from rich.progress import Progress
 
 from cluster.cli import app as cluster_app
-from cluster.cli import doctor
+from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
+from cluster.needs import RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
-from cluster.runner import ClusterRecipe, make_runner, resources, stop_ray
+from cluster.runner import ClusterRecipe, make_runner, stop_ray
+from cluster.simulate_view import mount_simulate
+from cluster.status_view import status
 from cluster.storage import publish_bytes, sweep_partials
 from export.cli import app as export_app
 from export.recipe import ExportRecipe
@@ -47,6 +51,7 @@ for name, wing in (
 ):
     app.add_typer(wing, name=name)
 app.command()(doctor)
+app.command()(status)
 
 
 class Recipe(Settings):
@@ -92,8 +97,9 @@ class Chain:
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
         sweep_partials(self.out)
-        with watch_memory() as peak, progress_bars() as bars:
+        with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
             for step in todo:
+                begin(step)
                 began = time.monotonic()
                 result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
@@ -185,8 +191,6 @@ class Chain:
         return {"funnel": funnel}
 
     def _train(self, bars: Progress) -> None:
-        import torch
-
         from cluster.training import launch
         from trainer.loop import train
 
@@ -198,7 +202,7 @@ class Chain:
                     self.recipe.cluster,
                     folder,
                     recipe.threads,
-                    torch.cuda.is_available(),
+                    self.recipe.cluster.trains_on_gpu(),
                 )
             finally:
                 if self.recipe.cluster.runner == "ray":
@@ -343,11 +347,18 @@ def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) 
     typer.echo(f"wrote {write_report(out, facts)}")
 
 
-@cluster_app.command("check")
-def cluster_check(recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE) -> None:
-    """Start or join the recipe's Ray and say what it offers."""
-    for key, value in resources(load_recipe(Recipe, recipe).cluster).items():
-        typer.echo(f"{key}: {value:g}")
+def cluster_view(path: Path, overrides: list[str]) -> RunView:
+    """What the cluster wing may know of a recipe, as the other wings tell it."""
+    from factory.needs import factory_view
+    from trainer.needs import trainer_view
+
+    recipe = load_recipe(Recipe, path, overrides)
+    view = RunView(recipe.name, recipe.cluster, recipe.model_dump(mode="json"))
+    return trainer_view(recipe.trainer, factory_view(recipe.factory, view))
+
+
+mount_cluster(cluster_view, DEFAULT_RECIPE)
+mount_simulate(cluster_view)
 
 
 def main() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
+from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
+from cluster.render import PLACES, Options, Place, render
 
 app = typer.Typer(no_args_is_help=True, help="Where work runs.")
 
@@ -28,3 +35,89 @@ def doctor() -> None:
     if missing:
         typer.echo(f"Missing: {', '.join(missing)}. Mend it with: pip install {' '.join(missing)}", err=True)
         raise typer.Exit(1)
+
+
+@app.command("storage-check")
+def storage_check(
+    url: Annotated[str, typer.Argument(help="folder or URL (s3://bucket/prefix) that a run would write to")],
+    megabytes: Annotated[int, typer.Option(min=1, help="MiB to write and read for the speed")] = 64,
+) -> None:
+    """Prove that a store keeps what runs rely on: whole or absent, read after write, true listings; say how fast it is."""
+    from cluster.storage_check import Probe, check_storage
+
+    findings = check_storage(url, Probe(stream_bytes=megabytes << 20))
+    for finding in findings:
+        typer.echo(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
+
+
+def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) -> None:
+    """Add the commands that read a recipe; `view_of` (recipe, overrides) is the front door's, which alone knows whole recipes."""
+
+    @app.command("check")
+    def check(
+        recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/pocket.yaml")] = default,
+        overrides: Annotated[list[str] | None, SET] = None,
+        node: Annotated[
+            list[str] | None,
+            typer.Option(help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64 (repeatable)"),
+        ] = None,
+    ) -> None:
+        """Say which workers fit where, which do not and why, before anything starts. Exits with 1 if any does not fit."""
+        view = view_of(recipe, overrides or [])
+        nodes = [one for text in node or [] for one in parse_nodes(text)]
+        if not nodes:
+            local = view.cluster.address == "local" or view.cluster.runner == "in-process"
+            nodes = [own_node(view.cluster)] if local else ray_nodes(view.cluster)
+        fits = place(view.needs, nodes)
+        _show_fits(view, nodes, fits)
+        if any(fit.why for fit in fits) and view.cluster.runner == "ray":
+            raise typer.Exit(1)
+
+    @app.command("render")
+    def render_files(
+        recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/edgefusion.yaml")],
+        on: Annotated[str, typer.Option(help="kuberay, slurm, aws or gcp")],
+        out: Annotated[Path, typer.Option(help="folder for the files")],
+        overrides: Annotated[list[str] | None, SET] = None,
+        images: Annotated[str, typer.Option(help="image names up to their role")] = Options.images,
+        storage: Annotated[
+            str, typer.Option(help="shared storage: a claim (kuberay), a folder (slurm), HOST:/PATH (aws, gcp)")
+        ] = Options.storage,
+        secret: Annotated[str, typer.Option(help="name of the Kubernetes secret")] = Options.secret,
+        gpus_per_node: Annotated[int, typer.Option(min=1, max=16)] = Options.gpus_per_node,
+        cpus_per_node: Annotated[int, typer.Option(min=1, help="of nodes without GPUs")] = Options.cpus_per_node,
+    ) -> None:
+        """Write what a cluster needs to run the recipe: launch files, Dockerfiles, the resolved recipe. Starts nothing."""
+        places: dict[str, Place] = {name: name for name in PLACES}
+        if on not in places:
+            raise EdgeFusionError(f"--on {on} is not known", remedy=f"Use one of {', '.join(PLACES)}")
+        options = Options(images, storage, secret, gpus_per_node, cpus_per_node)
+        for path in render(view_of(recipe, overrides or []), places[on], options, out):
+            typer.echo(f"wrote {path}")
+
+
+def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
+    seen: dict[tuple[float, float, float], int] = {}
+    for node in nodes:
+        kind = (node.cpus, node.gpus, node.memory_gib)
+        seen[kind] = seen.get(kind, 0) + 1
+    for (cpus, gpus, memory), count in seen.items():
+        typer.echo(f"{count} x {cpus:g} CPUs, {gpus:g} GPUs, {memory:g} GiB")
+    table = Table("step", "stage", "workers", "each", "fits", "where, or why not")
+    for fit in fits:
+        need = fit.need
+        each = f"{need.cpus:g} CPU" + (f", {need.gpus:g} GPU" if need.gpus else "")
+        each += f", {need.memory_gib:g} GiB" if need.memory_gib else ", memory not stated"
+        where = f"on {len(fit.nodes)} node{'s' * (len(fit.nodes) != 1)}"
+        table.add_row(need.step, need.stage, str(need.workers), each, str(fit.placed), fit.why or where)
+    Console().print(table)
+    typer.echo(f"The process that starts the run does {DRIVER} by itself.")
+    if view.vllm_model:
+        typer.echo(f"It also opens {view.vllm_model} by vLLM, on a GPU of its own machine that Ray does not count.")
+    if view.cluster.runner == "in-process":
+        typer.echo("cluster.runner is in-process: all workers take turns in one process, so nothing has to fit.")

@@ -8,14 +8,17 @@ stage does. Knows no images.
 from __future__ import annotations
 
 import os
+import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
 from cluster.errors import StageError
+from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import Stage, Unit, Worker, apply
 
@@ -32,32 +35,70 @@ class ClusterRecipe(Settings):
     cpus: int | None = Field(default=None, ge=1, description="CPU slots of a local Ray; all cores if left out")
     object_store_mib: int = Field(default=200, ge=80, description="shared memory of a local Ray, MiB")
     train_workers: int = Field(default=1, ge=1, description="Ray Train workers, one a GPU or one a CPU group")
-    max_failures: int = Field(default=2, ge=0, description="restarts of a training that lost a worker, and of an actor")
+    train_gpu: bool | None = Field(
+        default=None,
+        description="train on GPUs, one a worker; left out: if the machine that starts the run has one (a cluster's head may not)",
+    )
+    memory_gib: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
+    )
+    max_failures: int = Field(
+        default=2,
+        ge=0,
+        description="restarts of a training that lost a worker, and workers a sample may kill before it is a dead letter",
+    )
+
+    def trains_on_gpu(self) -> bool:
+        """As the recipe says, or as this machine can."""
+        import torch
+
+        return torch.cuda.is_available() if self.train_gpu is None else self.train_gpu
+
+    def memory_bytes(self, stage: str) -> int:
+        """What a worker of the stage needs; 0 if the recipe does not say."""
+        return int(self.memory_gib.get(stage, 0) * 2**30)
 
 
 class Runner(Protocol):
-    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
-        """Pass every unit through all stages in turn; yields finished units, in no promised order."""
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
+        """Pass every unit through all stages in turn; yields finished units, in no promised order.
+
+        `notes` is a folder that all workers see, for what they are about to try: with it, rows that kill their worker
+        become dead letters; without it the run ends with a StageError once workers have died `max_failures` times.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 def make_runner(recipe: ClusterRecipe) -> Runner:
-    return InProcess() if recipe.runner == "in-process" else OnRay(recipe)
+    return InProcess(recipe.max_failures) if recipe.runner == "in-process" else OnRay(recipe)
 
 
 class InProcess:
-    """Everything here, one unit after the other."""
+    """Everything here, one unit after the other. A row that kills it kills the run; the next runs find and bury that row."""
 
-    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
+    def __init__(self, max_failures: int = 2) -> None:
+        self.max_failures = max_failures
+
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
+        attempts = _attempts(notes, self.max_failures, trust_other_runs=True)
         workers: list[tuple[Stage, Worker]] = []
         for unit in units:
             # Opened late: a run with nothing left to do loads no models.
             workers = workers or [(stage, stage.open()) for stage in stages]
             for stage, worker in workers:
-                unit = apply(stage, worker, unit)
+                before = unit
+                try:
+                    unit = _work(stage, worker, before, attempts)
+                finally:
+                    # Also after an exception or Ctrl-C: only a process that was killed leaves its note.
+                    if attempts:
+                        attempts.end(stage, before)
             yield unit
+        if attempts:
+            attempts.clear()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -69,7 +110,10 @@ class OnRay:
     def __init__(self, recipe: ClusterRecipe) -> None:
         self.recipe = recipe
 
-    def run(self, stages: Sequence[Stage], units: Iterable[Unit]) -> Iterator[Unit]:
+    def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
+        attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
+        # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
+        restarts = -1 if attempts else self.recipe.max_failures
         rows = [{"unit": unit.id, "payload": unit.to_bytes()} for unit in units]
         if not rows:
             return
@@ -88,18 +132,21 @@ class OnRay:
                 mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
                 data = data.map(
                     mapper,
-                    fn_constructor_args=[stage],
+                    fn_constructor_args=[stage, attempts],
                     compute=ray.data.ActorPoolStrategy(size=stage.workers),
                     num_cpus=stage.cpus,
                     num_gpus=stage.gpus,
-                    max_restarts=self.recipe.max_failures,
-                    max_task_retries=self.recipe.max_failures,
+                    memory=self.recipe.memory_bytes(stage.name) or None,
+                    max_restarts=restarts,
+                    max_task_retries=restarts,
                 )
         try:
             for row in data.iter_rows():
                 yield Unit.from_bytes(row["unit"], row["payload"])
         except RayError as error:
             raise _stage_error(error) from error
+        if attempts:
+            attempts.clear()
 
     def close(self) -> None:
         stop_ray()
@@ -108,12 +155,26 @@ class OnRay:
 class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.worker = stage, stage.open()
+    def __init__(self, stage: Stage, attempts: Attempts | None) -> None:
+        self.stage, self.attempts = stage, attempts
+        with attempts.opening(stage) if attempts else nullcontext():
+            self.worker = stage.open()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = apply(self.stage, self.worker, Unit.from_bytes(row["unit"], row["payload"]))
-        return {"unit": unit.id, "payload": unit.to_bytes()}
+        unit = Unit.from_bytes(row["unit"], row["payload"])
+        done = _work(self.stage, self.worker, unit, self.attempts)
+        answer = {"unit": done.id, "payload": done.to_bytes()}
+        if self.attempts:
+            self.attempts.end(self.stage, unit)
+        return answer
+
+
+def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) -> Attempts | None:
+    return Attempts(folder, max(1, max_failures), uuid.uuid4().hex, trust_other_runs) if folder else None
+
+
+def _work(stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None) -> Unit:
+    return apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
 
 
 def start_ray(recipe: ClusterRecipe) -> None:
@@ -172,16 +233,6 @@ def stop_ray() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
-
-
-def resources(recipe: ClusterRecipe) -> dict[str, float]:
-    """What the recipe's Ray offers, by kind; starts it if need be and lets go of it."""
-    start_ray(recipe)
-    import ray
-
-    found = {key: float(value) for key, value in sorted(ray.cluster_resources().items()) if not key.startswith("node:")}
-    stop_ray()
-    return found
 
 
 def _stage_error(error: BaseException) -> StageError:

@@ -25,10 +25,15 @@ def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, thre
         os.environ["OMP_NUM_THREADS"] = str(threads)
         train()
 
+    # What Ray Train asks for by itself, said aloud once memory is to be counted too.
+    memory = recipe.memory_bytes("train")
+    each = {"CPU": 1.0, "GPU": float(use_gpu), "memory": float(memory)} if memory else None
     trainer = TorchTrainer(
         on_worker,
         train_loop_config={},
-        scaling_config=ray.train.ScalingConfig(num_workers=recipe.train_workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.train_workers, use_gpu=use_gpu, resources_per_worker=each
+        ),
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=str(storage.resolve()),

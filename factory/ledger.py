@@ -117,10 +117,10 @@ def read_pictures(folder: Path, entries: list[dict[str, Any]]) -> Iterator[tuple
         yield from zip(table["id"].to_pylist(), table["picture"].to_pylist(), strict=True)
 
 
-def read_table(path: Path) -> pa.Table:
-    """A Parquet file of ours; raises CorruptShard."""
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of ours, or some of its columns; raises CorruptShard."""
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptShard(
             f"cannot be read ({str(error).splitlines()[0]})",

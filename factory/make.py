@@ -16,12 +16,15 @@ from factory.recipe import FactoryRecipe
 from factory.select import KEPT, digest_picture, funnel, select, write_selection
 from factory.stages import make_stages
 
+NOTES = "attempts"
+"""Folder of the data set that holds what workers are about to try (cluster/quarantine.py); gone when all are through."""
+
 
 def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress = lambda n: None) -> int:
     """Make every planned unit that the ledger lacks; returns how many were made now."""
     sweep_partials(folder)
     todo = [unit for unit in planned_units(folder, recipe.make.unit_images) if not is_committed(folder, unit.id)]
-    for unit in runner.run(make_stages(recipe.make, folder), todo):
+    for unit in runner.run(make_stages(recipe.make, folder), todo, notes=folder / NOTES):
         progress(len(unit.rows))
     return len(todo)
 

@@ -1,0 +1,145 @@
+"""Launch files of a recipe: what Kubernetes, Slurm or Ray's cluster launcher need to run it, sized by its stages.
+
+Renders text and starts nothing. Secrets are named, never written. The templates are in cluster/deploy.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cluster.errors import EdgeFusionError
+from cluster.machine import NEEDED, version_of
+from cluster.needs import DRIVER, Group, RunView, groups
+from cluster.storage import publish_bytes
+
+Place = Literal["kuberay", "slurm", "aws", "gcp"]
+PLACES: tuple[Place, ...] = ("kuberay", "slurm", "aws", "gcp")
+_PYTHON = "3.11.13"
+_VLLM = "0.32.0"
+_MACHINES: dict[str, dict[int, tuple[str, int]]] = {
+    "aws": {0: ("m7i.2xlarge", 8), 1: ("g6e.4xlarge", 16), 4: ("g6e.12xlarge", 48), 8: ("p5.48xlarge", 192)},
+    "gcp": {0: ("n2-standard-8", 8), 1: ("g2-standard-16", 16), 4: ("g2-standard-48", 48), 8: ("a3-highgpu-8g", 208)},
+}
+"""GPUs a machine: (its name, its CPUs)."""
+_STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
+_PLAIN = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:/@_-]*|/[A-Za-z0-9._:/@-]*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recipe does not know of the place it is to run at."""
+
+    images: str = "edgefusion"
+    """Image names up to their role: registry.example/team/edgefusion gives .../edgefusion-gpu:VERSION."""
+    storage: str = ""
+    """kuberay: a ReadWriteMany claim; slurm: a folder that all nodes see; aws and gcp: HOST:/PATH of an NFS share."""
+    secret: str = "edgefusion"
+    """Name of the Kubernetes secret."""
+    gpus_per_node: int = 1
+    cpus_per_node: int = 8
+
+
+def render(view: RunView, place: Place, options: Options, folder: Path) -> list[Path]:
+    """Write the launch files for `place` into `folder`; returns them. Raises EdgeFusionError for what cannot be rendered."""
+    facts = _facts(view, place, options, folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "deploy"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Bash counts arrays by ${#names[@]}, in which Jinja would see a comment.
+        comment_start_string="<#",
+        comment_end_string="#>",
+    )
+    launch = "slurm.sbatch" if place == "slurm" else f"{place}.yaml"
+    texts = {launch: environment.get_template(f"{launch}.j2").render(**facts)}
+    texts["recipe.yaml"] = facts["recipe"] + "\n"
+    if place != "slurm":
+        roles = ["cpu", *(role for _, role, _ in facts["worker_groups"] if role == "gpu")]
+        for role in roles:
+            texts[f"Dockerfile.{role}"] = environment.get_template("Dockerfile.j2").render(**facts, role=role)
+        if view.vllm_model:
+            texts["Dockerfile.vllm"] = environment.get_template("Dockerfile.vllm.j2").render(**facts)
+        texts["constraints.txt"] = environment.get_template("constraints.txt.j2").render(**facts)
+    for name, text in texts.items():
+        publish_bytes(folder / name, text.encode())
+    return [folder / name for name in sorted(texts)]
+
+
+def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[str, Any]:
+    storage = options.storage or _STORAGE.get(place, "")
+    if not storage:
+        raise EdgeFusionError(
+            f"{place} needs storage that all nodes share", remedy="Give --storage HOST:/PATH of an NFS file system"
+        )
+    for name, value in (("storage", storage), ("images", options.images), ("secret", options.secret)):
+        if not _PLAIN.fullmatch(value):
+            raise EdgeFusionError(f"--{name} {value!r} holds characters that do not belong there", remedy="Correct it")
+    gpu, cpu = groups(view.needs, options.gpus_per_node, options.cpus_per_node)
+    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:8000/v1"
+    if view.vllm_model and place in _MACHINES:
+        raise EdgeFusionError(
+            f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
+            remedy="Start one (any that speaks OpenAI's chat completions) and give "
+            + " ".join(f"--set {setting.format(url='URL')}" for setting in view.server_settings),
+        )
+    settings = [setting.format(url=url) for setting in view.server_settings]
+    machines: dict[str, str] = {}
+    if place in _MACHINES:
+        gpu, cpu, machines = _machines(place, gpu, cpu, options)
+    tree = {**view.tree, "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
+    run = ["edgefusion", "run", "/etc/edgefusion/recipe.yaml", "--out", f"/shared/runs/{view.name}"]
+    more = [word for setting in settings for word in ("--set", setting)]
+    whole = gpu if gpu.nodes else cpu
+    workers = [("gpu", "gpu", gpu)] * bool(gpu.nodes) + [("cpu", "cpu", cpu)] * bool(cpu.nodes)
+    return {
+        "name": view.name,
+        "folder": str(folder),
+        "images": options.images,
+        "storage": storage,
+        "secret": options.secret,
+        "version": version_of("edgefusion") or "0.1.0",
+        "ray": version_of("ray"),
+        "python": _PYTHON,
+        "vllm": _VLLM,
+        "pins": {name: str(version_of(name)).partition("+")[0] for name in NEEDED if version_of(name)},
+        "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
+        "driver": DRIVER,
+        "head": Group(1, 4, 0, 16),
+        "worker_groups": workers,
+        "max_workers": gpu.nodes + cpu.nodes,
+        "machines": machines,
+        "vllm_model": view.vllm_model,
+        "vllm_model_word": shlex.quote(view.vllm_model),
+        "server_settings": shlex.join(more),
+        # Relative paths of a recipe are those of the image.
+        "entrypoint": "cd /app && " + shlex.join(run + more),
+        "launched": "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]]),
+        # Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones.
+        "node": replace(whole, cpus=whole.cpus + (-(-cpu.cpus * cpu.nodes // gpu.nodes) if gpu.nodes else 0)),
+        "nodes": whole.nodes,
+    }
+
+
+def _machines(place: Place, gpu: Group, cpu: Group, options: Options) -> tuple[Group, Group, dict[str, str]]:
+    known = _MACHINES[place]
+    if gpu.nodes and gpu.gpus not in known:
+        raise EdgeFusionError(
+            f"no {place} machine with {gpu.gpus} GPUs is known", remedy=f"Use --gpus-per-node {sorted(known)[1:]}"
+        )
+    name, cpus = known[gpu.gpus] if gpu.nodes else ("", 0)
+    small, small_cpus = known[0]
+    needed = cpu.nodes * cpu.cpus
+    return (
+        replace(gpu, cpus=cpus),
+        replace(cpu, nodes=-(-needed // small_cpus), cpus=small_cpus),
+        {"gpu": name, "cpu": small},
+    )

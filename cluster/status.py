@@ -1,0 +1,205 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+"""What a run has done and how fast, read from the files it leaves: from any terminal, while it runs and after it died.
+
+Reads only. Knows the layout of an output folder, not what the files are for: `run.json`, `heartbeat.json`, the ledger's columns
+`outcome` and `reason`, and the logs `training/*/metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import EdgeFusionError
+from cluster.heartbeat import read_heartbeat
+
+Facts = dict[str, Any]
+_PHASES = ("adapt", "distill")
+
+
+def read_status(out: Path) -> Facts:
+    """Everything `edgefusion status` shows; numbers in seconds and items a second, None where nothing is known.
+
+    Raises EdgeFusionError if `out` holds no run.
+    """
+    try:
+        run: Facts = json.loads((out / "run.json").read_text())
+        recipe: Facts = run["recipe"]
+    except (OSError, ValueError, KeyError):
+        raise EdgeFusionError(
+            "holds no run", where=str(out), remedy="Give the --out folder of edgefusion run"
+        ) from None
+    beat = read_heartbeat(out)
+    seconds: dict[str, float] = run.get("seconds", {})
+    outcomes, reasons, unreadable = _outcomes(out / "dataset")
+    stages = [
+        _step(out, "plan", out / "dataset" / "plan.parquet", seconds),
+        _make(out, outcomes, seconds, beat),
+        _step(out, "select", out / "dataset" / "manifest.parquet", seconds),
+        *(_phase(out, phase, recipe) for phase in _PHASES if recipe["trainer"][phase]["steps"]),
+        _step(out, "student", out / "student", seconds),
+        _step(out, "samples", out / "samples", seconds),
+        *(
+            _step(out, f"export {target}", out / "export" / target / "bundle.json", {})
+            for target in recipe["export"]["targets"]
+        ),
+        _step(out, "report", out / "report.html", seconds),
+    ]
+    state = beat.get("state", "unknown")
+    current = str(beat.get("step", "")) if state in ("running", "died", "stopped") else ""
+    for stage in stages:
+        if stage["state"] != "done" and current and stage["stage"].split()[0] in (current, f"{current}:"):
+            stage["state"] = "running" if state == "running" else state
+    _one_phase_at_a_time(stages)
+    if state != "running":
+        for stage in stages:
+            stage["eta_s"] = None
+    return {
+        "folder": str(out),
+        "recipe": recipe["name"],
+        "state": state,
+        "step": current,
+        "why": beat.get("why", ""),
+        "pid": beat.get("pid"),
+        "host": beat.get("host"),
+        "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
+        "stages": stages,
+        "samples": outcomes,
+        "kept_share": _share(outcomes, "kept"),
+        "reasons": reasons,
+        "suspects": _suspects(out / "dataset" / "attempts"),
+        "unreadable": unreadable,
+    }
+
+
+def _step(out: Path, name: str, proof: Path, seconds: dict[str, float]) -> Facts:
+    state = "done" if proof.exists() else "waiting"
+    return _row(name, state, seconds=seconds.get(name) if state == "done" else None)
+
+
+def _row(name: str, state: str, **more: Any) -> Facts:
+    empty = {"done": None, "of": None, "items": "", "per_s": None, "seconds": None, "eta_s": None}
+    return {"stage": name, "state": state, **empty, **more}
+
+
+def _make(out: Path, outcomes: Facts, seconds: dict[str, float], beat: Facts) -> Facts:
+    done, planned = outcomes["in_ledger"], outcomes["planned"]
+    state = "done" if planned and done >= planned else "waiting"
+    rate = done / seconds["make"] if state == "done" and seconds.get("make") else _ledger_rate(out, beat)
+    left = (planned - done) / rate if rate and planned and state != "done" else None
+    return _row(
+        "make",
+        state,
+        done=done,
+        of=planned or None,
+        items="pictures",
+        per_s=rate and round(rate, 3),
+        seconds=seconds.get("make"),
+        eta_s=left and round(left, 1),
+    )
+
+
+def _ledger_rate(out: Path, beat: Facts) -> float | None:
+    """Pictures a second between this run's first and last commit; before that models were loaded."""
+    times = sorted((p.stat().st_mtime, p) for p in (out / "dataset" / "ledger").glob("unit-*.parquet"))
+    times = [(when, path) for when, path in times if when >= beat.get("step_began", 0.0)]
+    if len(times) < 2 or times[-1][0] <= times[0][0]:
+        return None
+    rows = sum(_rows(path) for _, path in times[1:])
+    return rows / (times[-1][0] - times[0][0])
+
+
+def _rows(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowInvalid):
+        return 0
+
+
+def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
+    settings: Facts = recipe["trainer"][phase]
+    last = _last_line(out / "training" / phase / "metrics.jsonl")
+    step, steps = int(last.get("step", 0)), int(settings["steps"])
+    done = (out / "training" / phase / "unet").exists()
+    per_s = float(last.get("images_per_s") or 0) / settings["batch_images"] or None
+    return _row(
+        f"train: {phase}",
+        "done" if done else "waiting",
+        done=step,
+        of=steps,
+        items="steps",
+        per_s=per_s and round(per_s, 3),
+        eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
+        loss=last.get("loss"),
+    )
+
+
+def _one_phase_at_a_time(stages: list[Facts]) -> None:
+    """Training has one step name for both phases; only the first unfinished one can be at work."""
+    active = [stage for stage in stages if stage["stage"].startswith("train:") and stage["state"] != "done"]
+    for stage in active[1:]:
+        stage["state"] = "waiting"
+
+
+def _last_line(path: Path) -> Facts:
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            found: Any = json.loads(line)
+        except ValueError:
+            continue  # cut short, by a crash or by being read while written
+        if isinstance(found, dict):
+            return cast(Facts, found)
+    return {}
+
+
+def _outcomes(data: Path) -> tuple[Facts, dict[str, int], int]:
+    """(samples by outcome, reasons with counts, files that could not be read)."""
+    plan, selection = data / "plan.parquet", data / "selection.parquet"
+    unreadable, found, reasons = 0, Counter[str](), Counter[str]()
+    chosen = selection.exists() and (data / "manifest.parquet").exists()
+    ledger = sorted((data / "ledger").glob("unit-*.parquet"))
+    for path in [selection] if chosen else ledger:
+        try:
+            rows = pq.read_table(path, columns=["outcome", "reason"]).to_pylist()
+        except (OSError, pa.ArrowInvalid):
+            unreadable += 1
+            continue
+        found.update(row["outcome"] for row in rows)
+        # Six words tell reasons apart; what follows names the one sample.
+        reasons.update(f"{row['outcome']}: {' '.join(row['reason'].split()[:6])}" for row in rows if row["reason"])
+    planned = _rows(plan) if plan.exists() else 0
+    in_ledger = sum(found.values()) if not chosen else sum(_rows(path) for path in ledger)
+    named = {name: found[name] for name in ("made", "kept", "rejected", "dead")}
+    return {"planned": planned, "in_ledger": in_ledger, **named}, dict(reasons.most_common(20)), unreadable
+
+
+def _share(outcomes: Facts, name: str) -> float | None:
+    total = outcomes["kept"] + outcomes["rejected"] + outcomes["dead"]
+    return round(outcomes[name] / total, 4) if total and not outcomes["made"] else None
+
+
+def _suspects(notes: Path) -> list[Facts]:
+    """Units whose worker died before they were through."""
+    found: list[Facts] = []
+    for path in sorted(notes.glob("*.json")):
+        try:
+            note: Facts = json.loads(path.read_text())
+            deaths, trying = int(note["deaths"]), len(note["at_risk"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the unit is through, or its note was just replaced
+        if deaths:
+            stage, _, unit = path.stem.partition(".")
+            found.append({"unit": unit, "stage": stage, "deaths": deaths, "rows_tried_together": trying})
+    return found

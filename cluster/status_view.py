@@ -1,0 +1,90 @@
+"""`edgefusion status`: the facts of cluster/status.py in a terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cluster.status import read_status
+
+_WATCH_S = 2.0
+
+
+def status(
+    out: Annotated[Path, typer.Argument(help="output folder of a run")],
+    watch: Annotated[bool, typer.Option("--watch", help="look again every 2 s until the run ends")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+) -> None:
+    """Say how far a run is, how fast, what died and why. Reads files only: from any terminal, also after the run died."""
+    facts = read_status(out)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = Console()
+    if not watch:
+        console.print(view(facts))
+        return
+    with Live(view(facts), console=console, auto_refresh=False) as live:
+        while facts["state"] == "running":
+            time.sleep(_WATCH_S)
+            facts = read_status(out)
+            live.update(view(facts), refresh=True)
+
+
+def view(facts: dict[str, Any]) -> Group:
+    """A table of stages, and lines on samples and on what went wrong."""
+    table = Table(
+        "stage", "state", "done", "rate", "took", "time left", title=f"{facts['recipe']} in {facts['folder']}"
+    )
+    for stage in facts["stages"]:
+        done = f"{stage['done']} of {stage['of']} {stage['items']}" if stage["of"] is not None else ""
+        rate = f"{stage['per_s']:.3g} {stage['items']}/s" if stage["per_s"] else ""
+        table.add_row(stage["stage"], stage["state"], done, rate, clock(stage["seconds"]), clock(stage["eta_s"]))
+    samples = facts["samples"]
+    lines = [_state_line(facts)]
+    parts = [f"{samples[name]} {name}" for name in ("made", "kept", "rejected", "dead") if samples[name]]
+    if samples["planned"]:
+        share = f"; kept {facts['kept_share']:.1%}" if facts["kept_share"] is not None else ""
+        lines.append(f"samples: {samples['planned']} planned, {', '.join(parts) or 'none made yet'}{share}")
+    lines += [f"  {count} {reason}" for reason, count in facts["reasons"].items()]
+    lines += [
+        f"suspect: {s['unit']} killed {s['deaths']} workers in stage {s['stage']}; "
+        f"{s['rows_tried_together']} of its samples are tried together now"
+        for s in facts["suspects"]
+    ]
+    if facts["unreadable"]:
+        lines.append(f"{facts['unreadable']} ledger files cannot be read")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _state_line(facts: dict[str, Any]) -> str:
+    state, where = facts["state"], f"process {facts['pid']} on {facts['host']}"
+    if state == "unknown":
+        return "There is no heartbeat: the run is older than heartbeats, or has not begun."
+    if state == "running":
+        return f"Running: {where}, at {facts['step']}; last sign of life {facts['heartbeat_age_s']:.0f} s ago."
+    again = "The same edgefusion run command goes on from here."
+    if state == "died":
+        return f"Died at {facts['step']} ({where}, last sign of life {clock(facts['heartbeat_age_s'])} ago). {again}"
+    if state == "stopped":
+        return f"Stopped at {facts['step']}: {facts['why']}. {again}"
+    return "Finished."
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as a person says them; empty for None."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"

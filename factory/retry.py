@@ -1,0 +1,50 @@
+"""Another try for samples that died while they were made: what vouches for their units is taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.stage import DEAD
+from factory.ledger import read_table
+from factory.pack import MANIFEST
+from factory.plan import PLAN
+
+_BUILT_ON = ("training", "student", "samples", "export", "report.html")
+
+
+def reopen_dead(folder: Path) -> tuple[int, int]:
+    """Take back the ledger entries of units that hold dead samples, and the manifest; returns (samples, units).
+
+    `folder` is a data set or the output folder of a run. Prompts that died in the plan stay dead: there is nothing to draw.
+    The next `make` makes those units anew; their living pictures come out the same. Raises EdgeFusionError if there is no data
+    set, and LedgerConflict if something was already built on it as it is.
+    """
+    data = folder / "dataset" if (folder / "dataset" / PLAN).exists() else folder
+    if not (data / PLAN).exists():
+        raise EdgeFusionError("holds no data set", where=str(folder), remedy="Give the --out folder of edgefusion run")
+    outcomes = read_table(data / PLAN)
+    hopeless = {
+        key
+        for key, outcome in zip(outcomes["id"].to_pylist(), outcomes["outcome"].to_pylist(), strict=True)
+        if outcome == DEAD
+    }
+    found: dict[Path, int] = {}
+    for entry in sorted((data / "ledger").glob("unit-*.parquet")):
+        rows = read_table(entry, ["id", "outcome"]).to_pylist()
+        dead = sum(row["outcome"] == DEAD and row["id"] not in hopeless for row in rows)
+        found |= {entry: dead} if dead else {}
+    if not found:
+        return 0, 0
+    built = [name for name in _BUILT_ON if (data.parent / name).exists()] if data.name == "dataset" else []
+    if built:
+        raise LedgerConflict(
+            f"{', '.join(built)} there was made from the data set as it is",
+            where=str(data.parent),
+            remedy="Delete those to build them anew, or copy the dataset folder and retry in the copy",
+        )
+    # The manifest goes first: a data set without one is unfinished, whatever else happens.
+    (data / MANIFEST).unlink(missing_ok=True)
+    for entry in found:
+        entry.unlink()
+    return sum(found.values()), len(found)

@@ -1,0 +1,222 @@
+"""Launch files as far as they can be proven without the machines: syntax, schemas, and the Slurm script against stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from cluster.errors import EdgeFusionError
+from cluster.needs import RunView
+from cluster.recipe import load_recipe
+from cluster.render import PLACES, Options, render
+from edgefusion import Recipe, cluster_view
+
+PAPER = Path(__file__).parent.parent.parent / "recipes" / "edgefusion.yaml"
+NFS = Options(storage="fs-1.example:/data")
+
+
+@pytest.fixture(scope="module")
+def paper() -> RunView:
+    """recipes/edgefusion.yaml: eight GPUs, prompts by vLLM."""
+    return cluster_view(PAPER, [])
+
+
+@pytest.fixture(scope="module")
+def plain(paper: RunView) -> RunView:
+    """The same with prompts from elsewhere."""
+    return replace(paper, vllm_model="", server_settings=())
+
+
+def documents(folder: Path) -> dict[str, Any]:
+    return {one["kind"]: one for one in yaml.safe_load_all((folder / "kuberay.yaml").read_text())}
+
+
+def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) -> None:
+    render(paper, "kuberay", Options(), tmp_path)
+    found = documents(tmp_path)
+    schema = json.loads((Path(__file__).parent / "rayjob-schema.json").read_text())
+    jsonschema.validate(found["RayJob"], schema)
+    cluster = found["RayJob"]["spec"]["rayClusterSpec"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    limits = groups["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert groups["gpu"]["maxReplicas"] * int(limits["nvidia.com/gpu"]) == 8
+    assert cluster["enableInTreeAutoscaling"] and cluster["authOptions"] == {"mode": "token"}
+    # What is in the ConfigMap is a recipe, and on the entrypoint's settings it uses the server beside it.
+    (tmp_path / "again.yaml").write_text(found["ConfigMap"]["data"]["recipe.yaml"])
+    words = found["RayJob"]["spec"]["entrypoint"].split()
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    recipe = load_recipe(Recipe, tmp_path / "again.yaml", settings)
+    assert recipe.cluster.address == "auto" and recipe.factory.plan.writer.kind == "openai"
+    assert found["Service"]["metadata"]["name"] in recipe.factory.plan.writer.base_url
+    assert found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"] == ["--model", paper.vllm_model]
+
+
+@pytest.mark.parametrize("place", [["spec", "backofLimit"], ["spec", "rayClusterSpec", "autoscaling"]])
+def test_the_schema_refuses_a_field_that_kuberay_would_drop(plain: RunView, tmp_path: Path, place: list[str]) -> None:
+    render(plain, "kuberay", Options(), tmp_path)
+    found = documents(tmp_path)
+    assert set(found) == {"ConfigMap", "RayJob"}
+    node = found["RayJob"]
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = 1
+    schema = json.loads((Path(__file__).parent / "rayjob-schema.json").read_text())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(found["RayJob"], schema)
+
+
+def test_no_secret_is_written_and_nothing_runs_as_root(paper: RunView, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    for place in ("kuberay", "slurm"):
+        for path in render(paper, place, Options(), tmp_path / place):
+            text = path.read_text()
+            assert "very-secret" not in text and "very_secret" not in text
+            if path.name.startswith("Dockerfile"):
+                assert text.rfind("USER 1000") > text.rfind("RUN") and "FROM python:3.11.13-slim" in text
+                assert ":latest" not in text
+    pods = [documents(tmp_path / "kuberay")["Deployment"]["spec"]["template"]]
+    pods.append(documents(tmp_path / "kuberay")["RayJob"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"])
+    for pod in pods:
+        variables = {one["name"]: one for one in pod["spec"]["containers"][0]["env"]}
+        assert all("value" not in one for name, one in variables.items() if name.endswith("KEY"))
+
+
+def test_constraints_pin_what_is_needed(plain: RunView, tmp_path: Path) -> None:
+    render(plain, "kuberay", Options(), tmp_path)
+    lines = [line for line in (tmp_path / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert {"torch", "ray", "diffusers"} <= set(pins) and "+" not in pins["torch"]
+
+
+@pytest.mark.parametrize("place", ["aws", "gcp"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_cloud_files_pass_rays_own_schema(plain: RunView, tmp_path: Path, place: Any, gpus: int) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    render(plain, place, replace(NFS, gpus_per_node=gpus), tmp_path)
+    config = yaml.safe_load((tmp_path / f"{place}.yaml").read_text())
+    validate_config(prepare_config(config))
+    gpu = config["available_node_types"]["gpu"]
+    assert gpu["resources"]["GPU"] * gpu["max_workers"] == 8
+    assert config["max_workers"] == sum(t.get("max_workers", 0) for t in config["available_node_types"].values())
+    assert any("fs-1.example:/data" in line for line in config["initialization_commands"])
+    with pytest.raises(Exception, match="surprise"):
+        validate_config({**prepare_config(config), "surprise": 1})
+
+
+def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_path: Path) -> None:
+    for view, place, options, words in (
+        (plain, "aws", Options(), "needs storage"),
+        (paper, "aws", NFS, "no server"),
+        (plain, "gcp", replace(NFS, gpus_per_node=3), "3 GPUs"),
+        (plain, "slurm", Options(storage="/x; rm -rf ~"), "do not belong"),
+        (plain, "kuberay", Options(secret="$(id)"), "do not belong"),
+    ):
+        with pytest.raises(EdgeFusionError, match=words):
+            render(view, place, options, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("with_vllm", [True, False])
+def test_the_slurm_script_is_sound(paper: RunView, plain: RunView, tmp_path: Path, with_vllm: bool) -> None:
+    render(paper if with_vllm else plain, "slurm", Options(), tmp_path)
+    script = tmp_path / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    said = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
+
+
+STAND_INS = {
+    "scontrol": 'if [ "$1" = requeue ]; then echo "requeue $2" >> "$LOG"; else printf "n1\\nn2\\nn3\\n"; fi',
+    "srun": 'while [[ "$1" == --* ]]; do shift; done\nif [ "$1" = hostname ]; then echo 10.0.0.1; else exec "$@"; fi',
+    "ray": """case "$1 $2" in
+        health-check*) if [ -n "${UNHEALTHY:-}" ]; then exit 1; fi; grep -q "head started" "$LOG"; exit ;;
+        "start --head") who=head ;;
+        *) who=workers ;;
+    esac
+    echo "$who started" >> "$LOG"
+    trap 'echo "$who stopped" >> "$LOG"; exit 0' TERM
+    while true; do sleep 0.05; done""",
+    "edgefusion": """echo "driver $*" >> "$LOG"
+    trap 'echo "driver stopped" >> "$LOG"; exit 130' TERM
+    for _ in $(seq "${WORK:-1}"); do sleep 0.05; done
+    exit "${CODE:-0}" """,
+}
+
+
+@pytest.fixture
+def slurm(plain: RunView, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
+    """(command, environment, log) of the rendered script among stand-ins for Slurm, Ray and edgefusion."""
+    render(plain, "slurm", Options(), tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "EDGEFUSION_BIN": str(tmp_path / "bin"),
+        "EDGEFUSION_POLL_S": "0.01",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "LOG": str(tmp_path / "log"),
+    }
+    return ["bash", str(tmp_path / "slurm.sbatch")], environment, tmp_path / "log"
+
+
+def lines_of(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_slurm_starts_all_and_stops_all_and_passes_the_exit_code_on(slurm, code: int) -> None:
+    command, environment, log = slurm
+    said = subprocess.run(command, env={**environment, "CODE": str(code), "WORK": "20"}, timeout=60)
+    lines = lines_of(log)
+    assert said.returncode == code
+    assert lines[0] == "head started" and sorted(lines[-2:]) == ["head stopped", "workers stopped"]
+    (driver,) = [line for line in lines if line.startswith("driver")]
+    assert "cluster.address=10.0.0.1:24711" in driver and "recipe.yaml" in driver
+
+
+@pytest.mark.parametrize(("sent", "code", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)])
+def test_slurm_stops_cleanly_when_told_and_requeues_before_the_time_limit(
+    slurm, sent, code: int, requeued: bool
+) -> None:
+    command, environment, log = slurm
+    process = subprocess.Popen(command, env={**environment, "WORK": "2000"})
+    for _ in range(600):
+        if any(line.startswith("driver") for line in lines_of(log)) and "workers started" in lines_of(log):
+            break
+        time.sleep(0.05)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == code
+    assert {"driver stopped", "head stopped", "workers stopped"} <= set(lines_of(log))
+    assert ("requeue 4711" in lines_of(log)) == requeued
+
+
+def test_slurm_gives_up_when_the_head_does_not_start(slurm) -> None:
+    command, environment, log = slurm
+    said = subprocess.run(command, env={**environment, "UNHEALTHY": "1"}, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 1 and "the Ray head did not start" in said.stderr
+    assert "head stopped" in lines_of(log) and not any(line.startswith("driver") for line in lines_of(log))
+
+
+def test_every_place_has_a_template_and_is_rendered_the_same_twice(plain: RunView, tmp_path: Path) -> None:
+    for place in PLACES:
+        first = {p.name: p.read_bytes() for p in render(plain, place, NFS, tmp_path / place)}
+        assert first == {p.name: p.read_bytes() for p in render(plain, place, NFS, tmp_path / place)}

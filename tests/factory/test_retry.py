@@ -1,0 +1,99 @@
+"""Poison in make: the law holds, the rest is the same bytes, and retry-failed mends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe, InProcess, OnRay
+from cluster.stage import DEAD, PENDING, Row, Stage
+from cluster.storage import publish_bytes
+from factory.ledger import commit_unit, planned_units, read_entries
+from factory.make import NOTES
+from factory.plan import _SCHEMA, PLAN, table_bytes
+from factory.retry import reopen_dead
+
+UNIT_IMAGES = 8
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Path:
+    """A data set of 24 planned samples, one dead in the plan."""
+    data = tmp_path / "out" / "dataset"
+    rows = [
+        {"id": f"{i:064x}", "prompt": f"p{i}", "group": "g", "attributes": "{}", "seed": i}
+        | ({"outcome": DEAD, "reason": "plan: bad"} if i == 20 else {"outcome": PENDING, "reason": ""})
+        for i in range(24)
+    ]
+    publish_bytes(data / PLAN, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
+    return data
+
+
+def stages(data: Path, deadly: int | None) -> list[Stage]:
+    def render(rows: list[Row]) -> list[Row]:
+        if any(row["seed"] == deadly for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [{**row, "picture": row["prompt"].encode(), "clip_score": 0.5} for row in rows]
+
+    def commit(rows: list[Row]) -> list[Row]:
+        commit_unit(data, rows)
+        return rows
+
+    return [Stage("render", lambda: render, cpus=0.5), Stage("commit", lambda: commit, cpus=0.5, whole=True)]
+
+
+def make(data: Path, deadly: int | None) -> list[Row]:
+    units = planned_units(data, UNIT_IMAGES)
+    todo = [unit for unit in units if not (data / "ledger" / f"{unit.id}.parquet").exists()]
+    runner = InProcess() if deadly is None else OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
+    try:
+        list(runner.run(stages(data, deadly), todo, notes=data / NOTES))
+    finally:
+        runner.close()
+    return read_entries(data, units)
+
+
+def files(data: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(data)): p.read_bytes() for p in sorted(data.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.ray
+def test_a_deadly_sample_is_a_dead_letter_until_it_is_tried_again(planned: Path) -> None:
+    entries = make(planned, deadly=11)
+    assert len(entries) == 24
+    dead = {row["seed"]: row["reason"] for row in entries if row["outcome"] == DEAD}
+    assert dead == {11: "render: killed its worker 2 times", 20: "plan: bad"}
+    before = files(planned)
+
+    (planned / "manifest.parquet").write_bytes(b"any")
+    assert reopen_dead(planned.parent) == (1, 1)
+    assert not (planned / "manifest.parquet").exists()
+    entries = make(planned, deadly=None)
+    assert [row["seed"] for row in entries if row["outcome"] == DEAD] == [20]
+    after = files(planned)
+    changed = {name for name in after if after[name] != before[name]}
+    assert set(after) == set(before)
+    assert changed == {"ledger/unit-00001.parquet", "pictures/unit-00001.parquet"}
+    assert reopen_dead(planned) == (0, 0)
+
+
+def test_nothing_is_taken_back_under_a_trained_student(planned: Path) -> None:
+    units = planned_units(planned, UNIT_IMAGES)
+    commit_unit(planned, [{**row, "outcome": DEAD, "reason": "render: ValueError"} for row in units[0].rows])
+    (planned.parent / "training").mkdir()
+    with pytest.raises(LedgerConflict, match="training there was made"):
+        reopen_dead(planned.parent)
+    assert (planned / "ledger" / "unit-00000.parquet").exists()
+    (planned.parent / "training").rmdir()
+    assert reopen_dead(planned.parent) == (8, 1)
+
+
+def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EdgeFusionError, match="holds no data set"):
+        reopen_dead(tmp_path)
