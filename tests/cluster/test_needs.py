@@ -57,3 +57,13 @@ def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
     more = ["--set", "cluster.memory_gib={render: 80}"]
     said = CliRunner().invoke(app, [*paper, "8:cpus=16,gpus=1,memory_gib=64", *more], env={"COLUMNS": "160"})
     assert said.exit_code == 1 and "needs 80 GiB of memory" in said.output
+
+
+@pytest.mark.ray
+def test_the_nodes_of_a_running_ray_are_read() -> None:
+    from cluster.needs import ray_nodes
+    from cluster.recipe import build_recipe
+    from cluster.runner import ClusterRecipe
+
+    (node,) = ray_nodes(build_recipe(ClusterRecipe, {"cpus": 3}, "test"))
+    assert node.cpus == 3 and node.gpus == 0 and 0 < node.memory_gib < 10_000

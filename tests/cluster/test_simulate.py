@@ -104,3 +104,10 @@ def test_the_command_says_that_it_predicts() -> None:
     more = ["--make-per-s", "0.5", "--preemptions-per-hour", "0.1", "--price-per-gpu-hour", "2"]
     said = CliRunner().invoke(app, [*words, *more], env={"COLUMNS": "140"})
     assert said.exit_code == 0 and said.output.count("predicted") >= 2 and "utilisation" in said.output
+
+
+def test_training_holds_every_node_but_the_one_that_is_being_replaced() -> None:
+    play = Scenario(4, 0, 1, 1.0, ((PHASE, 10.0),), preemptions_per_hour=6.0, provision_s=100, load_s=20)
+    out = simulate(play, 3)
+    assert out.preemptions > 3 and out.lost_s > 0
+    assert out.held_s == pytest.approx(4 * out.train_s - 100 * out.preemptions)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,7 +18,7 @@ from cluster.runner import ClusterRecipe, InProcess, OnRay
 from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
 from factory.ledger import commit_unit, planned_units, read_entries
-from factory.make import NOTES
+from factory.make import make as factory_make
 from factory.plan import _SCHEMA, PLAN, table_bytes
 from factory.retry import reopen_dead
 
@@ -48,15 +51,21 @@ def stages(data: Path, deadly: int | None) -> list[Stage]:
     return [Stage("render", lambda: render, cpus=0.5), Stage("commit", lambda: commit, cpus=0.5, whole=True)]
 
 
-def make(data: Path, deadly: int | None) -> list[Row]:
-    units = planned_units(data, UNIT_IMAGES)
-    todo = [unit for unit in units if not (data / "ledger" / f"{unit.id}.parquet").exists()]
-    runner = InProcess() if deadly is None else OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
-    try:
-        list(runner.run(stages(data, deadly), todo, notes=data / NOTES))
-    finally:
-        runner.close()
-    return read_entries(data, units)
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int | None], list[Row]]:
+    """The factory's own `make` with stages of this file; on Ray if a sample is deadly."""
+
+    def run(data: Path, deadly: int | None) -> list[Row]:
+        monkeypatch.setattr("factory.make.make_stages", lambda _recipe, folder: stages(folder, deadly))
+        recipe: Any = SimpleNamespace(make=SimpleNamespace(unit_images=UNIT_IMAGES))
+        runner = InProcess() if deadly is None else OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
+        try:
+            factory_make(recipe, data, runner)
+        finally:
+            runner.close()
+        return read_entries(data, planned_units(data, UNIT_IMAGES))
+
+    return run
 
 
 def files(data: Path) -> dict[str, bytes]:
@@ -64,7 +73,7 @@ def files(data: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-def test_a_deadly_sample_is_a_dead_letter_until_it_is_tried_again(planned: Path) -> None:
+def test_a_deadly_sample_is_a_dead_letter_until_it_is_tried_again(planned: Path, make) -> None:
     entries = make(planned, deadly=11)
     assert len(entries) == 24
     dead = {row["seed"]: row["reason"] for row in entries if row["outcome"] == DEAD}
