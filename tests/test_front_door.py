@@ -12,7 +12,7 @@ def test_doctor_names_what_is_installed() -> None:
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(monkeypatch) -> None:
-    monkeypatch.setattr("edgefusion.NEEDED", ["a-package-that-nobody-has"])
+    monkeypatch.setattr("cluster.cli.NEEDED", ["a-package-that-nobody-has"])
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "pip install a-package-that-nobody-has" in result.output
