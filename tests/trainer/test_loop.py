@@ -12,8 +12,6 @@ import trainer.loop as loop
 from cluster.errors import CorruptShard, StageError
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Recipe
-from factory.pack import Sample, pack
-from factory.stages import encode_picture
 from trainer.features import Features, feature_names
 from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
@@ -26,25 +24,6 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import hashlib
-
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    pack(
-        [
-            Sample(hashlib.sha256(bytes([i])).hexdigest(), encode_picture(p, "png"), "png", f"a fox {i}")
-            for i, p in enumerate(pictures)
-        ],
-        folder,
-    )
-    return folder
 
 
 def recipe(models: Path, **changes: object) -> TrainerRecipe:
