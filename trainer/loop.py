@@ -7,8 +7,6 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,15 @@ from cluster.recipe import recipe_digest
 from cluster.storage import publish_folder
 from factory.models import quiet, resolve
 from trainer.features import Features, feature_names
+from trainer.fit import STATE, LossAt, fit
 from trainer.latents import Encoder
 from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
-from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
-from trainer.state import Average, Log, load_state, save_state
+from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+from trainer.state import Average
 from trainer.stream import ShardStream
 from trainer.surgery import SurgeryError, build_student, student_config
 
 PHASES = ("adapt", "distill")
-LossAt = Callable[[UNet2DConditionModel, Average, int, slice], torch.Tensor]
-"""(student, its average, step, this rank's slice of the global batch) -> loss."""
 
 
 def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
@@ -59,10 +56,10 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
             loss_at = _adapt_loss(settings, recipe, pipeline.unet, student, encoder, stream, schedule, seed)
         else:
             loss_at = _distill_loss(settings, pipeline.unet, encoder, stream, schedule, seed)
-        average = _fit(phase, settings, recipe, student, loss_at, folder / phase, accelerator)
+        average = fit(phase, settings, recipe_digest(recipe), student, loss_at, folder / phase, accelerator)
         if accelerator.is_main_process:
             publish_folder(done, average.save_pretrained)
-            (folder / phase / "state.pt").unlink(missing_ok=True)
+            (folder / phase / STATE).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     stream.close()
 
@@ -127,61 +124,6 @@ def _student_for(
     return student.float()
 
 
-def _fit(
-    phase: str,
-    settings: PhaseRecipe,
-    recipe: TrainerRecipe,
-    student: UNet2DConditionModel,
-    loss_at: LossAt,
-    folder: Path,
-    accelerator: Accelerator,
-) -> UNet2DConditionModel:
-    """AdamW with warm-up, clipping and a moving average; returns the average. Checkpoints by the clock."""
-    if settings.batch_images % accelerator.num_processes:
-        raise StageError(
-            f"trainer.{phase}.batch_images ({settings.batch_images}) cannot be shared by {accelerator.num_processes} workers",
-            remedy="Choose a multiple",
-        )
-    own = settings.batch_images // accelerator.num_processes
-    share = slice(accelerator.process_index * own, (accelerator.process_index + 1) * own)
-    student.train()
-    optimiser = torch.optim.AdamW(
-        student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-    )
-    average = Average(student, settings.ema_decay)
-    digest = recipe_digest(recipe)
-    first = load_state(folder / "state.pt", student, average.model, optimiser, digest)
-    average.model.to(accelerator.device)
-    model, optimiser = accelerator.prepare(student, optimiser)
-    log = Log(folder / "metrics.jsonl", first) if accelerator.is_main_process else None
-    began = saved_at = time.monotonic()
-    for step in range(first, settings.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        with accelerator.autocast():
-            loss = loss_at(model, average, step, share)
-        if not torch.isfinite(loss):
-            raise StageError(
-                f"the loss of {phase} is {float(loss.detach())} at step {step}", remedy="Lower the learning rate"
-            )
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update(accelerator.unwrap_model(model))
-        if log:
-            rate = (step + 1 - first) * settings.batch_images / (time.monotonic() - began)
-            log.write(
-                step=step + 1, steps=settings.steps, loss=round(float(loss.detach()), 6), images_per_s=round(rate, 2)
-            )
-            if time.monotonic() - saved_at > settings.checkpoint_s:
-                save_state(
-                    folder / "state.pt", step + 1, accelerator.unwrap_model(model), average.model, optimiser, digest
-                )
-                saved_at = time.monotonic()
-    return average.model
-
-
 def _adapt_loss(
     settings: AdaptRecipe,
     recipe: TrainerRecipe,
@@ -238,7 +180,7 @@ def _distill_loss(
         return lcm_loss(
             schedule,
             denoiser(model),
-            denoiser(average.model),  # pyright: ignore[reportArgumentType]
+            denoiser(average.model),
             denoiser(teacher),
             schedule.add_noise(clean, noise, t),
             t,

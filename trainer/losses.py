@@ -71,16 +71,16 @@ class NoiseSchedule:
 
 
 def boundary_scalings(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_skip and c_out of timesteps B, as B 1 1 1: f(x, 0) = x exactly (LCM, section 4.1 with s = 10 t)."""
+    """c_skip and c_out of timesteps B, as B 1 1 1 in float64: f(x, 0) = x exactly (LCM, section 4.1 with s = 10 t)."""
     scaled = TIMESTEP_SCALING * t.double()
     c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
     c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-    return c_skip.float()[:, None, None, None], c_out.float()[:, None, None, None]
+    return c_skip[:, None, None, None], c_out[:, None, None, None]
 
 
 def consistency(schedule: NoiseSchedule, output: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """f(x_t, t) = c_skip x_t + c_out x0 (LCM, eq. 9)."""
-    c_skip, c_out = boundary_scalings(t)
+    c_skip, c_out = (c.to(noisy.dtype) for c in boundary_scalings(t))
     return c_skip * noisy + c_out * schedule.clean(output, noisy, t)
 
 
@@ -90,8 +90,9 @@ def guided(conditional: torch.Tensor, unconditional: torch.Tensor, w: torch.Tens
 
 
 def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float = 0.001) -> torch.Tensor:
-    """Mean over elements of sqrt(d^2 + c^2) - c, in float32."""
-    difference = a.float() - b.float()
+    """Mean over elements of sqrt(d^2 + c^2) - c, in float32 or wider."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    difference = a.to(wide) - b.to(wide)
     return ((difference**2 + c**2).sqrt() - c).mean()
 
 

@@ -16,7 +16,7 @@ from trainer.recipe import TrainerRecipe
 def follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Generator[None]:
     """Bars fed from metrics.jsonl, which any worker anywhere writes."""
     from trainer.loop import PHASES
-    from trainer.state import read_log
+    from trainer.state import METRICS, read_log
 
     tasks = {
         phase: bars.add_task(f"train: {phase}", total=getattr(recipe, phase).steps)
@@ -26,7 +26,7 @@ def follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Gene
 
     def look() -> None:
         for phase, task in tasks.items():
-            rows = read_log(folder / phase / "metrics.jsonl")
+            rows = read_log(folder / phase / METRICS)
             bars.update(task, completed=rows[-1]["step"] if rows else 0)
 
     with every(1.0, look):

@@ -86,7 +86,7 @@ def _build_student(folder: Path, steps: int) -> None:
     from trainer.sample import save_student
 
     teacher = str(folder / "teacher" / "model")
-    rate = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
+    rate: dict[str, Any] = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
     recipe = TrainerRecipe(
         teacher=teacher,
         size_px=64,

@@ -26,7 +26,7 @@ from factory.pocket.evalset import Shown, read_evalset
 from factory.pocket.grammar import sentence
 from factory.recipe import OpenClipScorer
 from trainer.loop import open_pipeline
-from trainer.metrics import clip_scores, cmmd, frechet_distance, interval, recalled
+from trainer.metrics import clip_scores, cmmd, frechet_distance, mean_interval, recall_hits
 from trainer.sample import contact_sheet, generate
 
 TEACHER, STUDENT = "zoo:teacher", "zoo:student-fewstep"
@@ -105,12 +105,12 @@ def _judge_pictures(
         found[split] = {}
         for name, pictures in {"real pictures": None, **drawn}.items():
             seen = real if pictures is None else judge.pictures(pictures[split])
-            hits, scores = recalled(seen, texts, AMONG), clip_scores(seen, texts)
+            hits, scores = recall_hits(seen, texts, AMONG), clip_scores(seen, texts)
             found[split][name] = {
                 "r1": float(hits.mean()),
-                "r1_interval": interval(hits),
+                "r1_interval": mean_interval(hits)[1:],
                 "clip": float(scores.mean()),
-                "clip_interval": interval(scores),
+                "clip_interval": mean_interval(scores)[1:],
                 "cmmd": cmmd(seen, real),
                 "frechet": frechet_distance(seen, real),
             }
@@ -153,7 +153,9 @@ def _clips(held_out: list[Shown], trained: list[Shown]) -> dict[str, Any]:
         clip = Clip(OpenClipScorer(model=f"zoo:{name}"))
         found[name] = {
             split: float(
-                recalled(clip.pictures([s.picture for s in some]), clip.texts([s.caption for s in some]), AMONG).mean()
+                recall_hits(
+                    clip.pictures([s.picture for s in some]), clip.texts([s.caption for s in some]), AMONG
+                ).mean()
             )
             for split, some in (("held-out", held_out), ("trained", trained[:AMONG]))
         }
@@ -185,8 +187,8 @@ def _captioner(judge: Clip, splits: dict[str, list[Shown]]) -> dict[str, Any]:
     for split in ("compositions", "held-out"):
         pictures = [shown.picture for shown in splits[split]]
         written, seen = captioner.describe(pictures), judge.pictures(pictures)
-        own = float(recalled(seen, judge.texts(written), AMONG).mean())
-        true = float(recalled(seen, judge.texts([s.caption for s in splits[split]]), AMONG).mean())
+        own = float(recall_hits(seen, judge.texts(written), AMONG).mean())
+        true = float(recall_hits(seen, judge.texts([s.caption for s in splits[split]]), AMONG).mean())
         found[split] = {
             "written": own,
             "true": true,

@@ -15,7 +15,7 @@ from factory.pocket.evalset import SPLITS, read_evalset
 from factory.pocket.roster import TEACHER_ROLES
 from factory.recipe import OpenClipScorer, TransformersCaptioner
 from trainer.loop import open_pipeline
-from trainer.metrics import recalled
+from trainer.metrics import recall_hits
 from trainer.sample import generate
 
 PROMPTS = [
@@ -53,7 +53,7 @@ def test_the_captioner_names_what_it_sees() -> None:
     shown = read_evalset("trained")[:64]
     captions = open_captioner(TransformersCaptioner(model="zoo:captioner")).describe([s.picture for s in shown])
     judge = Clip(OpenClipScorer(model="zoo:judge"))
-    assert recalled(judge.pictures([s.picture for s in shown]), judge.texts(captions), 64).mean() > 0.6
+    assert recall_hits(judge.pictures([s.picture for s in shown]), judge.texts(captions), 64).mean() > 0.6
 
 
 def test_the_evaluation_set_holds_what_its_splits_promise() -> None:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import trainer.fit as fit
 import trainer.loop as loop
 from cluster.errors import CorruptShard, StageError
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Recipe
-from factory.pack import Sample, pack
-from factory.stages import encode_picture
 from trainer.features import Features, feature_names
 from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
@@ -26,25 +25,6 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import hashlib
-
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    pack(
-        [
-            Sample(hashlib.sha256(bytes([i])).hexdigest(), encode_picture(p, "png"), "png", f"a fox {i}")
-            for i, p in enumerate(pictures)
-        ],
-        folder,
-    )
-    return folder
 
 
 def recipe(models: Path, **changes: object) -> TrainerRecipe:
@@ -76,12 +56,12 @@ def test_interrupted_at_every_step_equals_undisturbed(tiny_models, data, tmp_pat
         saved(*args)
         raise Killed
 
-    saved = loop.save_state
-    monkeypatch.setattr(loop, "save_state", kill_after_save)
-    for _ in range(8):
+    saved = fit.save_state
+    monkeypatch.setattr(fit, "save_state", kill_after_save)
+    for _ in range(2 * 3):  # nothing is new to save before the first step of a phase
         with pytest.raises(Killed):
             loop.train(settings, data, tmp_path / "broken", seed=1)
-    monkeypatch.setattr(loop, "save_state", saved)
+    monkeypatch.setattr(fit, "save_state", saved)
     loop.train(settings, data, tmp_path / "broken", seed=1)
     for phase in loop.PHASES:
         assert weights(tmp_path / "broken" / phase) == weights(tmp_path / "whole" / phase)
@@ -117,11 +97,11 @@ def test_a_damaged_checkpoint_and_another_recipes_are_refused(tiny_models, data,
         saved(*args)
         raise KeyboardInterrupt
 
-    saved = loop.save_state
-    monkeypatch.setattr(loop, "save_state", stop)
+    saved = fit.save_state
+    monkeypatch.setattr(fit, "save_state", stop)
     with pytest.raises(KeyboardInterrupt):
         loop.train(recipe(tiny_models), data, tmp_path, seed=1)
-    monkeypatch.setattr(loop, "save_state", saved)
+    monkeypatch.setattr(fit, "save_state", saved)
     with pytest.raises(CorruptShard, match="another recipe"):
         loop.train(recipe(tiny_models, grid_seed=5), data, tmp_path, seed=1)
     state = tmp_path / "adapt" / "state.pt"

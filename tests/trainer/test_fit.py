@@ -1,0 +1,150 @@
+"""The loop's promises that need no UNet: spikes, rollbacks, what is saved, and TensorBoard's points."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboardX.proto.event_pb2 import Event
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import trainer.fit as fit_module
+from cluster.errors import CorruptShard, StageError
+from trainer.fit import MAX_ROLLBACKS, fit
+from trainer.recipe import PhaseRecipe
+from trainer.state import METRICS, read_log
+
+
+def train(folder: Path, harm=lambda draw, loss: loss, seen: list[int] | None = None, **changes) -> nn.Linear:
+    """Sixty steps of a linear model; `harm` changes the loss of a draw."""
+    torch.manual_seed(0)
+    settings = {"steps": 60, "batch_images": 4, "learning_rate": 1e-3, "checkpoint_s": 1e-9} | changes
+
+    def loss_at(model: nn.Module, _average: object, draw: int, share: slice) -> torch.Tensor:
+        if seen is not None:
+            seen.append(draw)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(draw))[share]
+        return harm(draw, (model(x) - x.sum(dim=1, keepdim=True)).pow(2).mean())
+
+    return fit("adapt", PhaseRecipe(**settings), "a recipe", nn.Linear(3, 1), loss_at, folder, Accelerator())
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+HARMS = {
+    "is nan": lambda draw, loss: loss * float("nan") if draw == 40 else loss,
+    "is inf": lambda draw, loss: loss * float("inf") if draw == 40 else loss,
+    "jumped to": lambda draw, loss: loss * 1000 if draw == 40 else loss,
+    # A finite loss whose gradient is not: the root of a zero.
+    "gradient of adapt at step 40 is nan": lambda draw, loss: loss + (loss * 0).sqrt() if draw == 40 else loss,
+}
+
+
+@pytest.mark.parametrize("what", HARMS)
+def test_a_spike_stops_with_the_step_the_loss_and_the_remedy(tmp_path, what) -> None:
+    with pytest.raises(StageError) as caught:
+        train(tmp_path, HARMS[what])
+    said = str(caught.value)
+    assert what in said and "at step 40" in said and "learning_rate" in said and "rollback" in said
+    saved = state(tmp_path)
+    assert saved["step"] == (40 if "gradient" in what else 39), (
+        "a state is saved when the next loss is known to be sound"
+    )
+    assert all(t.isfinite().all() for part in ("model", "average") for t in saved[part].values())
+
+
+def test_weights_that_a_step_ruined_are_not_saved(tmp_path) -> None:
+    """The loss of step 30 is fine and its update is not: that shows at the next loss, before anything is kept."""
+    steps = []
+
+    def ruin(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        steps.append(len(steps))
+        if steps[-1] == 30:
+            optimiser.param_groups[0]["params"][0].data.mul_(1000)
+
+    hook = register_optimizer_step_post_hook(ruin)
+    with pytest.raises(StageError, match="step 31 jumped"):
+        train(tmp_path)
+    hook.remove()
+    assert state(tmp_path)["step"] == 30
+
+
+def test_the_last_step_is_looked_at_too(tmp_path) -> None:
+    with pytest.raises(StageError, match="step 60 is nan"):
+        train(tmp_path, lambda draw, loss: loss * float("nan") if draw == 60 else loss)
+
+
+def test_a_rollback_goes_past_the_batches_that_led_to_the_spike_and_survives_a_kill(tmp_path, monkeypatch) -> None:
+    harm, seen = HARMS["is nan"], []
+    model = train(tmp_path / "whole", harm, seen, on_spike="rollback")
+    assert seen == list(range(63)), "draw 40 is tried once and never again"
+    rows = read_log(tmp_path / "whole" / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+
+    saved = fit_module.save_state
+
+    def save_and_die(*args: object) -> None:
+        saved(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_module, "save_state", save_and_die)
+    for _ in range(61):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", harm, on_spike="rollback")
+    monkeypatch.setattr(fit_module, "save_state", saved)
+    again = train(tmp_path / "broken", harm, on_spike="rollback")
+    assert torch.equal(again.weight, model.weight)
+    assert [r["loss"] for r in read_log(tmp_path / "broken" / METRICS)] == [r["loss"] for r in rows]
+
+
+def test_a_rollback_without_an_end_stops(tmp_path) -> None:
+    with pytest.raises(StageError, match=f"after {MAX_ROLLBACKS} rollbacks"):
+        train(tmp_path, lambda draw, loss: loss * float("nan") if draw >= 40 else loss, on_spike="rollback")
+
+
+def test_noisy_losses_are_no_spike(tmp_path) -> None:
+    train(tmp_path, lambda draw, loss: loss * (3.0 if draw % 5 == 0 else 1.0))
+    assert len(read_log(tmp_path / METRICS)) == 60
+
+
+def points(folder: Path) -> list[tuple[str, int, float]]:
+    """Every scalar of every event file: length, checksum, event, checksum."""
+    found = []
+    for path in folder.glob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return sorted(found)
+
+
+def test_tensorboard_gets_every_point_once_whatever_was_interrupted(tmp_path) -> None:
+    def fall(draw: int, loss: torch.Tensor) -> torch.Tensor:
+        if draw in (25, 45) and draw not in fell:
+            fell.append(draw)
+            raise KeyboardInterrupt
+        return loss
+
+    fell: list[int] = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", fall)
+    train(tmp_path / "broken", fall)
+    train(tmp_path / "whole")
+    losses = [[p for p in points(tmp_path / name) if p[0] == "loss"] for name in ("broken", "whole")]
+    assert losses[0] == losses[1]
+    assert [step for _, step, _ in losses[0]] == list(range(1, 61))
+
+
+def test_bytes_that_are_no_state_are_refused(tmp_path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"not a state at all")
+    with pytest.raises(CorruptShard, match=r"state\.pt"):
+        train(tmp_path)

@@ -1,0 +1,197 @@
+"""The optimiser loop of every training: AdamW, warm-up, clipping, a moving average, checkpoints by the clock, a watch on the loss.
+
+A batch is a function of its draw number, so the state of the data is two numbers: the step, and how many draws were skipped by
+rollbacks. Knows no pictures and no UNets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cluster.errors import StageError
+from trainer.recipe import PhaseRecipe
+from trainer.state import Average, Log, load_state, save_state
+from trainer.watch import LossWatch
+
+Model = TypeVar("Model", bound=nn.Module)
+LossAt = Callable[[Any, Average, int, slice], torch.Tensor]
+"""(model, its average, draw number, this rank's slice of the global batch) -> mean loss of the slice."""
+
+MAX_ROLLBACKS = 5
+STATE = "state.pt"
+
+
+def fit(
+    phase: str,
+    settings: PhaseRecipe,
+    digest: str,
+    model: Model,
+    loss_at: LossAt,
+    folder: Path,
+    accelerator: Accelerator,
+) -> Model:
+    """Train `model` and return its average; `folder` keeps `state.pt`, `metrics.jsonl` and TensorBoard's event file.
+
+    A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
+    StageError for a batch that the workers cannot share and for a loss that spiked, after rolling back if the recipe says so.
+    """
+    run = _Run(phase, settings, digest, model, folder, accelerator)
+    try:
+        while run.step <= settings.steps:
+            run.one_step(loss_at)
+    finally:
+        run.close()
+    return run.average.model
+
+
+@dataclass
+class _Spike(Exception):
+    what: str
+
+
+class _Run:
+    def __init__(
+        self, phase: str, settings: PhaseRecipe, digest: str, model: nn.Module, folder: Path, accelerator: Accelerator
+    ) -> None:
+        workers, batch = accelerator.num_processes, settings.batch_images
+        if batch % workers:
+            raise StageError(
+                f"trainer.{phase}.batch_images ({batch}) cannot be shared by {workers} workers",
+                remedy="Choose a multiple",
+            )
+        own, rank = batch // workers, accelerator.process_index
+        self.share = slice(rank * own, (rank + 1) * own)
+        self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
+        self.folder, self.state = folder, folder / STATE
+        self.average = Average(model.train(), settings.ema_decay)
+        self.average.model.to(accelerator.device)
+        optimiser = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,  # one call for all tensors: with small ones, the calls are half of a step
+        )
+        self.model, self.optimiser = accelerator.prepare(model, optimiser)
+        self.log: Log | None = None
+        self._restore()
+
+    def one_step(self, loss_at: LossAt) -> None:
+        """Look at the loss, keep the state that led to it if it is sound, then learn from it. Past the last step, only look."""
+        try:
+            loss, mean = self._loss(loss_at)
+            self._checkpoint_if_due()
+            if self.step < self.settings.steps:
+                self._learn(loss)
+        except _Spike as spike:
+            self._mend(spike)
+            return
+        if self.step < self.settings.steps:
+            self.watch.note(mean)
+            self._note(mean)
+        self.step += 1
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def _loss(self, loss_at: LossAt) -> tuple[torch.Tensor, float]:
+        """This rank's loss, and the mean over all ranks, of which all ranks therefore think the same."""
+        with self.accelerator.autocast():
+            loss = loss_at(self.model, self.average, self.step + self.skipped, self.share)
+        mean = float(self.accelerator.reduce(loss.detach().float(), "mean"))  # pyright: ignore[reportArgumentType]
+        if what := self.watch.trouble(mean):
+            raise _Spike(f"the loss of {self.phase} at step {self.step} {what}")
+        return loss, mean
+
+    def _learn(self, loss: torch.Tensor) -> None:
+        settings, warm = self.settings, max(1, self.settings.warmup_steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (self.step + 1) / warm)
+        self.accelerator.backward(loss)
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            raise _Spike(
+                f"the gradient of {self.phase} at step {self.step} is {float(norm)} (its loss is {float(loss.detach()):.4g})"
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update(self.accelerator.unwrap_model(self.model))
+
+    def _mend(self, spike: _Spike) -> None:
+        """Go back to the last state and past the draws that led here, or stop with what the user can do."""
+        self.optimiser.zero_grad(set_to_none=True)
+        key = f"trainer.{self.phase}"
+        kept = f"the state of step {self.kept} is kept" if self.state.exists() else "nothing was saved"
+        calmer = f"Lower {key}.learning_rate or raise {key}.warmup_steps, and train into a new output folder"
+        if self.settings.on_spike == "stop":
+            raise StageError(
+                f"{spike.what}; {kept}", where=str(self.folder), remedy=f"{calmer}; or set {key}.on_spike to rollback"
+            )
+        if self.rollbacks >= MAX_ROLLBACKS or not self.state.exists():
+            raise StageError(
+                f"{spike.what}, after {self.rollbacks} rollbacks; {kept}", where=str(self.folder), remedy=calmer
+            )
+        reached, rollbacks = self.step + self.skipped, self.rollbacks
+        self.accelerator.wait_for_everyone()
+        self._restore()
+        # The same draws would lead to the same place.
+        self.skipped, self.rollbacks = reached + 1 - self.step, rollbacks + 1
+        self.accelerator.wait_for_everyone()
+        self._save()
+        self.accelerator.print(f"{spike.what}: back to step {self.step}, past the batches since then")
+
+    def _restore(self) -> None:
+        self.close()
+        found = load_state(
+            self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.digest
+        )
+        self.step, more = found.step, found.more
+        self.skipped, self.rollbacks = int(more.get("skipped", 0)), int(more.get("rollbacks", 0))
+        self.watch = LossWatch(self.settings.spike_factor, more.get("losses", []))
+        if self.accelerator.scaler is not None and "scaler" in more:
+            self.accelerator.scaler.load_state_dict(more["scaler"])
+        self.kept = self.began_step = self.step
+        self.began = self.saved_at = time.monotonic()
+        if self.accelerator.is_main_process:
+            self.log = Log(self.folder, self.step)
+
+    def _checkpoint_if_due(self) -> None:
+        due = time.monotonic() - self.saved_at > self.settings.checkpoint_s
+        base = self.settings.on_spike == "rollback" and not self.state.exists()
+        if base or (due and self.kept < self.step < self.settings.steps):
+            self._save()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            more: dict[str, Any] = {
+                "losses": self.watch.losses,
+                "skipped": self.skipped,
+                "rollbacks": self.rollbacks,
+            }
+            if self.accelerator.scaler is not None:
+                more["scaler"] = self.accelerator.scaler.state_dict()
+            model = self.accelerator.unwrap_model(self.model)
+            save_state(self.state, self.step, model, self.average.model, self.optimiser, self.digest, more)
+        self.kept, self.saved_at = self.step, time.monotonic()
+
+    def _note(self, loss: float) -> None:
+        if self.log:
+            done = self.step + 1 - self.began_step
+            rate = done * self.settings.batch_images / (time.monotonic() - self.began)
+            self.log.write(
+                step=self.step + 1,
+                steps=self.settings.steps,
+                loss=round(loss, 6),
+                images_per_s=round(rate, 2),
+                time_s=round(time.time(), 2),
+            )
