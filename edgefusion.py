@@ -162,8 +162,8 @@ class Chain:
         from factory.plan import make_plan
 
         plan = self.recipe.factory.plan
-        total = plan.prompts if plan.kind == "prompts" else plan.limit
-        what = "writing prompts" if plan.kind == "prompts" else "taking in pictures"
+        total = plan.prompts if plan.kind == "written" else plan.limit
+        what = "writing prompts" if plan.kind == "written" else "taking in pictures"
         task = bars.add_task(f"plan: {what}", total=total)
         make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
 

@@ -120,7 +120,7 @@ def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
     """(part, model, digest of the folder or the hub revision)."""
     make, plan = recipe.make, recipe.plan
     found: list[tuple[str, str, str]] = []
-    if plan.kind == "prompts":
+    if plan.kind == "written":
         found.append(("prompts", plan.writer.model, _mark(plan.writer)))
     if make.teacher is not None:
         found.append(("pictures", make.teacher.model, _short(fingerprint(make.teacher.model, make.teacher.revision))))

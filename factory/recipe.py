@@ -42,7 +42,7 @@ Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discrim
 class PromptPlan(Settings):
     """Which prompts are written."""
 
-    kind: Literal["prompts"] = "prompts"
+    kind: Literal["written"] = "written"
     taxonomy: str = Field(
         description="YAML file of groups with attributes and shares; zoo:taxonomy.yaml is the pocket world's"
     )
@@ -69,11 +69,11 @@ class PicturePlan(Settings):
 
 def _plan_kind(plan: Any) -> str:
     """A plan without `kind` writes prompts."""
-    return plan.get("kind", "prompts") if isinstance(plan, dict) else getattr(plan, "kind", "prompts")
+    return plan.get("kind", "written") if isinstance(plan, dict) else getattr(plan, "kind", "written")
 
 
 PlanRecipe = Annotated[
-    Annotated[PromptPlan, Tag("prompts")] | Annotated[PicturePlan, Tag("pictures")], Discriminator(_plan_kind)
+    Annotated[PromptPlan, Tag("written")] | Annotated[PicturePlan, Tag("pictures")], Discriminator(_plan_kind)
 ]
 
 
@@ -186,9 +186,9 @@ class FactoryRecipe(Settings):
         teacher, make = self.make.teacher, self.make
         if self.plan.kind == "pictures" and teacher is not None:
             raise ValueError("make.teacher draws prompts, but plan.kind is pictures: leave the teacher out")
-        if self.plan.kind == "prompts" and teacher is None:
+        if self.plan.kind == "written" and teacher is None:
             raise ValueError("make.teacher is missing: who is to draw the prompts?")
-        if self.plan.kind == "prompts" and (make.crop or make.captioner):
+        if self.plan.kind == "written" and (make.crop or make.captioner):
             raise ValueError("make.crop and make.captioner are for plan.kind pictures; drawn pictures need neither")
         if teacher is not None and teacher.batch_images > make.unit_images:
             raise ValueError(
