@@ -6,6 +6,7 @@ rollbacks. Knows no pictures and no UNets.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,9 +114,12 @@ class _Run:
         return loss, mean
 
     def _learn(self, loss: torch.Tensor) -> None:
-        settings, warm = self.settings, max(1, self.settings.warmup_steps)
+        settings = self.settings
+        rate = settings.learning_rate * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
+        if settings.cosine:
+            rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (self.step + 1) / warm)
+            group["lr"] = rate
         self.accelerator.backward(loss)
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.

@@ -14,7 +14,10 @@ class PhaseRecipe(Settings):
 
     steps: int = Field(ge=0, description="optimiser steps; 0 leaves the phase out")
     batch_images: int = Field(ge=1, description="global batch, images; the same samples for any number of workers")
-    learning_rate: float = Field(gt=0, description="AdamW's, constant after warm-up")
+    learning_rate: float = Field(gt=0, description="AdamW's, constant after warm-up unless `cosine`")
+    cosine: bool = Field(
+        default=False, description="let the learning rate fall to a fiftieth along a cosine over `steps`"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
     ema_decay: float = Field(
@@ -84,3 +87,47 @@ class TrainerRecipe(Settings):
         default=[], description="prompts of the 1/2/4-step grid; from the data set if empty"
     )
     grid_seed: int = Field(default=1, description="first seed of the grid")
+
+
+class DecoderFit(PhaseRecipe):
+    """How a small decoder learns."""
+
+    steps: int = Field(default=20000, ge=1, description="optimiser steps")
+    batch_images: int = Field(default=16, ge=1, description="global batch, images")
+    learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's, after warm-up")
+    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up")
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="decay of the moving average that is saved")
+    cosine: bool = Field(
+        default=True, description="let the learning rate fall to a fiftieth along a cosine over `steps`"
+    )
+
+
+class DecoderRecipe(Settings):
+    """A small decoder in place of a VAE's (`edgefusion trainer decoder`)."""
+
+    model: str = Field(default="zoo:teacher", description="pipeline or VAE folder, hub name or zoo:NAME to learn from")
+    data: str = Field(description="packed data set, or a folder of pictures; both are encoded by the model's VAE")
+    size_px: int | None = Field(
+        default=None, ge=32, multiple_of=8, description="edge, pixels; the VAE's own if left out"
+    )
+    width: int | None = Field(
+        default=None,
+        ge=4,
+        description="channels; if left out 64 (TAESD's) or the widest multiple of 4 within `max_cost`",
+    )
+    blocks: list[int] = Field(default=[3, 3, 3, 1], description="residual blocks a stage, innermost first; TAESD's")
+    max_cost: float = Field(
+        default=0.125, gt=0, le=1, description="largest share of the original decoder's multiply-accumulates"
+    )
+    latent_noise: float = Field(
+        default=0.1, ge=0, description="standard deviation of noise on every second latent: a UNet's are never exact"
+    )
+    keep_pictures: bool = Field(
+        default=True,
+        description="keep the original decoder's pictures on disk, 3 bytes a pixel, and not decode each time",
+    )
+    held_out_share: float = Field(default=0.05, gt=0, lt=1, description="share of samples that only the PSNR sees")
+    seed: int = Field(default=0, ge=0, description="seed of weights, order and noise")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
+    fit: DecoderFit = DecoderFit()
