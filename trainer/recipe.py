@@ -131,3 +131,38 @@ class DecoderRecipe(Settings):
     threads: int = Field(default=2, ge=1, description="CPU threads")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
     fit: DecoderFit = DecoderFit()
+
+
+class EvaluateRecipe(Settings):
+    """How models are compared (`edgefusion trainer evaluate`)."""
+
+    models: list[str] = Field(min_length=1, description="pipeline folders, hub names or zoo:NAME")
+    data: str | None = Field(default=None, description="packed data set: prompts and reference pictures")
+    prompts: str | None = Field(
+        default=None, description="prompts, one a line, or COCO's captions file; instead of the data set's"
+    )
+    judge: str = Field(
+        default="zoo:clip", description="open_clip folder, zoo:NAME, or model name; not the one that filtered the data"
+    )
+    judge_pretrained: str | None = Field(
+        default=None, description="open_clip's weight tag when `judge` is a model name"
+    )
+    steps: list[int] = Field(default=[4, 2, 1], min_length=1, description="denoising steps of few-step students")
+    teacher_steps: int = Field(
+        default=25, ge=1, description="denoising steps of models without an LCM scheduler, by DPM++"
+    )
+    teacher_guidance: float = Field(default=7.5, ge=0, description="their guidance scale")
+    count: int = Field(default=512, ge=2, description="prompts, one picture each")
+    among: int = Field(default=256, ge=2, description="texts that a picture's own competes with, itself included")
+    references: int = Field(default=2048, ge=2, description="reference pictures, from the data set")
+    seed: int = Field(default=0, ge=0, description="seed of the first picture, and of the order of the prompts")
+    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+    fidelity: bool = Field(default=False, description="also IS and FID on Inception features, by torch-fidelity")
+    fidelity_px: int = Field(default=256, ge=32, description="edge that pictures are resized to for those, pixels")
+
+    @model_validator(mode="after")
+    def _asks(self) -> EvaluateRecipe:
+        if self.data is None and self.prompts is None:
+            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
+        return self

@@ -35,13 +35,13 @@ class Example:
     picture: bytes = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def pixels(self, size_px: int) -> np.ndarray:
-        """size x size x 3 uint8, the centre square resized if it is another size."""
+    def pixels(self, size_px: int | None = None) -> np.ndarray:
+        """size x size x 3 uint8: the centre square, resized if another size is asked for."""
         with Image.open(io.BytesIO(self.picture), formats=("PNG", "JPEG", "WEBP")) as image:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.convert("RGB").crop((left, top, left + side, top + side))
-            if side != size_px:
+            if size_px is not None and side != size_px:
                 square = square.resize((size_px, size_px), Image.Resampling.LANCZOS)
             return np.asarray(square)
 
