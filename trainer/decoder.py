@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch import nn
@@ -26,7 +25,7 @@ from cluster.errors import RecipeError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
-from trainer.fit import STATE, fit
+from trainer.fit import STATE, fit, new_accelerator
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
 from trainer.metrics import mean_interval
@@ -50,7 +49,7 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
         return json.loads((folder / _REPORT).read_text())
     torch.set_num_threads(recipe.threads)
     quiet()
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = new_accelerator(recipe.mixed_precision)
     vae = open_vae(recipe.model).to(accelerator.device)
     size = recipe.size_px or int(vae.config.sample_size)
     torch.manual_seed(recipe.seed)

@@ -7,6 +7,7 @@ rollbacks. Knows no pictures and no UNets.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,19 @@ def fit(
     finally:
         run.close()
     return run.average.model
+
+
+def new_accelerator(mixed_precision: str) -> Accelerator:
+    """This process's share of the training; raises StageError where workers would train on their own, unaware of each other."""
+    # Accelerate looks for other CPU workers only if told that this is about CPUs.
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        raise StageError(
+            f"{world} workers were started and Accelerate sees {accelerator.num_processes}",
+            remedy="Set cluster.train_workers=1, or mend the distributed set-up (MASTER_ADDR, RANK, LOCAL_RANK)",
+        )
+    return accelerator
 
 
 @dataclass
