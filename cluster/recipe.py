@@ -29,8 +29,15 @@ class Settings(BaseModel):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def load_recipe(schema: type[AnySettings], path: Path, overrides: Sequence[str] = ()) -> AnySettings:
-    """Read `path` and apply `overrides` (each `a.b.c=value`, the value in YAML); raises RecipeError."""
+def load_recipe(schema: type[AnySettings], path: Path | None, overrides: Sequence[str] = ()) -> AnySettings:
+    """Read `path`, if there is one, and apply `overrides` (each `a.b.c=value`, the value in YAML); raises RecipeError."""
+    mapping = _read(path) if path else {}
+    for override in overrides:
+        _apply(mapping, override)
+    return build_recipe(schema, mapping, str(path or "the options"))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,10 +50,7 @@ def load_recipe(schema: type[AnySettings], path: Path, overrides: Sequence[str] 
         raise RecipeError(f"is not valid YAML{line}", where=str(path), remedy="Check indentation and colons") from None
     if not isinstance(tree, dict):
         raise RecipeError("holds no keys", where=str(path), remedy="Start from recipes/pocket.yaml")
-    mapping = cast(dict[str, Any], tree)
-    for override in overrides:
-        _apply(mapping, override)
-    return build_recipe(schema, mapping, str(path))
+    return cast(dict[str, Any], tree)
 
 
 def build_recipe(schema: type[AnySettings], tree: dict[str, Any], where: str) -> AnySettings:

@@ -1,7 +1,81 @@
-"""`edgefusion trainer ...`: students."""
+"""`edgefusion trainer ...`: students, small decoders, and how good they are."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from cluster.progress import progress_bars
+from cluster.recipe import load_recipe
+from trainer.progress import follow
+from trainer.recipe import DecoderRecipe, EvaluateRecipe
+
 app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
+
+
+@app.command("decoder")
+def decoder(
+    recipe: Annotated[Path | None, typer.Argument(help="a YAML file of these settings; options win over it")] = None,
+    model: Annotated[str | None, typer.Option(help="pipeline or VAE folder to learn from; zoo:teacher")] = None,
+    data: Annotated[str | None, typer.Option(help="packed data set, or a folder of pictures")] = None,
+    out: Annotated[Path, typer.Option(help="the decoder lands in OUT/model; rerun to go on")] = Path("runs/decoder"),
+    steps: Annotated[int | None, typer.Option(min=1, help="optimiser steps")] = None,
+    width: Annotated[int | None, typer.Option(min=4, help="channels; the widest that is cheap enough")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="override a key: --set fit.batch_images=8")
+    ] = None,
+) -> None:
+    """Distil a VAE's decoder into an AutoencoderTiny that pipelines take as their `vae`. Rerun the same command to resume."""
+    given = {"model": model, "data": data, "width": width, "fit.steps": steps}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = load_recipe(DecoderRecipe, recipe, [*options, *(overrides or [])])
+    from trainer.decoder import train_decoder
+
+    with progress_bars() as bars:
+        task = bars.add_task("decoder: latents", total=None)
+        with follow(bars, {"decoder: fit": (out / "fit", settings.fit.steps)}):
+            report = train_decoder(settings, out, lambda done, of: bars.update(task, completed=done, total=of))
+    low, high = report["psnr_db_interval"]
+    typer.echo(
+        f"wrote {out / 'model'}: {report['psnr_db']:.2f} dB ({low:.2f} to {high:.2f}) against the original decoder on "
+        f"{report['judged_pictures']} held-out pictures\n{report['macs']:,} of {report['original_macs']:,} multiply-accumulates: "
+        f"{report['original_macs'] / report['macs']:.1f} times fewer; {report['parameters']:,} parameters"
+    )
+
+
+@app.command("evaluate")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="students, teachers: diffusers folders, hub names or zoo:NAME")],
+    data: Annotated[str | None, typer.Option(help="packed data set: prompts and reference pictures")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts, one a line, or COCO's captions file")] = None,
+    judge: Annotated[str, typer.Option(help="open_clip folder, zoo:NAME or model name")] = "zoo:clip",
+    judge_pretrained: Annotated[str | None, typer.Option(help="weight tag of a judge that is a model name")] = None,
+    steps: Annotated[str, typer.Option(help="denoising steps of few-step students")] = "4,2,1",
+    count: Annotated[int, typer.Option(min=2, help="prompts, one picture each")] = 512,
+    fidelity: Annotated[bool, typer.Option(help="also IS and FID on Inception features")] = False,
+    out: Annotated[Path, typer.Option(help="pictures and evaluation.json; rerun to go on")] = Path("runs/evaluation"),
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set teacher_guidance=4")] = None,
+) -> None:
+    """Compare models on the same prompts and seeds: R@1, CLIP score, CMMD and FID on the judge's features, with intervals."""
+    given: dict[str, Any] = {"models": models, "data": data, "prompts": prompts, "judge": judge, "steps": f"[{steps}]"}
+    given |= {"judge_pretrained": judge_pretrained, "count": count, "fidelity": fidelity}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = load_recipe(EvaluateRecipe, None, [*options, *(overrides or [])])
+    from rich.console import Console
+
+    from trainer.measure import REPORT, table
+    from trainer.measure import evaluate as compare
+
+    with progress_bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def tick(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done)
+
+        report = compare(settings, out, tick)
+    Console().print(table(report))
+    typer.echo(f"wrote {out / REPORT}")

@@ -6,6 +6,8 @@ rollbacks. Knows no pictures and no UNets.
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +52,19 @@ def fit(
     finally:
         run.close()
     return run.average.model
+
+
+def new_accelerator(mixed_precision: str) -> Accelerator:
+    """This process's share of the training; raises StageError where workers would train on their own, unaware of each other."""
+    # Accelerate looks for other CPU workers only if told that this is about CPUs.
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        raise StageError(
+            f"{world} workers were started and Accelerate sees {accelerator.num_processes}",
+            remedy="Set cluster.train_workers=1, or mend the distributed set-up (MASTER_ADDR, RANK, LOCAL_RANK)",
+        )
+    return accelerator
 
 
 @dataclass
@@ -113,9 +128,12 @@ class _Run:
         return loss, mean
 
     def _learn(self, loss: torch.Tensor) -> None:
-        settings, warm = self.settings, max(1, self.settings.warmup_steps)
+        settings = self.settings
+        rate = settings.learning_rate * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
+        if settings.cosine:
+            rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (self.step + 1) / warm)
+            group["lr"] = rate
         self.accelerator.backward(loss)
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.

@@ -53,3 +53,15 @@ class Encoder:
         if self.cache:
             self._texts |= fresh
         return torch.stack([fresh[p] if p in fresh else self._texts[p] for p in prompts])
+
+
+def encode_scaled(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """A UNet's latents of pictures B 3 H W in [-1, 1]: the mean of the posterior, shifted and scaled as the VAE's config says."""
+    mean = vae.encode(pictures, return_dict=False)[0].mode()
+    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures B 3 H W in about [-1, 1] of a UNet's latents, by the same arithmetic as a pipeline's."""
+    shift = vae.config.shift_factor or 0.0
+    return vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
@@ -20,7 +19,7 @@ from cluster.recipe import recipe_digest
 from cluster.storage import publish_folder
 from factory.models import quiet, resolve
 from trainer.features import Features, feature_names
-from trainer.fit import STATE, LossAt, fit
+from trainer.fit import STATE, LossAt, fit, new_accelerator
 from trainer.latents import Encoder
 from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
@@ -38,7 +37,7 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
     """
     torch.set_num_threads(recipe.threads)
     quiet()
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = new_accelerator(recipe.mixed_precision)
     pipeline = open_pipeline(recipe.teacher)
     pipeline.unet.requires_grad_(False).eval().to(accelerator.device)
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)

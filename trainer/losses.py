@@ -115,7 +115,8 @@ def lcm_loss(
     """
     to = (t - skip).clamp(min=0)
     with torch.no_grad():
-        conditional, unconditional = teacher(noisy, t, text), teacher(noisy, t, empty_text)
+        both = teacher(torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([text, empty_text]))
+        conditional, unconditional = both.chunk(2)
         clean = guided(schedule.clean(conditional, noisy, t), schedule.clean(unconditional, noisy, t), w)
         noise = guided(schedule.noise(conditional, noisy, t), schedule.noise(unconditional, noisy, t), w)
         earlier = schedule.ddim_step(clean, noise, to)

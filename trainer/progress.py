@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,19 +14,24 @@ from trainer.recipe import TrainerRecipe
 
 @contextmanager
 def follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Generator[None]:
-    """Bars fed from metrics.jsonl, which any worker anywhere writes."""
+    """A bar for each phase that runs."""
     from trainer.loop import PHASES
+
+    steps = {phase: getattr(recipe, phase).steps for phase in PHASES}
+    with follow(bars, {f"train: {phase}": (folder / phase, count) for phase, count in steps.items() if count}):
+        yield
+
+
+@contextmanager
+def follow(bars: Progress, runs: Mapping[str, tuple[Path, int]]) -> Generator[None]:
+    """Bars of (folder, steps) by name, fed from each folder's metrics.jsonl, which any worker anywhere writes."""
     from trainer.state import METRICS, read_log
 
-    tasks = {
-        phase: bars.add_task(f"train: {phase}", total=getattr(recipe, phase).steps)
-        for phase in PHASES
-        if getattr(recipe, phase).steps
-    }
+    tasks = {name: bars.add_task(name, total=steps) for name, (_, steps) in runs.items()}
 
     def look() -> None:
-        for phase, task in tasks.items():
-            rows = read_log(folder / phase / METRICS)
+        for name, task in tasks.items():
+            rows = read_log(runs[name][0] / METRICS)
             bars.update(task, completed=rows[-1]["step"] if rows else 0)
 
     with every(1.0, look):

@@ -14,7 +14,10 @@ class PhaseRecipe(Settings):
 
     steps: int = Field(ge=0, description="optimiser steps; 0 leaves the phase out")
     batch_images: int = Field(ge=1, description="global batch, images; the same samples for any number of workers")
-    learning_rate: float = Field(gt=0, description="AdamW's, constant after warm-up")
+    learning_rate: float = Field(gt=0, description="AdamW's, constant after warm-up unless `cosine`")
+    cosine: bool = Field(
+        default=False, description="let the learning rate fall to a fiftieth along a cosine over `steps`"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
     ema_decay: float = Field(
@@ -84,3 +87,82 @@ class TrainerRecipe(Settings):
         default=[], description="prompts of the 1/2/4-step grid; from the data set if empty"
     )
     grid_seed: int = Field(default=1, description="first seed of the grid")
+
+
+class DecoderFit(PhaseRecipe):
+    """How a small decoder learns."""
+
+    steps: int = Field(default=20000, ge=1, description="optimiser steps")
+    batch_images: int = Field(default=16, ge=1, description="global batch, images")
+    learning_rate: float = Field(default=2e-3, gt=0, description="AdamW's, after warm-up")
+    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up")
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="decay of the moving average that is saved")
+    cosine: bool = Field(
+        default=True, description="let the learning rate fall to a fiftieth along a cosine over `steps`"
+    )
+
+
+class DecoderRecipe(Settings):
+    """A small decoder in place of a VAE's (`edgefusion trainer decoder`)."""
+
+    model: str = Field(default="zoo:teacher", description="pipeline or VAE folder, hub name or zoo:NAME to learn from")
+    data: str = Field(description="packed data set, or a folder of pictures; both are encoded by the model's VAE")
+    size_px: int | None = Field(
+        default=None, ge=32, multiple_of=8, description="edge, pixels; the VAE's own if left out"
+    )
+    width: int | None = Field(
+        default=None,
+        ge=4,
+        description="channels; if left out 64 (TAESD's) or the widest multiple of 4 within `max_cost`",
+    )
+    blocks: list[int] = Field(default=[3, 3, 3, 1], description="residual blocks a stage, innermost first; TAESD's")
+    max_cost: float = Field(
+        default=0.125, gt=0, le=1, description="largest share of the original decoder's multiply-accumulates"
+    )
+    latent_noise: float = Field(
+        default=0.1, ge=0, description="standard deviation of noise on every second latent: a UNet's are never exact"
+    )
+    keep_pictures: bool = Field(
+        default=True,
+        description="keep the original decoder's pictures on disk, 3 bytes a pixel, and not decode each time",
+    )
+    held_out_share: float = Field(default=0.05, gt=0, lt=1, description="share of samples that only the PSNR sees")
+    seed: int = Field(default=0, ge=0, description="seed of weights, order and noise")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
+    fit: DecoderFit = DecoderFit()
+
+
+class EvaluateRecipe(Settings):
+    """How models are compared (`edgefusion trainer evaluate`)."""
+
+    models: list[str] = Field(min_length=1, description="pipeline folders, hub names or zoo:NAME")
+    data: str | None = Field(default=None, description="packed data set: prompts and reference pictures")
+    prompts: str | None = Field(
+        default=None, description="prompts, one a line, or COCO's captions file; instead of the data set's"
+    )
+    judge: str = Field(
+        default="zoo:clip", description="open_clip folder, zoo:NAME, or model name; not the one that filtered the data"
+    )
+    judge_pretrained: str | None = Field(
+        default=None, description="open_clip's weight tag when `judge` is a model name"
+    )
+    steps: list[int] = Field(default=[4, 2, 1], min_length=1, description="denoising steps of few-step students")
+    teacher_steps: int = Field(
+        default=25, ge=1, description="denoising steps of models without an LCM scheduler, by DPM++"
+    )
+    teacher_guidance: float = Field(default=7.5, ge=0, description="their guidance scale")
+    count: int = Field(default=512, ge=2, description="prompts, one picture each")
+    among: int = Field(default=256, ge=2, description="texts that a picture's own competes with, itself included")
+    references: int = Field(default=2048, ge=2, description="reference pictures, from the data set")
+    seed: int = Field(default=0, ge=0, description="seed of the first picture, and of the order of the prompts")
+    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+    fidelity: bool = Field(default=False, description="also IS and FID on Inception features, by torch-fidelity")
+    fidelity_px: int = Field(default=256, ge=32, description="edge that pictures are resized to for those, pixels")
+
+    @model_validator(mode="after")
+    def _asks(self) -> EvaluateRecipe:
+        if self.data is None and self.prompts is None:
+            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
+        return self

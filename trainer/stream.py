@@ -7,6 +7,7 @@ shards (a tar member is contiguous bytes), so nothing is unpacked. Knows no mode
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from factory.pack import read_manifest, verify
+from cluster.storage import digest_file
+from factory.pack import MANIFEST, read_manifest, verify
 
 _OPEN_SHARDS = 16
 
@@ -33,15 +35,33 @@ class Example:
     picture: bytes = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def pixels(self, size_px: int) -> np.ndarray:
-        """size x size x 3 uint8, the centre square resized if it is another size."""
+    def pixels(self, size_px: int | None = None) -> np.ndarray:
+        """size x size x 3 uint8: the centre square, resized if another size is asked for."""
         with Image.open(io.BytesIO(self.picture), formats=("PNG", "JPEG", "WEBP")) as image:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.convert("RGB").crop((left, top, left + side, top + side))
-            if side != size_px:
+            if size_px is not None and side != size_px:
                 square = square.resize((size_px, size_px), Image.Resampling.LANCZOS)
             return np.asarray(square)
+
+
+class EndlessOrder:
+    """Row numbers without end: each epoch is a fresh seeded permutation of all `count` rows."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def batch(self, step: int, batch: int) -> list[int]:
+        """Row numbers of the global batch at `step`."""
+        return [self._row_at(position) for position in range(step * batch, (step + 1) * batch)]
+
+    def _row_at(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count))
+        return int(self._epoch[1][place])
 
 
 class ShardStream:
@@ -61,14 +81,14 @@ class ShardStream:
             )
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order = EndlessOrder(len(self.rows), seed)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch_rows(self, step: int, batch: int) -> list[int]:
         """Row numbers of the global batch at `step`."""
-        return [self._row_at(position) for position in range(step * batch, (step + 1) * batch)]
+        return self._order.batch(step, batch)
 
     def read(self, row: int) -> Example:
         entry = self.rows[row]
@@ -84,16 +104,14 @@ class ShardStream:
             ) from error
         return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
 
+    def digest(self) -> str:
+        """What makes this data set this data set: its manifest vouches for every byte."""
+        return digest_file(self.folder / MANIFEST)
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-    def _row_at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.rows))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
-        return int(self._order[1][place])
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
         if shard not in self._members:
@@ -108,3 +126,35 @@ class ShardStream:
             self._files.popitem(last=False)[1].close()
         file.seek(offset)
         return file.read(size)
+
+
+class PictureFolder:
+    """The PNG, JPEG and WebP files below a folder, as samples without prompts; an id is the SHA-256 of the file's bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises EdgeFusionError for a folder without pictures."""
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not self.paths:
+            raise EdgeFusionError(
+                "holds neither a manifest nor pictures", where=str(folder), remedy="Give a packed data set or a folder"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int) -> Example:
+        data = self.paths[row].read_bytes()
+        return Example(hashlib.sha256(data).hexdigest(), "", data)
+
+    def digest(self) -> str:
+        """The names and contents of all files."""
+        lines = [f"{path.name} {digest_file(path)}" for path in self.paths]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def open_samples(folder: Path) -> ShardStream | PictureFolder:
+    """A packed data set, proven whole, or else a folder of pictures."""
+    return ShardStream(folder) if (folder / MANIFEST).exists() else PictureFolder(folder)

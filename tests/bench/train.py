@@ -1,0 +1,167 @@
+"""One distillation step of ours beside one by the formulas of diffusers' published LCM script: samples per CPU-second.
+
+The script (examples/consistency_distillation/train_lcm_distill_sd_wds.py of diffusers) is not on this machine and is not run: its
+step is written out below from what it computes. It encodes pictures and prompts at every step, steps AdamW and the moving average
+tensor by tensor, and asks the teacher twice; its guidance embedding is left out, for our student has none. Ratios come from one run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+
+from factory.models import quiet
+from factory.pack import Sample, pack
+from factory.stages import encode_picture
+from trainer.fit import _Run, new_accelerator
+from trainer.latents import Encoder
+from trainer.loop import _distill_loss, open_pipeline, schedule_of
+from trainer.recipe import DistillRecipe
+from trainer.stream import ShardStream
+from trainer.surgery import build_student
+
+TEACHER, SIZE_PX, BATCH = "zoo:teacher", 64, 16
+WARM, RUNS = 3, 8
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def main() -> None:
+    quiet()
+    torch.set_num_threads(THREADS)
+    pipeline = open_pipeline(TEACHER)
+    pipeline.unet.requires_grad_(False).eval()
+    student = build_student(pipeline.unet, "tiny").float()
+    with tempfile.TemporaryDirectory() as scratch:
+        data = write_data(Path(scratch) / "data")
+        rows = [
+            ("edgefusion, latents and texts kept", ours(pipeline, student, data, Path(scratch) / "a", cache=True)),
+            ("edgefusion, encoding each time", ours(pipeline, student, data, Path(scratch) / "b", cache=False)),
+            ("the published script's formulas", theirs(pipeline, student, data)),
+        ]
+        # Turn by turn, so that what else the machine does falls on all alike.
+        times: dict[str, list[float]] = {what: [] for what, _ in rows}
+        for turn in range(WARM + RUNS):
+            for what, step in rows:
+                began = time.process_time()
+                step()
+                if turn >= WARM:
+                    times[what].append(time.process_time() - began)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    sizes = f"{TEACHER}, {SIZE_PX} px, batch {BATCH}, float32, {THREADS} thread"
+    table = Table(
+        "distillation step",
+        "samples per CPU-second (median)",
+        "spread",
+        "ratio",
+        title=f"{sizes} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores",
+    )
+    base = statistics.median(times[rows[-1][0]])
+    for what, found in times.items():
+        rates = [BATCH / t for t in found]
+        ratio = f"{base / statistics.median(found):.2f} x"
+        table.add_row(what, f"{statistics.median(rates):.2f}", f"{min(rates):.2f} to {max(rates):.2f}", ratio)
+    Console().print(table)
+
+
+def write_data(folder: Path) -> Path:
+    pictures = np.random.default_rng(0).integers(0, 256, (BATCH * 2, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
+    pack(
+        [
+            Sample(hashlib.sha256(bytes([i])).hexdigest(), encode_picture(p, "png"), "png", f"a red apple {i}")
+            for i, p in enumerate(pictures)
+        ],
+        folder,
+    )
+    return folder
+
+
+def ours(pipeline: Any, student: UNet2DConditionModel, data: Path, folder: Path, cache: bool) -> Callable[[], None]:
+    """The loop as it runs, its log and its watch included."""
+    settings = DistillRecipe(steps=10_000, batch_images=BATCH, learning_rate=1e-6, checkpoint_s=1e9)
+    encoder = Encoder(pipeline, SIZE_PX, torch.device("cpu"), cache)
+    loss_at = _distill_loss(settings, pipeline.unet, encoder, ShardStream(data), schedule_of(pipeline), seed=0)
+    run = _Run("distill", settings, "", copy.deepcopy(student), folder, new_accelerator("no"))
+    return lambda: run.one_step(loss_at)
+
+
+def theirs(pipeline: Any, student: UNet2DConditionModel, data: Path) -> Callable[[], None]:
+    """A step as the published script computes it, in float32 on one process."""
+    online, target = copy.deepcopy(student).train(), copy.deepcopy(student).requires_grad_(False)
+    optimiser = torch.optim.AdamW(online.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
+    stream, schedule, encoder = ShardStream(data), schedule_of(pipeline), pipeline.text_encoder
+    tokens = pipeline.tokenizer
+    step = 0
+
+    def say(prompts: list[str]) -> torch.Tensor:
+        words = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return encoder(words)[0]
+
+    none = say([""] * BATCH)  # the script encodes the empty prompt once
+
+    def at(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """alpha, sigma, c_skip and c_out of t, each B 1 1 1."""
+        s = 10.0 * t
+        found = (schedule.alpha[t], schedule.sigma[t], 0.25 / (s**2 + 0.25), s / (s**2 + 0.25).sqrt())
+        return tuple(x.view(-1, 1, 1, 1) for x in found)  # type: ignore[return-value]
+
+    def one() -> None:
+        nonlocal step
+        examples = [stream.read(row) for row in stream.batch_rows(step, BATCH)]
+        step += 1
+        pixels = torch.from_numpy(np.stack([e.pixels(SIZE_PX) for e in examples])).permute(0, 3, 1, 2)
+        text = say([e.prompt for e in examples])
+        with torch.no_grad():
+            clean = pipeline.vae.encode(pixels.float() / 127.5 - 1).latent_dist.sample()
+            clean = clean * pipeline.vae.config.scaling_factor
+        t = torch.randint(1, 51, (BATCH,)) * 20 - 1
+        to, w = (t - 20).clamp(min=0), torch.full((BATCH, 1, 1, 1), 5.0)
+        alpha, sigma, skip, out = at(t)
+        noisy = alpha * clean + sigma * torch.randn_like(clean)
+        said = online(noisy, t, encoder_hidden_states=text).sample
+        guess = skip * noisy + out * to_clean(schedule, said, noisy, alpha, sigma)
+        with torch.no_grad():
+            parts = []
+            for states in (text, none):
+                told = pipeline.unet(noisy, t, encoder_hidden_states=states).sample
+                x0 = to_clean(schedule, told, noisy, alpha, sigma)
+                parts.append((x0, (noisy - alpha * x0) / sigma))
+            (x0, eps), (x0_free, eps_free) = parts
+            alpha, sigma, skip, out = at(to)
+            earlier = alpha * (x0 + w * (x0 - x0_free)) + sigma * (eps + w * (eps - eps_free))
+            told = target(earlier, to, encoder_hidden_states=text).sample
+            aim = skip * earlier + out * to_clean(schedule, told, earlier, alpha, sigma)
+        loss = (((guess - aim) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(online.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        for mean, value in zip(target.parameters(), online.parameters(), strict=True):
+            mean.mul_(0.95).add_(value.detach(), alpha=0.05)
+
+    return one
+
+
+def to_clean(schedule: Any, said: torch.Tensor, noisy: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
+    if schedule.prediction == "epsilon":
+        return (noisy - sigma * said) / alpha
+    return alpha * noisy - sigma * said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Comparing models: what is drawn once, what is counted, and what is refused or left out in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import trainer.measure as measure_module
+from cluster.errors import RecipeError, TargetUnavailable
+from trainer.cli import app
+from trainer.loop import open_pipeline
+from trainer.measure import evaluate, measure, read_questions, table
+from trainer.recipe import EvaluateRecipe
+from trainer.sample import as_student
+
+
+@pytest.fixture(scope="module")
+def student(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    teacher = open_pipeline(str(tiny_models / "teacher"))
+    folder = tmp_path_factory.mktemp("student")
+    as_student(teacher, teacher.unet).save_pretrained(folder)
+    return folder
+
+
+def recipe(models: Path, data: Path | None, *names: str | Path, **changes) -> EvaluateRecipe:
+    settings = {
+        "models": [str(name) for name in names],
+        "judge": str(models / "clip"),
+        "data": str(data) if data else None,
+        "steps": [2, 1],
+        "teacher_steps": 2,
+        "batch_images": 4,
+        "threads": 1,
+    }
+    return EvaluateRecipe.model_validate(settings | changes)
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in (folder / "pictures").rglob("*.png")}
+
+
+def test_teacher_and_student_are_compared_and_nothing_is_drawn_twice(tiny_models, student, data, tmp_path) -> None:
+    settings = recipe(tiny_models, data, tiny_models / "teacher", student)
+    report = evaluate(settings, tmp_path)
+    real, teacher, two, one = report["rows"]
+    assert (real["steps"], teacher["steps"], two["steps"], one["steps"]) == (None, 2, 2, 1)
+    assert teacher["guidance"] == 7.5 and two["guidance"] == 1.0
+    for row in (teacher, two, one):
+        for name in ("recall_at_1", "clip_score", "cmmd", "fid_judge"):
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+    assert report["among"] == 12 and real["cmmd"] is None
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+    assert "R@1" in str([c.header for c in table(report).columns])
+
+    before = files(tmp_path)
+    assert len(before) == 3 * 12
+    assert evaluate(settings, tmp_path) == report
+    assert files(tmp_path) == before
+
+
+def test_interrupted_it_ends_in_the_same_pictures_and_figures(
+    tiny_models, student, data, tmp_path, monkeypatch
+) -> None:
+    settings = recipe(tiny_models, data, student)
+    wanted = evaluate(settings, tmp_path / "whole")
+    drawn, count = measure_module.publish_bytes, []
+
+    def die(path, content):
+        drawn(path, content)
+        count.append(path)
+        if len(count) in (3, 9):  # inside a batch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_module, "publish_bytes", die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(settings, tmp_path / "broken")
+    assert evaluate(settings, tmp_path / "broken") == wanted
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*.png")}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "broken").rglob("*.png")} == pictures
+
+
+def test_a_retrained_model_is_drawn_anew(tiny_models, student, data, tmp_path) -> None:
+    import shutil
+
+    shutil.copytree(student, tmp_path / "other")
+    (tmp_path / "other" / "note.txt").write_text("retrained")
+    evaluate(recipe(tiny_models, data, student, steps=[1]), tmp_path / "out")
+    first = len(files(tmp_path / "out"))
+    evaluate(recipe(tiny_models, data, tmp_path / "other", steps=[1]), tmp_path / "out")
+    assert len(files(tmp_path / "out")) == 2 * first
+
+
+def test_without_references_distances_are_absent_and_say_why(tiny_models, student, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n\na key\na fox\nan owl\n")
+    report = evaluate(
+        recipe(tiny_models, None, student, prompts=str(tmp_path / "prompts.txt"), steps=[1]), tmp_path / "out"
+    )
+    (row,) = report["rows"]
+    assert report["prompts"] == 3 and row["cmmd"] is None and row["fid_judge"] is None
+    assert "no reference pictures" in report["absent"]["cmmd"] and "--fidelity" in report["absent"]["fid"]
+    assert "no cmmd" in str(table(report).caption)
+
+
+def test_coco_captions_are_read_one_a_picture(tiny_models, tmp_path) -> None:
+    rows = [
+        {"image_id": 2, "id": 7, "caption": "a dog "},
+        {"image_id": 1, "id": 9, "caption": "second"},
+        {"image_id": 1, "id": 3, "caption": "first"},
+    ]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"annotations": rows}))
+    found = read_questions(recipe(tiny_models, None, "m", prompts=str(path)))
+    assert sorted(found.prompts) == ["a dog", "first"]
+    path.write_text("{}")
+    with pytest.raises(RecipeError, match="cannot be read as prompts"):
+        read_questions(recipe(tiny_models, None, "m", prompts=str(path)))
+
+
+def test_prompts_of_one_meaning_are_asked_once(tiny_models, tmp_path) -> None:
+    import hashlib
+
+    from factory.pack import Sample, pack
+    from factory.stages import encode_picture
+
+    picture = encode_picture(np.zeros((32, 32, 3), np.uint8), "png")
+    samples = [
+        Sample(
+            hashlib.sha256(bytes([i])).hexdigest(), picture, "png", f"say {i}", {"attributes": {"subject": str(i % 4)}}
+        )
+        for i in range(12)
+    ]
+    pack(samples, tmp_path)
+    found = read_questions(recipe(tiny_models, tmp_path, "m"))
+    assert len(found.prompts) == 4 and len(found.references) == 12 and found.paired
+
+
+def test_a_better_model_scores_better() -> None:
+    rng = np.random.default_rng(0)
+    texts = rng.normal(size=(300, 16))
+    real = texts + rng.normal(size=texts.shape)
+    good, bad = (texts + noise * rng.normal(size=texts.shape) for noise in (1, 4))
+    better, worse = measure(good, texts, real, 256), measure(bad, texts, real, 256)
+    assert better["recall_at_1"]["low"] > worse["recall_at_1"]["high"]
+    assert better["clip_score"]["low"] > worse["clip_score"]["high"]
+    assert better["cmmd"]["value"] < worse["cmmd"]["value"] and better["fid_judge"]["high"] < worse["fid_judge"]["low"]
+
+
+def test_fidelity_without_its_package_is_refused_before_anything_is_drawn(
+    tiny_models, student, data, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(TargetUnavailable, match="pip install torch-fidelity"):
+        evaluate(recipe(tiny_models, data, student, fidelity=True), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fidelity_gets_both_sets_at_the_published_size(tiny_models, student, data, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    def calculate_metrics(input1: str, input2: str, **_wanted: object) -> dict[str, float]:
+        sets = [sorted(Path(folder).iterdir()) for folder in (input1, input2)]
+        assert [len(part) for part in sets] == [12, 12]
+        assert all(Image.open(path).size == (64, 64) for part in sets for path in part)
+        return {"inception_score_mean": 3.0, "inception_score_std": 0.5, "frechet_inception_distance": 7.0}
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
+    report = evaluate(recipe(tiny_models, data, student, fidelity=True, fidelity_px=64, steps=[1]), tmp_path)
+    row = report["rows"][-1]
+    assert row["fid"]["value"] == 7.0 and row["inception_score"]["low"] == 2.5
+
+
+def test_the_command_prints_the_table(tiny_models, student, data, tmp_path) -> None:
+    words = ["evaluate", str(student), "--data", str(data), "--judge", str(tiny_models / "clip"), "--steps", "1"]
+    said = CliRunner().invoke(app, [*words, "--count", "4", "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    assert said.exit_code == 0, said.output
+    assert "CMMD" in said.output and "4 prompts, R@1 among 4" in said.output

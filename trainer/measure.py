@@ -1,0 +1,278 @@
+"""How good models are, on one set of prompts and seeds: pictures drawn once and kept, a judge's embeddings, metrics with intervals.
+
+A picture is a function of its model's digest, prompt, seed and sampler settings; batches are always the same ones, filled up, so what
+was drawn before an interruption is what would have been drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+from PIL import Image
+from rich.table import Table
+
+from cluster.errors import EdgeFusionError, RecipeError
+from cluster.storage import publish_bytes
+from factory.models import fingerprint, quiet
+from factory.models.clip import Clip
+from factory.recipe import OpenClipScorer
+from trainer.fidelity import fidelity, require_fidelity
+from trainer.loop import open_pipeline
+from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
+from trainer.recipe import EvaluateRecipe
+from trainer.sample import generate
+from trainer.stream import EndlessOrder, ShardStream
+
+REPORT = "evaluation.json"
+METRICS = {
+    "recall_at_1": "R@1 ↑",
+    "clip_score": "CLIP ↑",
+    "cmmd": "CMMD ↓",
+    "fid_judge": "FID of judge ↓",
+    "fid": "FID ↓",
+    "inception_score": "IS ↑",
+}
+Tick = Callable[[str, int, int], object]
+"""(what, done, of how many) -> anything."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts, and the pictures that real answers would look like, if there are any."""
+
+    prompts: list[str]
+    references: list[Callable[[], np.ndarray]]
+    """H x W x 3 uint8, read when called; the first ones belong to the prompts if `paired`."""
+    paired: bool
+    key: str | None = None
+    """What makes these references these."""
+
+
+def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, done, of: None) -> dict[str, Any]:
+    """Draw, judge and compare `recipe.models`; writes `folder/evaluation.json` and returns it. Run again to go on.
+
+    A metric without what it needs is None and says so under `absent`; none is replaced by another. Raises TargetUnavailable if
+    `fidelity` is asked for and its package is not there, before anything is drawn.
+    """
+    if recipe.fidelity:
+        require_fidelity()
+    torch.set_num_threads(recipe.threads)
+    quiet()
+    questions = read_questions(recipe)
+    among = min(recipe.among, len(questions.prompts))
+    clip = Clip(OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained))
+    judge = Judge(
+        clip, fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained, folder
+    )
+    texts = clip.texts(questions.prompts)
+    real = (
+        judge.embed("references: judging", questions.references, questions.key, tick) if questions.references else None
+    )
+    rows: list[dict[str, Any]] = []
+    if real is not None and questions.paired:
+        own = real[: len(texts)]
+        rows.append({"model": "the data set's own pictures", "steps": None, **measure(own, texts, None, among)})
+    for model in recipe.models:
+        pipeline, plans = _prepare(model, recipe)
+        for steps, guidance in plans:
+            pictures = draw(model, pipeline, questions.prompts, steps, guidance, recipe, folder, tick)
+            readers = [lambda path=path: _read(path) for path in pictures]
+            keys = hashlib.sha256("".join(path.stem for path in pictures).encode()).hexdigest()
+            made = judge.embed(f"{model}, {steps} steps: judging", readers, keys, tick)
+            row = {"model": model, "digest": fingerprint(model), "steps": steps, "guidance": guidance}
+            row |= measure(made, texts, real, among)
+            if recipe.fidelity:
+                row |= fidelity(pictures, questions.references, recipe.fidelity_px)
+            rows.append(row)
+    report = {
+        "protocol": recipe.model_dump(mode="json"),
+        "prompts": len(questions.prompts),
+        "among": among,
+        "references": len(questions.references),
+        "judge": judge.digest,
+        "interval": "95%, bootstrap over pictures",
+        "absent": _absent(recipe, questions),
+        "rows": rows,
+    }
+    publish_bytes(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+def measure(
+    pictures: np.ndarray, texts: np.ndarray, real: np.ndarray | None, among: int
+) -> dict[str, dict[str, float] | None]:
+    """Every metric of picture embeddings N x D, their texts N x D and reference pictures M x D, as value, low and high."""
+    found: dict[str, Interval | None] = {
+        "recall_at_1": mean_interval(recall_hits(pictures, texts, among)),
+        "clip_score": mean_interval(clip_scores(pictures, texts)),
+        "cmmd": None if real is None else cmmd_interval(pictures, real),
+        "fid_judge": None if real is None else frechet_interval(pictures, real),
+    }
+    return {
+        name: None if i is None else {key: round(value, 5) for key, value in i._asdict().items()}
+        for name, i in found.items()
+    }
+
+
+def draw(
+    model: str,
+    pipeline: Any,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    recipe: EvaluateRecipe,
+    folder: Path,
+    tick: Tick,
+) -> list[Path]:
+    """The PNG of each prompt by `pipeline`, which is `model` opened, below `folder/pictures`; those that are there are kept."""
+    digest = fingerprint(model)
+    place = folder / "pictures" / digest[:16]
+    sampler = type(pipeline.scheduler).__name__
+    seeds = [recipe.seed + i for i in range(len(prompts))]
+    facts = [[digest, prompt, seed, sampler, steps, guidance] for prompt, seed in zip(prompts, seeds, strict=True)]
+    paths = [place / f"{hashlib.sha256(json.dumps(fact).encode()).hexdigest()}.png" for fact in facts]
+    batch = recipe.batch_images
+    for start in range(0, len(paths), batch):
+        rows = list(range(start, min(start + batch, len(paths))))
+        if not all(paths[row].exists() for row in rows):
+            full = rows + [rows[-1]] * (batch - len(rows))
+            made = generate(pipeline, [prompts[r] for r in full], [seeds[r] for r in full], steps, guidance, batch)
+            for row, picture in zip(rows, made, strict=False):
+                sink = io.BytesIO()
+                Image.fromarray(picture).save(sink, "PNG")
+                publish_bytes(paths[row], sink.getvalue())
+        tick(f"{model}, {steps} steps: drawing", rows[-1] + 1, len(paths))
+    return paths
+
+
+class Judge:
+    """A CLIP whose embeddings are kept on disk by what was embedded."""
+
+    def __init__(self, clip: Clip, digest: str, folder: Path) -> None:
+        self.clip, self.digest, self.folder = clip, digest, folder / "embeddings"
+
+    def embed(self, what: str, pictures: Sequence[Callable[[], np.ndarray]], key: str | None, tick: Tick) -> np.ndarray:
+        """N x D; pictures are read a batch at a time. Nothing is kept without a `key`."""
+        path = self.folder / f"{hashlib.sha256(f'{self.digest} {key}'.encode()).hexdigest()}.npy"
+        if key and path.exists():
+            return np.load(path, allow_pickle=False)
+        parts: list[np.ndarray] = []
+        for start in range(0, len(pictures), self.clip.batch):
+            parts.append(self.clip.pictures([read() for read in pictures[start : start + self.clip.batch]]))
+            tick(what, min(start + self.clip.batch, len(pictures)), len(pictures))
+        found = np.concatenate(parts)
+        if key:
+            sink = io.BytesIO()
+            np.save(sink, found, allow_pickle=False)
+            publish_bytes(path, sink.getvalue())
+        return found
+
+
+def read_questions(recipe: EvaluateRecipe) -> Questions:
+    """`count` prompts of different meaning and the reference pictures, in an order that only the seed decides.
+
+    Raises RecipeError if there is nothing to ask.
+    """
+    if recipe.prompts:
+        prompts = list(dict.fromkeys(_read_prompts(Path(recipe.prompts))))
+        random.Random(recipe.seed).shuffle(prompts)
+        prompts = prompts[: recipe.count]
+    else:
+        prompts = []
+    if recipe.data is None:
+        return Questions(prompts, [], paired=False)
+    stream = ShardStream(Path(recipe.data))
+    order = EndlessOrder(len(stream), recipe.seed).batch(0, len(stream))
+    asked: list[int] = []
+    if not recipe.prompts:
+        seen: set[str] = set()
+        for row in order:
+            # Two sentences for one thing would be each other's rivals: where the plan's attributes are kept, they decide.
+            example = stream.read(row)
+            meaning = json.dumps(example.facts.get("attributes") or example.prompt, sort_keys=True)
+            if meaning not in seen and len(asked) < recipe.count:
+                seen.add(meaning)
+                asked.append(row)
+                prompts.append(example.prompt)
+    taken = set(asked)
+    rows = [*asked, *(row for row in order if row not in taken)][: max(recipe.references, len(asked))]
+    readers = [lambda row=row: stream.read(row).pixels() for row in rows]
+    return Questions(prompts, readers, paired=not recipe.prompts, key=f"{stream.digest()} {rows}")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report for people: values with half-widths of their intervals."""
+    title = f"{report['prompts']} prompts, R@1 among {report['among']}, {report['references']} reference pictures"
+    shown = Table("model", "steps", title=title)
+    names = [name for name in METRICS if any(row.get(name) for row in report["rows"])]
+    for name in names:
+        shown.add_column(METRICS[name], justify="right")
+    for row in report["rows"]:
+        shown.add_row(str(row["model"]), str(row["steps"] or ""), *(_cell(row.get(name)) for name in names))
+    if report["absent"]:
+        shown.caption = "; ".join(f"no {name}: {why}" for name, why in report["absent"].items())
+    return shown
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    if not found:
+        return ""
+    half = (found["high"] - found["low"]) / 2
+    return f"{found['value']:.3f} ± {half:.3f}"
+
+
+def _prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:
+    """The opened pipeline and its (steps, guidance): a few-step student's, or those of a teacher with DPM++."""
+    pipeline = open_pipeline(model)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    if isinstance(pipeline.scheduler, LCMScheduler):
+        return pipeline, [(steps, 1.0) for steps in recipe.steps]
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    return pipeline, [(recipe.teacher_steps, recipe.teacher_guidance)]
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """One prompt a line, or COCO's captions file: the first caption of each picture."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            found = [line.strip() for line in text.splitlines()]
+        else:
+            rows = sorted(json.loads(text)["annotations"], key=lambda row: (row["image_id"], row["id"]))
+            found = list({row["image_id"]: row["caption"].strip() for row in reversed(rows)}.values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"cannot be read as prompts ({error})", where=str(path), remedy="One a line, or COCO's captions_*.json"
+        ) from None
+    found = [prompt for prompt in found if prompt]
+    if not found:
+        raise RecipeError("holds no prompts", where=str(path), remedy="One a line, or COCO's captions_*.json")
+    return found
+
+
+def _absent(recipe: EvaluateRecipe, questions: Questions) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if not questions.references:
+        found |= dict.fromkeys(("cmmd", "fid_judge"), "no reference pictures; give --data")
+    if not recipe.fidelity:
+        found |= dict.fromkeys(("fid", "inception_score"), "not asked for; --fidelity needs torch-fidelity")
+    return found
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise EdgeFusionError(f"cannot be read ({error})", where=str(path), remedy="Delete it and run again") from error
