@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import CorruptShard, EdgeFusionError
 
@@ -73,6 +73,15 @@ class Changed(Exception):
         self.now = now
 
 
+class Saved(NamedTuple):
+    """A decision that is on disk, the number of its line, and what stood before (for undo)."""
+
+    decision: Decision
+    number: int
+    before: Decision | None
+    before_number: int
+
+
 class Overlay:
     """The decisions of one data set folder, kept up to date with every other writer of the file. Safe for threads."""
 
@@ -115,7 +124,7 @@ class Overlay:
         with self._lock:
             return dict(self._counts)
 
-    def decide(self, key: str, changes: Mapping[str, Any], who: str, expect: int | None = None) -> tuple[Decision, int]:
+    def decide(self, key: str, changes: Mapping[str, Any], who: str, expect: int | None = None) -> Saved:
         """Change verdict (with its reason) or caption of one id, leave the rest as it stands, and save it for good.
 
         With `expect` (a line number from `of`) nothing is written if the id changed since: raises Changed. Raises ValueError for
@@ -135,7 +144,7 @@ class Overlay:
                 when=datetime.now(UTC).isoformat(timespec="milliseconds"),
             )
             self._append(handle, [new])
-            return new, self.number
+            return Saved(new, self.number, now, number)
 
     def extend(self, decisions: Iterable[Decision]) -> int:
         """Append decisions from elsewhere, all or none; those that stand already are passed over. Returns how many were new."""

@@ -8,10 +8,12 @@ reaches the disk.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import re
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +36,7 @@ _PAGE = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "filters.js": ("filters.js", "text/javascript; charset=utf-8"),
     "marks.js": ("marks.js", "text/javascript; charset=utf-8"),
 }
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -55,6 +58,14 @@ class _Mark(Settings):
     expect: int | None = Field(default=None, description="number of the decision that the page last saw; for undo")
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a closed tab is no news
+            super().handle_error(request, client_address)
+
+
 class Refused(Exception):
     """An answer other than 200, with a message for the page."""
 
@@ -73,12 +84,11 @@ class Server:
         self._noted, self._lock = 0, threading.Lock()
         self.catch_up()
         try:
-            self._http = ThreadingHTTPServer((LOOPBACK, port), _handler(self))
+            self._http = _Http((LOOPBACK, port), _handler(self))
         except OSError as error:
             raise EdgeFusionError(
                 f"port {port} cannot be used ({error.strerror})", where=LOOPBACK, remedy="Choose another --port"
             ) from error
-        self._http.daemon_threads = True
         self.port = int(self._http.server_address[1])
 
     @property
@@ -87,10 +97,8 @@ class Server:
 
     def serve(self) -> None:
         """Answer until `close` or Ctrl-C."""
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             self._http.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            pass
 
     def close(self) -> None:
         self._http.shutdown()
@@ -156,14 +164,18 @@ class Server:
             if isinstance(changes.get("caption"), str) and " ".join(changes["caption"].split()) == row["prompt"]:
                 changes["caption"] = None
             try:
-                decision, number = self.overlay.decide(mark.id, changes, mark.who or self.who, mark.expect)
+                saved = self.overlay.decide(mark.id, changes, mark.who or self.who, mark.expect)
             except Changed as error:
                 now, number = self.overlay.of(mark.id)
                 raise Refused(
                     HTTPStatus.CONFLICT, f"{now.who if now else 'someone'} {error}", decision=_as_json(now, number)
                 ) from None
             self.catch_up()
-            return {"decision": _as_json(decision, number), "progress": self.overlay.counts()}
+            return {
+                "decision": _as_json(saved.decision, saved.number),
+                "before": _as_json(saved.before, saved.before_number),
+                "progress": self.overlay.counts(),
+            }
         raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def picture(self, what: str, key: str) -> tuple[bytes, str]:
