@@ -79,7 +79,11 @@ def curate(
     from factory.curate.server import Server
 
     with Server(folder, port, who or getpass.getuser()) as server:
-        typer.echo(f"{folder}: {server.catalogue.total} pictures, {server.overlay.counts()} by people so far")
+        typer.echo(
+            "{folder}: {alive} pictures; people so far: {kept} keep, {rejected} reject, {captions} captions".format(
+                folder=folder, alive=server.catalogue.alive, **server.overlay.counts()
+            )
+        )
         typer.echo(f"Open {server.url} (the address is the key: whoever has it may decide)")
         if show:
             webbrowser.open(server.url)

@@ -136,13 +136,12 @@ class Overlay:
             now, number = self.of(key)
             if expect is not None and expect != number:
                 raise Changed(now)
-            new = replace(
-                now or Decision(key),
-                **{**changes, "reason": _tidy(changes.get("reason", "")) if "verdict" in changes else _reason(now)},
-                **({"caption": _tidy(changes["caption"]) or None} if changes.get("caption") is not None else {}),
-                who=_tidy(who),
-                when=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            )
+            fresh = {"who": _tidy(who), "when": datetime.now(UTC).isoformat(timespec="milliseconds")}
+            if "verdict" in changes:
+                fresh |= {"verdict": changes["verdict"], "reason": _tidy(changes.get("reason") or "")}
+            if "caption" in changes:
+                fresh["caption"] = _tidy(changes["caption"]) or None
+            new = replace(now or Decision(key), **fresh)
             self._append(handle, [new])
             return Saved(new, self.number, now, number)
 
@@ -264,10 +263,6 @@ def _line(decision: Decision) -> bytes:
 
 def _meaning(decision: Decision) -> tuple[str, str | None, str, str | None]:
     return decision.id, decision.verdict, decision.reason, decision.caption
-
-
-def _reason(now: Decision | None) -> str:
-    return now.reason if now else ""
 
 
 def _tidy(text: Any) -> Any:

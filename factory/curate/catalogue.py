@@ -22,7 +22,7 @@ from pydantic import Field
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.recipe import Settings
 from factory.decisions import Decision
-from factory.select import SELECTION
+from factory.select import DEAD, SELECTION
 
 MAX_VALUES = 300
 """Attribute values offered on the page, the most frequent ones."""
@@ -39,7 +39,9 @@ class Filter(Settings):
     scores: dict[str, tuple[float | None, float | None]] = Field(default={}, description="least and most of a score")
     attributes: dict[str, list[str]] = Field(default={}, description="values of an attribute, any of which will do")
     group: str = Field(default="", max_length=500, description="group of the taxonomy")
-    outcome: str = Field(default="", max_length=500, description="what the rules said: kept, rejected, dead or made")
+    outcome: str = Field(
+        default="", max_length=500, description="what the rules said: kept, rejected, dead or made; empty: any but dead"
+    )
     reason: str = Field(default="", max_length=500, description="why the rules said so")
     people: Literal["", "open", "keep", "reject", "caption"] = Field(default="", description="what people said")
     sort: str = Field(default="plan", max_length=100, description="plan, shuffle or a score")
@@ -75,6 +77,8 @@ class Catalogue:
         # From here on nothing but the tables can be reached, whatever a query says.
         self._base.execute("SET enable_external_access = false")
         self.total = int(self._rows("SELECT count(*) FROM e")[0][0])
+        self.alive = int(self._rows("SELECT count(*) FROM e WHERE outcome <> ?", [DEAD])[0][0])
+        """Rows that a person can decide about; a dead row has no picture."""
         self._views: OrderedDict[str, View] = OrderedDict()
         self._orders: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -248,6 +252,9 @@ class Catalogue:
             if value:
                 parts.append(f"{column} = ?")
                 given.append(value)
+        if not wanted.outcome and self.alive < self.total:
+            parts.append("outcome <> ?")
+            given.append(DEAD)
         for word in wanted.text.lower().split():
             parts.append(
                 "(contains(lower(prompt), ?) OR starts_with(id, ?) OR id IN (SELECT id FROM p WHERE contains(lower(caption), ?)))"

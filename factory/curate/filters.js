@@ -44,7 +44,7 @@ export class Filters {
   }
 
   choose(id, values) {
-    byId(id).append(new Option("anything", ""), ...values.map(([value, count]) => new Option(`${value} (${count.toLocaleString()})`, value)));
+    byId(id).append(new Option(id === "outcome" ? "anything but dead" : "anything", ""), ...values.map(([value, count]) => new Option(`${value} (${count.toLocaleString()})`, value)));
     byId(id).closest("label").hidden = !values.length;
   }
 

@@ -6,7 +6,7 @@ import { Marks, Refusal, ask } from "./marks.js";
 
 const PRESETS = ["does not match the prompt", "broken anatomy", "artefacts or blur", "text or watermark", "unsafe or offensive", "poor composition"];
 const SIZES = ["120", "168", "248"];
-const LABEL_PX = 66;
+const LABEL_PX = 80;
 const MOST_ROWS = 400;
 
 const state = { view: "", total: 0, at: 0, start: 0, count: 12, columns: 4, rows: new Map(), single: false, asked: 0 };
@@ -130,8 +130,8 @@ function dress(box, row) {
   if (decision?.verdict === "reject") chips.push(chip("reject", `✕ ${decision.reason}`));
   if (decision?.caption) chips.push(chip("caption", "✎ caption"));
   const score = Object.values(row.scores)[0];
-  if (score != null && chips.length < 2) chips.push(chip("", score.toFixed(2)));
-  if (!decision?.verdict && row.outcome !== "made") chips.push(chip(row.outcome, row.outcome === "kept" ? "kept" : row.reason || row.outcome));
+  if (score != null && !chips.some((one) => one.matches(".reject, .caption"))) chips.push(chip("", score.toFixed(2)));
+  if (!chips.some((one) => one.matches(".keep, .reject, .caption")) && row.outcome !== "made") chips.push(chip(row.outcome, row.outcome === "kept" ? "rules: kept" : row.reason || row.outcome));
   box.querySelector(".chips").replaceChildren(...chips);
   box.setAttribute("aria-label", `${decision?.caption || row.prompt}. ${chips.map((one) => one.textContent).join(", ")}`);
 }
@@ -154,6 +154,7 @@ function drawSingle() {
   if (!row) return;
   const decision = marks.of(row.id), big = byId("big");
   if (!big.src.endsWith(`picture/${row.id}`)) {
+    big.hidden = row.outcome === "dead";
     big.src = `picture/${row.id}`;
     big.onload = () => big.classList.toggle("tiny", big.naturalWidth < 300);
   }

@@ -15,6 +15,7 @@ import re
 import secrets
 import sys
 import threading
+import traceback
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,7 @@ from cluster.recipe import Settings
 from factory.curate.catalogue import Catalogue, Filter
 from factory.curate.pictures import Pictures, media_type
 from factory.decisions import Changed, Decision, Overlay
+from factory.select import DEAD
 
 LOOPBACK = "127.0.0.1"
 MAX_BODY_BYTES = 64 << 10
@@ -128,7 +130,7 @@ class Server:
             return {
                 "name": f"{self.folder.resolve().parent.name}/{self.folder.resolve().name}",
                 "who": self.who,
-                "total": self.catalogue.total,
+                "total": self.catalogue.alive,
                 "number": number,
                 "progress": self.overlay.counts(),
                 **self.catalogue.choices(),
@@ -160,6 +162,8 @@ class Server:
             row = self.catalogue.row(mark.id)
             if row is None:
                 raise Refused(HTTPStatus.NOT_FOUND, "there is no such picture")
+            if row["outcome"] == DEAD:
+                raise Refused(HTTPStatus.BAD_REQUEST, "a dead row has no picture to decide about")
             changes = dict(mark.changes)
             if isinstance(changes.get("caption"), str) and " ".join(changes["caption"].split()) == row["prompt"]:
                 changes["caption"] = None
@@ -244,6 +248,9 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self._json(HTTPStatus.INSUFFICIENT_STORAGE, {"error": str(error)})
             except ConnectionError:
                 self.close_connection = True
+            except Exception as error:  # a bug of ours: the page must not wait for an answer that never comes
+                traceback.print_exc()
+                self._json(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"the server failed ({type(error).__name__})"})
 
         def _allowed_path(self) -> tuple[list[str], dict[str, str]]:
             """The path below the token, split. Whoever lacks token or host name learns nothing but that."""
