@@ -28,9 +28,9 @@ export class Filters {
     byId("sort").append(...["plan", ...Object.keys(about.scores), "shuffle"].map((name) => new Option(words(name), name)));
     this.restore();
     let timer = 0;
-    byId("filters").addEventListener("input", () => {
+    byId("filters").addEventListener("input", (event) => {
       clearTimeout(timer);
-      timer = setTimeout(() => this.changed(), 200);
+      timer = setTimeout(() => this.changed(), event.target.matches("select") ? 0 : 150); // while someone types, wait for the word
     });
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("filters").addEventListener("reset", () => setTimeout(() => this.changed()));

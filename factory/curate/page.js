@@ -186,8 +186,11 @@ function open(single) {
   byId("single").hidden = !state.single;
   for (const id of ["grid", "pager"]) byId(id).hidden = state.single;
   if (state.single) drawSingle();
-  else go(state.at).then(() => byId("grid").focus());
   document.activeElement.blur();
+  if (!state.single) {
+    byId("grid").focus();
+    return go(state.at);
+  }
 }
 
 async function decide(changes, onward) {
@@ -203,7 +206,7 @@ const unmark = () => decide({ verdict: null }, false);
 
 function reject(reason) {
   if (byId("reasons").open) byId("reasons").close();
-  if (reason.trim()) decide({ verdict: "reject", reason: reason.trim() }, true);
+  if (reason.trim()) inTurn(() => decide({ verdict: "reject", reason: reason.trim() }, true));
 }
 
 function askReason() {
@@ -231,7 +234,7 @@ function saveCaption() {
 async function undo() {
   const id = await marks.undo();
   const found = id && [...state.rows].find(([, row]) => row.id === id);
-  if (found) go(found[0]);
+  if (found) await go(found[0]);
 }
 
 async function move(by) {
@@ -311,8 +314,23 @@ function onKey(event) {
   const act = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (act && !(event.repeat && !event.key.startsWith("Arrow") && !event.key.startsWith("Page"))) {
     event.preventDefault();
-    act();
+    inTurn(act);
   }
+}
+
+// A key that comes while a page is still loading waits for it: fast fingers must neither lose a mark nor put it on another picture.
+let turn = Promise.resolve(), waiting = 0;
+function inTurn(act) {
+  if (!waiting) {
+    const done = act(); // at once, so that the next key already finds the new focus
+    if (!(done instanceof Promise)) return;
+    waiting += 1;
+    turn = done;
+  } else if (waiting < 30) {
+    waiting += 1;
+    turn = turn.then(act);
+  } else return;
+  turn = turn.catch((error) => note(error.message)).finally(() => { waiting -= 1; });
 }
 
 function wire() {

@@ -100,7 +100,7 @@ class Server:
     def serve(self) -> None:
         """Answer until `close` or Ctrl-C."""
         with contextlib.suppress(KeyboardInterrupt):
-            self._http.serve_forever(poll_interval=0.2)
+            self._http.serve_forever(poll_interval=0.05)
 
     def close(self) -> None:
         self._http.shutdown()

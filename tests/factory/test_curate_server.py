@@ -126,7 +126,12 @@ def test_too_large_a_body_and_odd_numbers_are_refused(server: Server) -> None:
     assert ask(server, "api/decide", b"x" * (MAX_BODY_BYTES + 1))[0] == 413
     key = ask(server, "api/view", {})[1]["view"]
     for query in ("start=-1&count=5", "start=0&count=100000", "start=0", "start=x&count=5", "start=0&count=٣"):
-        assert ask(server, f"api/rows?view={key}&{query.encode().decode('latin-1') if query.isascii() else 'start=%D9%A3'}")[0] == 400
+        assert (
+            ask(
+                server, f"api/rows?view={key}&{query.encode().decode('latin-1') if query.isascii() else 'start=%D9%A3'}"
+            )[0]
+            == 400
+        )
     assert ask(server, "api/rows?view=gone&start=0&count=5")[0] == 410
 
 
