@@ -28,7 +28,7 @@ KEEP, REJECT = "keep", "reject"
 MAX_CAPTION, MAX_REASON, MAX_WHO = 2000, 200, 64
 """Most characters of each text."""
 
-FIELDS = ("id", "verdict", "reason", "caption", "who", "when")
+FIELDS: tuple[str, ...] = ("id", "verdict", "reason", "caption", "who", "when")
 _ID = re.compile(r"[0-9a-f]{64}")
 
 

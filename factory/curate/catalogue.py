@@ -79,6 +79,10 @@ class Catalogue:
         self.total = int(self._rows("SELECT count(*) FROM e")[0][0])
         self.alive = int(self._rows("SELECT count(*) FROM e WHERE outcome <> ?", [DEAD])[0][0])
         """Rows that a person can decide about; a dead row has no picture."""
+        # Sixty thumbnails ask for sixty ids: a sorted list of hashes finds each at once, where a query would read every id.
+        hashes = np.asarray(self._base.execute("SELECT hash(id) AS h FROM e").fetchnumpy()["h"], np.uint64)
+        self._by_hash = np.argsort(hashes, kind="stable").astype(np.int32)
+        self._hashes = hashes[self._by_hash]
         self._views: OrderedDict[str, View] = OrderedDict()
         self._orders: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -194,8 +198,13 @@ class Catalogue:
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The row of an id."""
-        found = self._fetch("id = ?", [key])
-        return found[0] if found else None
+        wanted = np.uint64(self._rows("SELECT hash(?)", [key])[0][0])
+        first, last = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
+        for place in self._by_hash[first:last]:
+            found = self._fetch("rowid = ?", [int(place)])
+            if found and found[0]["id"] == key:
+                return found[0]
+        return None
 
     def _fetch(self, where: str, given: list[Any]) -> list[dict[str, Any]]:
         scores = "".join(f", s{i}" for i in range(len(self.scores)))
