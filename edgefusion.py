@@ -84,13 +84,8 @@ class Chain:
         todo = [step for step in steps if not self._is_done(step)]
         if not todo:
             return False
-        if "select" in todo and "train" in steps and (self.training.exists() or self.student.exists()):
-            raise LedgerConflict(
-                "people decided anew about the data set after training began",
-                where=str(self.out),
-                remedy="Delete training, student, samples, export and report.html there to train on the curated pictures, "
-                "or take the decisions back",
-            )
+        if "train" in steps:
+            self._refuse_late_decisions()
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
 
@@ -164,6 +159,20 @@ class Chain:
         from factory.pack import packed_decisions
 
         return is_packed(self.data) and self.facts.get("decisions_sha256", "") == packed_decisions(self.data)
+
+    def _refuse_late_decisions(self) -> None:
+        """A student must not be trained on two data sets, nor a report show the counts of one it never saw."""
+        from factory.decisions import digest_decisions, read_decisions
+
+        if "funnel" not in self.facts or not (self.training.exists() or self.student.exists()):
+            return
+        if self.facts.get("decisions_sha256", "") != digest_decisions(read_decisions(self.data)):
+            raise LedgerConflict(
+                "people decided anew about the data set after training began",
+                where=str(self.out),
+                remedy="Delete training, student, samples, export and report.html there to train on the curated pictures, "
+                "or take the decisions back",
+            )
 
     def _plan(self, bars: Progress) -> None:
         from factory.plan import make_plan

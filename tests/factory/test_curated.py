@@ -2,13 +2,16 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import EdgeFusionError
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
+from edgefusion import DEFAULT_RECIPE, Chain, Recipe
 from factory.cli import _FactoryPart, app
 from factory.decisions import Decision, Overlay, read_decisions
 from factory.exchange import export_decisions, import_decisions
@@ -105,3 +108,25 @@ def test_an_import_wins_over_what_stands(dataset: Path, ids: list[str], tmp_path
     assert read_decisions(dataset)[ids[0]] == Decision(
         ids[0], "keep", "", None, "ada", read_decisions(dataset)[ids[0]].when
     )
+
+
+def test_the_chain_packs_again_after_decisions_but_not_under_a_training(
+    dataset: Path, ids: list[str], tmp_path: Path
+) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8"]
+    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
+    shutil.copytree(dataset, chain.data)
+    with progress_bars() as bars:
+        chain.facts |= chain._select(bars)
+        assert chain._is_done("select")
+        mark = Overlay(chain.data).decide(ids[20], {"verdict": "reject", "reason": "odd"}, "ada")
+        assert not chain._is_done("select")
+        chain.training.mkdir()
+        with pytest.raises(LedgerConflict, match="after training began"):
+            chain.run("report")
+        chain.training.rmdir()
+        chain.facts |= chain._select(bars)
+    assert chain._is_done("select") and chain.facts["funnel"]["reasons"]["rejected: human"] == 1
+    Overlay(chain.data).decide(ids[20], {"verdict": None}, "ada", expect=mark.number)
+    select_and_pack(chain.recipe.factory, chain.data)  # as `factory select` does: the run's own counts are stale now
+    assert not chain._is_done("select")
