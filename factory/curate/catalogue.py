@@ -7,6 +7,7 @@ schema and are renamed s0, s1, ... before anything is asked.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from collections import OrderedDict
@@ -27,7 +28,10 @@ from factory.select import DEAD, SELECTION
 MAX_VALUES = 300
 """Attribute values offered on the page, the most frequent ones."""
 _VIEWS = 16
+_RECENT = 4000
 _SHUFFLE_SEED = 0
+_NOTED = ("id", "verdict", "caption")
+_ID_START = re.compile(r"[0-9a-f]{6,64}")
 
 
 class Filter(Settings):
@@ -85,6 +89,8 @@ class Catalogue:
         self._hashes = hashes[self._by_hash]
         self._views: OrderedDict[str, View] = OrderedDict()
         self._orders: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._captions = 0
+        self._recent: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def _load(self, files: list[str], selection: Path) -> None:
@@ -114,7 +120,7 @@ class Catalogue:
             "CREATE TABLE a AS WITH d AS (SELECT DISTINCT attributes FROM e WHERE json_valid(attributes)) "
             "SELECT d.attributes, j.key AS name, j.value ->> '$' AS value FROM d, json_each(d.attributes) j"
         )
-        self._base.execute("CREATE TABLE p (id VARCHAR PRIMARY KEY, verdict VARCHAR, caption VARCHAR)")
+        self._base.execute("CREATE TABLE p (place BIGINT PRIMARY KEY, verdict VARCHAR, caption VARCHAR)")
 
     def _rows(self, sql: str, given: Any = None) -> list[tuple[Any, ...]]:
         return self._base.cursor().execute(sql, given or []).fetchall()
@@ -154,18 +160,19 @@ class Catalogue:
         """Let filters know what people decided."""
         with self._lock:
             cursor = self._base.cursor()
-            if len(decisions) <= 50:
-                for d in decisions:
-                    cursor.execute("INSERT OR REPLACE INTO p VALUES (?, ?, ?)", [d.id, d.verdict, d.caption])
-                return
-            latest = {d.id: d for d in decisions}.values()
-            table = pa.table(
-                [[d.id for d in latest], [d.verdict for d in latest], [d.caption for d in latest]],
-                schema=pa.schema([(n, pa.string()) for n in ("id", "verdict", "caption")]),
-            )
-            cursor.register("fresh", table)
-            cursor.execute("INSERT OR REPLACE INTO p SELECT * FROM fresh")
-            cursor.unregister("fresh")
+            latest = list({d.id: d for d in decisions}.values())
+            if len(latest) <= 50:
+                for d in latest:
+                    if (place := self._place(d.id)) is not None:
+                        cursor.execute("INSERT OR REPLACE INTO p VALUES (?, ?, ?)", [place, d.verdict, d.caption])
+            else:
+                fresh = {name: pa.array([getattr(d, name) for d in latest], pa.string()) for name in _NOTED}
+                cursor.register("fresh", pa.table(fresh))
+                cursor.execute(
+                    "INSERT OR REPLACE INTO p SELECT e.rowid, f.verdict, f.caption FROM fresh f JOIN e USING (id)"
+                )
+                cursor.unregister("fresh")
+            self._captions = self._rows("SELECT count(*) FROM p WHERE caption IS NOT NULL")[0][0]
 
     def view(self, wanted: Filter) -> View:
         """The places that match now. Raises ValueError for a score that is not there."""
@@ -194,16 +201,30 @@ class Catalogue:
         """Rows `start` ... of a view, in its order."""
         places = [int(p) for p in view.places[start : start + count]]
         found = {row["place"]: row for row in self._fetch("rowid IN (SELECT unnest(?::BIGINT[]))", [places])}
+        with self._lock:  # The page asks for these pictures next.
+            self._recent |= {row["id"]: row["unit"] for row in found.values()}
+            while len(self._recent) > _RECENT:
+                del self._recent[next(iter(self._recent))]
         return [found[p] for p in places]
+
+    def unit(self, key: str) -> str | None:
+        """The work unit that an id belongs to."""
+        if (recent := self._recent.get(key)) is not None:
+            return recent
+        row = self.row(key)
+        return row["unit"] if row else None
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The row of an id."""
+        place = self._place(key)
+        return None if place is None else self._fetch("rowid = ?", [place])[0]
+
+    def _place(self, key: str) -> int | None:
         wanted = np.uint64(self._rows("SELECT hash(?)", [key])[0][0])
         first, last = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
-        for place in self._by_hash[first:last]:
-            found = self._fetch("rowid = ?", [int(place)])
-            if found and found[0]["id"] == key:
-                return found[0]
+        for place in map(int, self._by_hash[first:last]):
+            if self._rows("SELECT id FROM e WHERE rowid = ?", [place])[0][0] == key:
+                return place
         return None
 
     def _fetch(self, where: str, given: list[Any]) -> list[dict[str, Any]]:
@@ -265,16 +286,19 @@ class Catalogue:
             parts.append("outcome <> ?")
             given.append(DEAD)
         for word in wanted.text.lower().split():
-            parts.append(
-                "(contains(lower(prompt), ?) OR starts_with(id, ?) OR id IN (SELECT id FROM p WHERE contains(lower(caption), ?)))"
-            )
-            given += [word, word, word]
+            either = ["contains(lower(prompt), ?)"]
+            if _ID_START.fullmatch(word):
+                either.append("starts_with(id, ?)")
+            if self._captions:
+                either.append("rowid IN (SELECT place FROM p WHERE contains(lower(caption), ?))")
+            parts.append(f"({' OR '.join(either)})")
+            given += [word] * len(either)
         if wanted.people == "open":
-            parts.append("id NOT IN (SELECT id FROM p WHERE verdict IS NOT NULL)")
+            parts.append("rowid NOT IN (SELECT place FROM p WHERE verdict IS NOT NULL)")
         elif wanted.people == "caption":
-            parts.append("id IN (SELECT id FROM p WHERE caption IS NOT NULL)")
+            parts.append("rowid IN (SELECT place FROM p WHERE caption IS NOT NULL)")
         elif wanted.people:
-            parts.append("id IN (SELECT id FROM p WHERE verdict = ?)")
+            parts.append("rowid IN (SELECT place FROM p WHERE verdict = ?)")
             given.append(wanted.people)
         return " AND ".join(parts), given
 

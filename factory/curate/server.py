@@ -184,10 +184,10 @@ class Server:
 
     def picture(self, what: str, key: str) -> tuple[bytes, str]:
         """(file, media type) of a `thumb` or whole `picture`. Raises Refused."""
-        row = self.catalogue.row(key) if _ID.fullmatch(key) else None
+        unit = self.catalogue.unit(key) if _ID.fullmatch(key) else None
         try:
             find = self.pictures.thumbnail if what == "thumb" else self.pictures.picture
-            data = find(row["unit"], key) if row else None
+            data = find(unit, key) if unit else None
         except ValueError as error:
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from None
         kind = media_type(data) if data else None

@@ -15,7 +15,7 @@ from cluster.errors import EdgeFusionError
 from factory.curate.catalogue import Catalogue, Filter
 from factory.curate.pictures import _Bounded
 from factory.curate.server import MAX_BODY_BYTES, Server
-from factory.decisions import Overlay, read_decisions
+from factory.decisions import Decision, Overlay, read_decisions
 
 
 @pytest.fixture
@@ -167,6 +167,21 @@ def test_marks_are_seen_by_filters_and_by_the_other_person(server: Server, ids: 
     undo = {"id": ids[0], "changes": {"verdict": None}, "expect": answer["decision"]["number"]}
     status, refusal, _ = ask(server, "api/decide", undo)
     assert status == 409 and refusal["decision"]["caption"] == "ein Füchschen" and "bob" in refusal["error"]
+
+
+def test_many_decisions_at_once_reach_the_filters_too(dataset: Path, ids: list[str]) -> None:
+    catalogue = Catalogue(dataset)
+    strangers = [Decision(f"{i:064x}", "keep") for i in range(60)]
+    catalogue.note(
+        [*strangers, Decision(ids[1], "keep"), Decision(ids[1], "reject", "odd"), Decision(ids[2], None, "", "x")]
+    )
+    seeds = {
+        people: [
+            row["seed"] for row in catalogue.page(catalogue.view(Filter.model_validate({"people": people})), 0, 99)
+        ]
+        for people in ("keep", "reject", "caption")
+    }
+    assert seeds == {"keep": [], "reject": [1], "caption": [2]}
 
 
 def test_the_prompt_itself_is_no_other_caption(server: Server, ids: list[str]) -> None:
