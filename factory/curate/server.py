@@ -84,6 +84,7 @@ class Server:
         self.folder, self.who, self.token = folder, who, secrets.token_urlsafe(24)
         self.catalogue, self.pictures, self.overlay = Catalogue(folder), Pictures(folder), Overlay(folder)
         self._noted, self._lock = 0, threading.Lock()
+        self._choices = self.catalogue.choices()  # Fixed from here on, and nobody should wait for it at the page.
         self.catch_up()
         try:
             self._http = _Http((LOOPBACK, port), _handler(self))
@@ -133,7 +134,7 @@ class Server:
                 "total": self.catalogue.alive,
                 "number": number,
                 "progress": self.overlay.counts(),
-                **self.catalogue.choices(),
+                **self._choices,
             }
         if what == "rows":
             view = self.catalogue.kept_view(query.get("view", ""))
