@@ -89,6 +89,8 @@ class Chain:
         todo = [step for step in steps if not self._is_done(step)]
         if not todo:
             return False
+        if "train" in steps:
+            self._refuse_late_decisions()
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
 
@@ -143,20 +145,40 @@ class Chain:
         publish_bytes(self.out / RUN, (json.dumps(self.facts, indent=2) + "\n").encode())
 
     def _is_done(self, step: str) -> bool:
-        if step == "select" and "funnel" not in self.facts:
-            return False  # packed, but killed before the counts were noted
+        if step == "select":
+            return "funnel" in self.facts and self._holds_decisions()
         if step == "export":
             return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
         proof = {
             "plan": self.data / "plan.parquet",
             "make": self.data / "manifest.parquet",
-            "select": self.data / "manifest.parquet",
             "train": self.student,
             "student": self.student,
             "samples": self.out / "samples",
             "report": self.out / "report.html",
         }
         return proof[step].exists()
+
+    def _holds_decisions(self) -> bool:
+        """The shards, and the counts noted of them, include everything that people decided so far."""
+        from factory.make import is_packed
+        from factory.pack import packed_decisions
+
+        return is_packed(self.data) and self.facts.get("decisions_sha256", "") == packed_decisions(self.data)
+
+    def _refuse_late_decisions(self) -> None:
+        """A student must not be trained on two data sets, nor a report show the counts of one it never saw."""
+        from factory.decisions import digest_decisions, read_decisions
+
+        if "funnel" not in self.facts or not (self.training.exists() or self.student.exists()):
+            return
+        if self.facts.get("decisions_sha256", "") != digest_decisions(read_decisions(self.data)):
+            raise LedgerConflict(
+                "people decided anew about the data set after training began",
+                where=str(self.out),
+                remedy="Delete training, student, samples, export and report.html there to train on the curated pictures, "
+                "or take the decisions back",
+            )
 
     def _plan(self, bars: Progress) -> None:
         from factory.plan import make_plan
@@ -183,12 +205,13 @@ class Chain:
     def _select(self, bars: Progress) -> dict[str, Any]:
         from factory.card import write_card
         from factory.make import select_and_pack
+        from factory.pack import packed_decisions
 
         task = bars.add_task("select and pack", total=1)
         funnel = select_and_pack(self.recipe.factory, self.data)
         write_card(self.data, self.recipe.factory, funnel, self.recipe.name)
         bars.advance(task)
-        return {"funnel": funnel}
+        return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
 
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ConfigDict
+
+from cluster.errors import EdgeFusionError, RecipeError
+from cluster.recipe import Settings, build_recipe, load_recipe
+from factory.recipe import FactoryRecipe
 
 app = typer.Typer(no_args_is_help=True, help="Prompts to curated shards.")
+decisions_app = typer.Typer(no_args_is_help=True, help="What people decided about a data set, as a table.")
+app.add_typer(decisions_app, name="decisions")
+
+_FOLDER = typer.Argument(help="a data set folder, such as runs/pocket/dataset", exists=True, file_okay=False)
+
+
+class _FactoryPart(Settings):
+    """The part of a recipe that select and pack need; the wings to the right may say what they like."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = "data set"
+    factory: FactoryRecipe
 
 
 @app.command()
@@ -28,3 +48,92 @@ def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output fol
         typer.echo(f"{folder}: no sample died while it was made, so there is nothing to try again")
         return
     typer.echo(f"{folder}: {samples} dead samples in {units} units are to be made anew; now run the recipe again")
+
+
+@app.command("select")
+def select_again(
+    folder: Annotated[Path, _FOLDER],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="override a key: --set factory.select.min_clip=0.4 (repeatable)")
+    ] = None,
+) -> None:
+    """Select and pack a made data set again: after people decided (`factory curate`) or with other thresholds. No model runs."""
+    from factory.card import write_card
+    from factory.decisions import read_decisions
+    from factory.make import select_and_pack
+    from factory.plan import PLAN
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    part = _factory_part(folder, recipe, overrides or [])
+    funnel = select_and_pack(part.factory, folder)
+    write_card(folder, part.factory, funnel, part.name)
+    decisions = read_decisions(folder).values()
+    typer.echo(
+        f"{folder}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(**funnel)
+    )
+    for reason, count in funnel["reasons"].items():
+        typer.echo(f"  {reason}: {count}")
+    typer.echo(
+        f"people decided on {len(decisions)} pictures, {sum(d.caption is not None for d in decisions)} captions fixed"
+    )
+
+
+@app.command()
+def curate(
+    folder: Annotated[Path, _FOLDER],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port on the loopback; 0 takes a free one")] = 0,
+    who: Annotated[str, typer.Option(help="name that goes with decisions until the page is told another")] = "",
+    show: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the default browser")] = False,
+) -> None:
+    """Serve the page on which people keep, reject and re-caption, on this machine only. Stop it with Ctrl-C; all is saved."""
+    import webbrowser
+
+    from factory.curate.server import Server
+
+    with Server(folder, port, who or getpass.getuser()) as server:
+        typer.echo(
+            "{folder}: {alive} pictures; people so far: {kept} keep, {rejected} reject, {captions} captions".format(
+                folder=folder, alive=server.catalogue.alive, **server.overlay.counts()
+            )
+        )
+        typer.echo(f"Open {server.url} (the address is the key: whoever has it may decide)")
+        if show:
+            webbrowser.open(server.url)
+        server.serve()
+
+
+@decisions_app.command("export")
+def export_(
+    folder: Annotated[Path, _FOLDER], target: Annotated[Path, typer.Argument(help=".csv or .parquet file to write")]
+) -> None:
+    """Write what stands decided, one row a picture: id, verdict, reason, caption, who, when."""
+    from factory.exchange import export_decisions
+
+    typer.echo(f"wrote {export_decisions(folder, target)} decisions to {target}")
+
+
+@decisions_app.command("import")
+def import_(
+    folder: Annotated[Path, _FOLDER], source: Annotated[Path, typer.Argument(help=".csv or .parquet file to read")]
+) -> None:
+    """Take over decisions from a table, all or none. They win over what stands; columns id, verdict and reason are enough."""
+    from factory.exchange import import_decisions
+
+    typer.echo(f"{import_decisions(folder, source)} new decisions from {source}")
+
+
+def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _FactoryPart:
+    if recipe is not None:
+        return load_recipe(_FactoryPart, recipe, overrides)
+    record = folder.resolve().parent / "run.json"
+    try:
+        tree = json.loads(record.read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RecipeError("holds no recipe", where=str(record), remedy="Give one with --recipe") from None
+    if overrides:
+        raise RecipeError("--set needs --recipe", remedy="Give the recipe that the overrides change")
+    return build_recipe(_FactoryPart, tree, str(record))

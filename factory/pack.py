@@ -27,6 +27,7 @@ MANIFEST = "manifest.parquet"
 MAX_MEMBER_BYTES = 64 << 20
 """A larger member is refused unread: no picture of ours is near it."""
 
+_DECISIONS = b"decisions_sha256"
 _ID = re.compile(r"[0-9a-f]{64}")
 _SCHEMA = pa.schema(
     [
@@ -61,11 +62,12 @@ class Sample:
         return _digest(self.members())
 
 
-def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000) -> Path:
+def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000, decisions_sha256: str = "") -> Path:
     """Write shards of `samples` in the order of their ids, then the manifest; returns the manifest's path.
 
     Rerunning with the same samples writes the same bytes. They are spilled to disk first and sorted by id there: one shard and the ids lie
-    in memory, however many samples come. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
+    in memory, however many samples come. `decisions_sha256` says which human decisions went in; the manifest keeps it, so that later ones
+    show. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
@@ -89,7 +91,8 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000)
     for stale in set(folder.glob("shard-*.tar")) - {folder / row["shard"] for row in rows}:
         stale.unlink()
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
+    schema = _SCHEMA.with_metadata({_DECISIONS: decisions_sha256}) if decisions_sha256 else _SCHEMA
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
 
@@ -148,6 +151,15 @@ def read_manifest(folder: Path) -> list[dict[str, str]]:
         return pq.read_table(path, schema=_SCHEMA).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+
+
+def packed_decisions(folder: Path) -> str | None:
+    """Digest of the human decisions in the packed shards: empty if there were none, None if nothing whole is packed."""
+    try:
+        metadata = pq.read_schema(folder / MANIFEST).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return None
+    return metadata.get(_DECISIONS, b"").decode()
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

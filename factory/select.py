@@ -1,9 +1,11 @@
-"""What is kept: a pure function of the ledger and the rules. Scores are never computed again, so rules can change for free."""
+"""What is kept: a pure function of the ledger, the rules and what people decided. Scores are never computed again, so rules can
+change for free."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.storage import publish_bytes
+from factory.decisions import KEEP, REJECT, Decision
 from factory.ledger import MADE
 from factory.plan import table_bytes
 from factory.recipe import SelectRecipe
@@ -23,42 +26,61 @@ _LARGE = 1 << 30
 _BITS = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 
 
-def select(entries: list[dict[str, Any]], pictures: dict[str, str], recipe: SelectRecipe) -> list[dict[str, str]]:
+def select(
+    entries: list[dict[str, Any]],
+    pictures: dict[str, str],
+    recipe: SelectRecipe,
+    decisions: Mapping[str, Decision] | None = None,
+) -> list[dict[str, str]]:
     """(id, outcome, reason) for every ledger row. `pictures` maps made ids to the SHA-256 of their picture file.
 
-    The keeper among duplicates is the one with the best CLIP score, then the smallest id: no order of arrival plays a part.
+    The keeper among duplicates is the one with the best CLIP score, then the smallest id: no order of arrival plays a part. A
+    person's reject always counts; a person's keep lifts every threshold and near duplicates, but revives no dead row and keeps the
+    very same file only once (it then chooses which).
     """
     verdict: dict[str, tuple[str, str]] = {}
     candidates: list[dict[str, Any]] = []
+    fixed = decisions or {}
+    spoken = {key: d for key, d in fixed.items() if d.verdict is not None}
+    wanted = {key for key, d in spoken.items() if d.verdict == KEEP}
     for row in entries:
-        if row["outcome"] != MADE:
-            verdict[row["id"]] = (row["outcome"], row["reason"] or "")
+        key = row["id"]
+        if row["outcome"] == DEAD or (row["outcome"] != MADE and key not in pictures):
+            verdict[key] = (row["outcome"], row["reason"] or "")
+        elif key in spoken and spoken[key].verdict == REJECT:
+            verdict[key] = (REJECTED, f"human: {spoken[key].reason}")
+        elif not row.get("prompt", "-") and not (key in fixed and fixed[key].caption):
+            verdict[key] = (REJECTED, "no caption")  # there is nothing to pack beside the picture, whoever wants it
+        elif key in wanted:
+            candidates.append(row)
+        elif row["outcome"] != MADE:
+            verdict[key] = (row["outcome"], row["reason"] or "")
         elif min(row.get("width_px") or _LARGE, row.get("height_px") or _LARGE) < recipe.min_size_px:
-            verdict[row["id"]] = (REJECTED, "too small")
-        elif not row.get("prompt", "-"):
-            verdict[row["id"]] = (REJECTED, "no caption")
+            verdict[key] = (REJECTED, "too small")
         elif row["clip_score"] < recipe.min_clip:
-            verdict[row["id"]] = (REJECTED, "clip below threshold")
+            verdict[key] = (REJECTED, "clip below threshold")
         else:
             candidates.append(row)
-    seen: dict[str, str] = {}
+    candidates.sort(key=lambda r: (-r["clip_score"], r["id"]))
+    keeper: dict[str, str] = {}
+    for row in sorted(candidates, key=lambda r: r["id"] not in wanted):
+        keeper.setdefault(pictures[row["id"]], row["id"])
     kept_hash = np.zeros((len(candidates), 8), np.uint8)
     kept_colours = np.zeros((len(candidates), 12), np.float32)
     count = 0
-    for row in sorted(candidates, key=lambda r: (-r["clip_score"], r["id"])):
+    for row in candidates:
         own = np.frombuffer(bytes.fromhex(row["phash"]), np.uint8)
         colours = np.frombuffer(row["colours"], np.uint8).astype(np.float32)
         near = _BITS[kept_hash[:count] ^ own].sum(axis=1) <= recipe.max_hamming_bits
         alike = np.abs(kept_colours[:count] - colours).max(axis=1) <= recipe.max_colour_difference
-        if pictures[row["id"]] in seen:
+        if keeper[pictures[row["id"]]] != row["id"]:
             verdict[row["id"]] = (REJECTED, "exact duplicate")
-        elif bool((near & alike).any()):
+        elif row["id"] not in wanted and bool((near & alike).any()):
             verdict[row["id"]] = (REJECTED, "near duplicate")
         else:
             verdict[row["id"]] = (KEPT, "")
             kept_hash[count], kept_colours[count] = own, colours
             count += 1
-        seen.setdefault(pictures[row["id"]], row["id"])
     return [{"id": row["id"], "outcome": verdict[row["id"]][0], "reason": verdict[row["id"]][1]} for row in entries]
 
 

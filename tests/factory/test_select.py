@@ -1,5 +1,7 @@
 import random
+from dataclasses import replace
 
+from factory.decisions import Decision
 from factory.recipe import SelectRecipe
 from factory.select import funnel, select
 
@@ -57,3 +59,39 @@ def test_a_stricter_threshold_never_keeps_a_picture_under_it() -> None:
     stricter = SelectRecipe(min_clip=0.65, max_hamming_bits=2, max_colour_difference=6)
     kept = {row["id"] for row in select(ROWS, FILES, stricter) if row["outcome"] == "kept"}
     assert kept == {"a", "c"}
+
+
+def people(**verdicts: str | None) -> dict[str, Decision]:
+    """Decisions by the one-letter ids of ROWS; `reason` where a verdict is a reject."""
+    found = {}
+    for key, said in verdicts.items():
+        verdict, _, reason = (said or "").partition(" ")
+        found[key] = replace(Decision("0" * 64, verdict or None, reason), caption=None)
+    return found
+
+
+def outcomes(decisions: dict[str, Decision]) -> dict[str, str]:
+    return {row["id"]: f"{row['outcome']} {row['reason']}".strip() for row in select(ROWS, FILES, RULES, decisions)}
+
+
+def test_a_persons_reject_says_why_and_frees_the_place_of_its_duplicate() -> None:
+    found = outcomes(people(a="reject odd hands", e="reject blurred"))
+    assert found["a"] == "rejected human: odd hands"
+    assert found["b"] == "kept"  # it was the near duplicate of a
+    assert found["e"] == "rejected human: blurred" and found["f"] == "kept"
+    assert funnel(select(ROWS, FILES, RULES, people(a="reject odd", e="reject x")))["reasons"]["rejected: human"] == 2
+
+
+def test_a_persons_keep_lifts_thresholds_and_near_duplicates_but_nothing_more() -> None:
+    found = outcomes(people(b="keep", d="keep", f="keep", g="keep"))
+    assert found["a"] == found["b"] == found["d"] == "kept"
+    assert found["f"] == "kept" and found["e"] == "rejected exact duplicate"  # the person chose which of the two
+    assert found["g"].startswith("dead")
+    both = outcomes(people(e="keep", f="keep"))
+    assert both["e"] == "kept" and both["f"] == "rejected exact duplicate"
+    assert outcomes(people(g="reject x"))["g"].startswith("dead")
+
+
+def test_blank_is_a_threshold_too_and_strangers_and_empty_decisions_change_nothing() -> None:
+    assert outcomes(people(h="keep"))["h"] == "kept"
+    assert outcomes(people(z="keep", a=None)) == outcomes({})

@@ -1,0 +1,1 @@
+"""The page on which people keep, reject and re-caption: catalogue (DuckDB), pictures (bounded caches), server (loopback), page."""

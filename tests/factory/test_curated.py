@@ -1,0 +1,132 @@
+"""From decisions to shards: factory select, decisions export and import, and what the manifest remembers."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.progress import progress_bars
+from cluster.recipe import load_recipe
+from edgefusion import DEFAULT_RECIPE, Chain, Recipe
+from factory.cli import _FactoryPart, app
+from factory.decisions import Decision, Overlay, read_decisions
+from factory.exchange import export_decisions, import_decisions
+from factory.make import is_packed, select_and_pack
+from factory.pack import packed_decisions, read_manifest, read_shard, verify
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def select_command(dataset: Path) -> str:
+    return run("select", dataset, "--recipe", dataset.parent / "recipe.yaml")
+
+
+def test_decisions_reach_the_shards_and_without_them_nothing_changes(dataset: Path, ids: list[str]) -> None:
+    assert "kept 18 + rejected 5 + dead 1" in select_command(dataset)
+    plain = {p.name: p.read_bytes() for p in dataset.glob("*.*")}
+    overlay = Overlay(dataset)
+    overlay.decide(ids[0], {"verdict": "keep"}, "ada")  # scores 0
+    overlay.decide(ids[20], {"verdict": "reject", "reason": "odd: hands"}, "ada")
+    overlay.decide(ids[21], {"caption": "an owl in the snow"}, "bob")
+    assert not is_packed(dataset)
+    output = select_command(dataset)
+    assert "kept 18 + rejected 5 + dead 1" in output and "rejected: human: 1" in output and "1 captions fixed" in output
+    assert is_packed(dataset) and packed_decisions(dataset) and verify(dataset) == 18
+    prompts = {row["id"]: row["prompt"] for row in read_manifest(dataset)}
+    assert ids[0] in prompts and ids[20] not in prompts and prompts[ids[21]] == "an owl in the snow"
+    members = dict(read_shard(dataset / "shard-000000.tar"))
+    assert members[ids[21]]["txt"].decode() == "an owl in the snow"
+    assert json.loads(members[ids[21]]["json"])["original_prompt"].startswith("a fox number 21")
+    assert "original_prompt" not in json.loads(members[ids[0]]["json"])
+    for key in (ids[0], ids[20]):
+        overlay.decide(key, {"verdict": None}, "ada")
+    overlay.decide(ids[21], {"caption": None}, "ada")
+    select_command(dataset)
+    assert {name: (dataset / name).read_bytes() for name in plain} == plain
+
+
+def test_the_recipe_of_the_run_is_the_default(dataset: Path) -> None:
+    recipe = load_recipe(_FactoryPart, dataset.parent / "recipe.yaml", ["factory.select.min_clip=0.5"])
+    record = {"recipe": {**recipe.model_dump(mode="json"), "trainer": {}}}
+    (dataset.parent / "run.json").write_text(json.dumps(record))
+    assert "kept 12 + rejected 11 + dead 1" in run("select", dataset)
+    assert select_and_pack(recipe.factory, dataset)["kept"] == 12
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_decisions_go_out_and_come_back(dataset: Path, ids: list[str], tmp_path: Path, kind: str) -> None:
+    overlay = Overlay(dataset)
+    overlay.decide(ids[0], {"verdict": "keep"}, "ada")
+    overlay.decide(ids[1], {"verdict": "reject", "reason": 'comma, "quote"; =1+1'}, "ada")
+    overlay.decide(ids[2], {"caption": "ein Füchschen, rot"}, "bob")
+    overlay.decide(ids[3], {"verdict": "keep"}, "bob")
+    overlay.decide(ids[3], {"verdict": None}, "bob")
+    before = read_decisions(dataset)
+    table = tmp_path / f"decisions.{kind}"
+    assert "wrote 3 decisions" in run("decisions", "export", dataset, table)
+    (dataset / "decisions.jsonl").unlink()
+    assert "3 new decisions" in run("decisions", "import", dataset, table)
+    assert read_decisions(dataset) == before
+    assert import_decisions(dataset, table) == 0  # they stand already
+
+
+def test_a_bad_row_imports_nothing(dataset: Path, ids: list[str], tmp_path: Path) -> None:
+    table = tmp_path / "some.csv"
+    for bad in (
+        {"id": "f" * 64, "verdict": "keep"},
+        {"id": ids[1], "verdict": "perhaps"},
+        {"id": ids[1], "verdict": "reject"},
+    ):
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "verdict"])
+            writer.writeheader()
+            writer.writerows([{"id": ids[0], "verdict": "keep"}, bad])
+        with pytest.raises(EdgeFusionError, match="row 2"):
+            import_decisions(dataset, table)
+        assert read_decisions(dataset) == {}
+    table.write_text("id,opinion\n" + ids[0] + ",good\n")
+    with pytest.raises(EdgeFusionError, match="opinion is no column"):
+        import_decisions(dataset, table)
+    with pytest.raises(EdgeFusionError, match=r"neither \.csv nor"):
+        export_decisions(dataset, tmp_path / "x.txt")
+
+
+def test_an_import_wins_over_what_stands(dataset: Path, ids: list[str], tmp_path: Path) -> None:
+    overlay = Overlay(dataset)
+    overlay.decide(ids[0], {"verdict": "keep"}, "ada")
+    export_decisions(dataset, tmp_path / "d.csv")
+    overlay.decide(ids[0], {"verdict": "reject", "reason": "odd"}, "bob")
+    assert import_decisions(dataset, tmp_path / "d.csv") == 1
+    assert read_decisions(dataset)[ids[0]] == Decision(
+        ids[0], "keep", "", None, "ada", read_decisions(dataset)[ids[0]].when
+    )
+
+
+def test_the_chain_packs_again_after_decisions_but_not_under_a_training(
+    dataset: Path, ids: list[str], tmp_path: Path
+) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8"]
+    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
+    shutil.copytree(dataset, chain.data)
+    with progress_bars() as bars:
+        chain.facts |= chain._select(bars)
+        assert chain._is_done("select")
+        mark = Overlay(chain.data).decide(ids[20], {"verdict": "reject", "reason": "odd"}, "ada")
+        assert not chain._is_done("select")
+        chain.training.mkdir()
+        with pytest.raises(LedgerConflict, match="after training began"):
+            chain.run("report")
+        chain.training.rmdir()
+        chain.facts |= chain._select(bars)
+    assert chain._is_done("select") and chain.facts["funnel"]["reasons"]["rejected: human"] == 1
+    Overlay(chain.data).decide(ids[20], {"verdict": None}, "ada", expect=mark.number)
+    select_and_pack(chain.recipe.factory, chain.data)  # as `factory select` does: the run's own counts are stale now
+    assert not chain._is_done("select")
