@@ -2,6 +2,7 @@ import random
 from dataclasses import replace
 
 from factory.decisions import Decision
+from factory.decisions import Decision
 from factory.recipe import SelectRecipe
 from factory.select import funnel, select
 
@@ -95,3 +96,17 @@ def test_a_persons_keep_lifts_thresholds_and_near_duplicates_but_nothing_more() 
 def test_blank_is_a_threshold_too_and_strangers_and_empty_decisions_change_nothing() -> None:
     assert outcomes(people(h="keep"))["h"] == "kept"
     assert outcomes(people(z="keep", a=None)) == outcomes({})
+
+
+def test_real_pictures_without_words_or_size_need_a_person() -> None:
+    """A person's keep lifts the size rule; no word of theirs but a caption can stand for a missing one."""
+    small = {**entry("a", 0.9, "00000000000000ff"), "prompt": "a fox", "width_px": 30, "height_px": 90}
+    mute = {**entry("b", 0.9, "ff00000000000000"), "prompt": "", "width_px": 90, "height_px": 90}
+    files, rules = {"a": "1", "b": "2"}, SelectRecipe(min_clip=0.3, min_size_px=48)
+
+    def reasons(**decisions: Decision) -> list[str]:
+        return [row["reason"] for row in select([small, mute], files, rules, decisions)]
+
+    assert reasons() == ["too small", "no caption"]
+    assert reasons(a=Decision("0" * 64, "keep"), b=Decision("1" * 64, "keep")) == ["", "no caption"]
+    assert reasons(b=Decision("1" * 64, caption="an owl")) == ["too small", ""]
