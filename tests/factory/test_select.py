@@ -2,7 +2,6 @@ import random
 from dataclasses import replace
 
 from factory.decisions import Decision
-from factory.decisions import Decision
 from factory.recipe import SelectRecipe
 from factory.select import funnel, select
 
