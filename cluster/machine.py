@@ -33,6 +33,7 @@ NEEDED = [
     "imagehash",
     "matplotlib",
     "jinja2",
+    "tensorboardX",
 ]
 OPTIONAL = {
     "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
