@@ -34,6 +34,7 @@ NEEDED = [
     "matplotlib",
     "jinja2",
     "duckdb",
+    "tensorboardX",
 ]
 OPTIONAL = {
     "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",

@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,9 +66,8 @@ def new_accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-@dataclass
 class _Spike(Exception):
-    what: str
+    """What is wrong, in words."""
 
 
 class _Run:
@@ -153,11 +151,11 @@ class _Run:
         calmer = f"Lower {key}.learning_rate or raise {key}.warmup_steps, and train into a new output folder"
         if self.settings.on_spike == "stop":
             raise StageError(
-                f"{spike.what}; {kept}", where=str(self.folder), remedy=f"{calmer}; or set {key}.on_spike to rollback"
+                f"{spike}; {kept}", where=str(self.folder), remedy=f"{calmer}; or set {key}.on_spike to rollback"
             )
         if self.rollbacks >= MAX_ROLLBACKS or not self.state.exists():
             raise StageError(
-                f"{spike.what}, after {self.rollbacks} rollbacks; {kept}", where=str(self.folder), remedy=calmer
+                f"{spike}, after {self.rollbacks} rollbacks; {kept}", where=str(self.folder), remedy=calmer
             )
         reached, rollbacks = self.step + self.skipped, self.rollbacks
         self.accelerator.wait_for_everyone()
@@ -166,7 +164,7 @@ class _Run:
         self.skipped, self.rollbacks = reached + 1 - self.step, rollbacks + 1
         self.accelerator.wait_for_everyone()
         self._save()
-        self.accelerator.print(f"{spike.what}: back to step {self.step}, past the batches since then")
+        self.accelerator.print(f"{spike}: back to step {self.step}, past the batches since then")
 
     def _restore(self) -> None:
         self.close()

@@ -220,7 +220,9 @@ def table(report: dict[str, Any]) -> Table:
     for row in report["rows"]:
         shown.add_row(str(row["model"]), str(row["steps"] or ""), *(_cell(row.get(name)) for name in names))
     if report["absent"]:
-        shown.caption = "; ".join(f"no {name}: {why}" for name, why in report["absent"].items())
+        reasons = dict.fromkeys(report["absent"].values())
+        named = {why: [name for name, given in report["absent"].items() if given == why] for why in reasons}
+        shown.caption = "; ".join(f"no {' and '.join(names)}: {why}" for why, names in named.items())
     return shown
 
 

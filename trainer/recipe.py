@@ -26,7 +26,7 @@ class PhaseRecipe(Settings):
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
     checkpoint_s: float = Field(default=60.0, gt=0, description="seconds between checkpoints: what a crash can cost")
     spike_factor: float = Field(
-        default=20.0, gt=1, description="a loss this many times the median of the last 100 is a spike"
+        default=10.0, gt=1, description="a loss this many times the median of the last 100 is a spike"
     )
     on_spike: Literal["stop", "rollback"] = Field(
         default="stop",
