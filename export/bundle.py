@@ -22,6 +22,9 @@ from export.graph import GRAPHS, Graph, graphs_of, to_onnx
 from export.quantise import compress_openvino, quantise_onnx, to_openvino
 from export.recipe import ExportRecipe, Target
 from export.runtime import OPENERS, Build, scheduler_constants
+from export.solve import Plan
+from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_facts
+from export.tiling import check_tiles
 from trainer.loop import open_pipeline
 from trainer.sample import contact_sheet
 
@@ -60,13 +63,19 @@ def export_student(
         if not (sources / f"{graph.name}.onnx").exists():
             progress(f"lowering {graph.name}")
             to_onnx(graph, sources / f"{graph.name}.onnx")
+    plan = None
+    if recipe.tiling is not None:
+        plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
+        if plan.tiled:
+            progress("lowering the tiled unet")
+            lower_tiled(graphs[1], plan, sources)
     torch_ms = parity.latency_ms(reference, judged[0], _arrays(graphs), recipe.latency_runs)
     for target in todo:
         progress(f"building {target}")
         publish_folder(
             folder / target,
             lambda place, target=target: _build_target(
-                target, place, sources, pipeline, graphs, reference, calibration, judged, wanted, torch_ms, recipe
+                target, place, sources, pipeline, graphs, reference, calibration, judged, wanted, torch_ms, recipe, plan
             ),
         )
     shutil.rmtree(sources)
@@ -108,14 +117,18 @@ def _build_target(
     wanted: Sequence[np.ndarray],
     torch_ms: dict[str, float],
     recipe: ExportRecipe,
+    plan: Plan | None,
 ) -> None:
     """Fill `place` with the builds of one target, prove each, and write bundle.json last."""
     builds: dict[str, Any] = {}
     sheet = [list(wanted)]
-    for precision in recipe.precisions:
-        if precision not in _SUPPORTED[target]:
-            continue
-        names = _lower(target, precision, place, sources, calibration)
+    # A plan that leaves every block untiled would only repeat the untiled builds.
+    variants = [""] if plan is None or not plan.tiled else ["", TILED]
+    wanted_builds = [(p, v) for p in recipe.precisions if p in _SUPPORTED[target] for v in variants]
+    for precision, variant in wanted_builds:
+        names = _lower(target, precision, place, sources, calibration, variant)
+        if plan is not None and variant == TILED:
+            check_tiles(place / names["unet"], plan)
         build = Build(OPENERS[target](place, names, recipe.threads), reference.scheduler, reference.shape)
         pictures = [build.picture(row, i) for i, row in enumerate(judged)]
         proof = {
@@ -125,16 +138,19 @@ def _build_target(
         missed = parity.failures(precision, proof, pictures, recipe)
         if missed:
             raise ParityError(
-                f"the {precision} build is too far from full precision: {'; '.join(missed)}",
+                f"the {precision}{variant} build is too far from full precision: {'; '.join(missed)}",
                 where=f"{target}",
                 remedy="Loosen export.gates or leave the precision out of export.precisions",
             )
-        builds[precision] = {
+        builds[precision + variant] = {
             "graphs": names,
             "bytes": {graph: _size(place / name) for graph, name in names.items()},
             "parity": proof,
             "measured_ms": parity.latency_ms(build, judged[0], _arrays(graphs), recipe.latency_runs),
         }
+        if plan is not None and variant == TILED:
+            times = [builds[name]["measured_ms"]["unet"] for name in (precision + TILED, precision)]
+            builds[precision + TILED]["tiling"] = tiling_facts(plan, *times)
         sheet.append(pictures)
     from PIL import Image
 
@@ -148,6 +164,7 @@ def _build_target(
         "latent_shape": list(reference.shape),
         "scheduler": reference.scheduler,
         "pytorch_fp32_ms": torch_ms,
+        "tiling": None if plan is None else {"profile": plan.profile, "blocks_tiled": len(plan.tiled)},
         "builds": builds,
         "files": {
             str(f.relative_to(place)): digest_file(f)
@@ -159,19 +176,27 @@ def _build_target(
 
 
 def _lower(
-    target: Target, precision: str, place: Path, sources: Path, calibration: Sequence[dict[str, np.ndarray]]
+    target: Target,
+    precision: str,
+    place: Path,
+    sources: Path,
+    calibration: Sequence[dict[str, np.ndarray]],
+    variant: str = "",
 ) -> dict[str, str]:
     """Write the files of one precision; returns graph to file name. Only the UNet differs from full precision."""
-    names = {graph: f"{graph}{_SUFFIX[target]}" for graph in GRAPHS}
+    origins = {graph: f"{graph}.onnx" for graph in GRAPHS}
+    if variant == TILED:
+        origins["unet"] = SOURCE
+    names = {graph: str(Path(origin).with_suffix(_SUFFIX[target])) for graph, origin in origins.items()}
     for graph, name in names.items():
         if not (place / name).exists():
             if target == "onnx":
-                shutil.copyfile(sources / name, place / name)
+                shutil.copyfile(sources / origins[graph], place / name)
             else:
-                to_openvino(sources / f"{graph}.onnx", place / name)
+                to_openvino(sources / origins[graph], place / name)
     if precision == "fp32":
         return names
-    quantised = f"unet.{precision}{_SUFFIX[target]}"
+    quantised = str(Path(names["unet"]).with_suffix(f".{precision}{_SUFFIX[target]}"))
     if target == "onnx":
         quantise_onnx(place / names["unet"], place / quantised, calibration)
     else:

@@ -56,3 +56,39 @@ def try_build(
     ]
     Image.fromarray(build.picture(np.array(tokens, dtype=np.int64), seed)).save(out)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="a model folder, zoo:NAME, a UNet's config.json, or bk-sdm-tiny, sd15, ...")
+    ],
+    profile: Annotated[str, typer.Option(help="an NPU profile such as ethos-u85-1024, or a YAML file")],
+    size_px: Annotated[int | None, typer.Option(help="side of the picture in pixels; default: the model's own")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for plan.json and plan.png")] = None,
+) -> None:
+    """Choose tiles for every attention block on an NPU: predicted working set, DRAM traffic and latency before and after."""
+    from export.blocks import attention_blocks, read_architecture
+    from export.plan_view import plan_table, write_plan
+    from export.profile import load_profile
+    from export.solve import solve
+
+    chip = load_profile(profile)
+    found = solve(attention_blocks(*read_architecture(model, size_px)), chip)
+    Console().print(plan_table(found, chip))
+    if out is not None:
+        for path in write_plan(found, chip, model, out):
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
+def profiles() -> None:
+    """The NPU profiles that plan and the recipe's export.tiling know."""
+    from export.profile import load_profile, profile_names
+
+    table = Table("profile", "chip", "MiB for tiles", "assumed figures")
+    for name in profile_names():
+        chip = load_profile(name)
+        assumed = sum(getattr(getattr(chip, field), "assumed", None) is not None for field in type(chip).model_fields)
+        table.add_row(name, chip.chip, f"{chip.budget_bytes / 2**20:.1f}", str(assumed))
+    Console().print(table)

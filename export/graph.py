@@ -84,25 +84,35 @@ def graphs_of(pipeline: Any) -> list[Graph]:
     ]
 
 
-def to_onnx(graph: Graph, path: Path) -> None:
-    """Write one graph through torch.export; static shapes. Raises StageError if the model does not lower."""
+def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
+    """Write one graph through torch.export; static shapes. Raises StageError if the model does not lower.
+
+    Without `rewrite` constants are folded and nothing else: the rewriter's time grows with the square of the nodes, so that a
+    finely tiled UNet would take it many minutes.
+    """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 graph.module,
                 tuple(graph.inputs.values()),
-                path,
                 input_names=list(graph.inputs),
                 output_names=[graph.output],
                 opset_version=21,
                 dynamo=True,
-                external_data=False,
+                optimize=rewrite,
                 verbose=False,
             )
+            if program is None:
+                raise RuntimeError("the exporter returned no program")
+            if not rewrite:
+                from onnxscript.optimizer import fold_constants
+
+                fold_constants(program.model)
+            program.save(str(path), external_data=False)
     except Exception as error:
         raise StageError(
             f"{graph.name} does not lower to ONNX: {str(error).splitlines()[0]}",

@@ -21,6 +21,14 @@ class GateRecipe(Settings):
     )
 
 
+class TilingRecipe(Settings):
+    """A second build of each precision whose attention is cut for one NPU."""
+
+    profile: str = Field(
+        description="an NPU profile: `edgefusion export profiles` lists them; or the path of a YAML file"
+    )
+
+
 class ExportRecipe(Settings):
     """student -> builds."""
 
@@ -28,6 +36,9 @@ class ExportRecipe(Settings):
     precisions: list[Precision] = Field(
         default=["fp32", "w8a16", "w8"],
         description="fp32; w8a16: int8 weights, 16-bit activations (onnx); w8: int8 weights alone (openvino)",
+    )
+    tiling: TilingRecipe | None = Field(
+        default=None, description="{profile: NAME}: also build with attention tiled for that NPU"
     )
     steps: int = Field(default=2, ge=1, le=8, description="denoising steps of the build")
     calibration_prompts: int = Field(

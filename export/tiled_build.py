@@ -1,0 +1,47 @@
+"""The tiled variant of a build: its plan, its ONNX file and what bundle.json says about it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from export.blocks import attention_blocks
+from export.graph import Graph, to_onnx
+from export.profile import load_profile
+from export.solve import Plan, solve
+from export.tiling import check_tiles, tile_unet
+
+TILED = "-tiled"
+"""Appended to a precision: the name of its tiled build."""
+
+SOURCE = "unet.tiled.onnx"
+
+
+def plan_unet(unet: Any, profile: str, tokens: int) -> Plan:
+    """The solver's plan for a loaded UNet at its own size. Raises RecipeError for an unknown or too small profile."""
+    return solve(attention_blocks(unet.config, unet.config.sample_size, tokens), load_profile(profile))
+
+
+def lower_tiled(graph: Graph, plan: Plan, folder: Path) -> None:
+    """Write SOURCE, the UNet graph with the plan's tiles; raises ParityError if they do not survive. `graph` keeps its own."""
+    path = folder / SOURCE
+    if not path.exists():
+        module: Any = copy.deepcopy(graph.module)
+        tile_unet(module.unet, plan)
+        to_onnx(replace(graph, module=module), path, rewrite=False)
+    check_tiles(path, plan)
+
+
+def tiling_facts(plan: Plan, unet_ms: float, untiled_unet_ms: float) -> dict[str, Any]:
+    """For bundle.json. Four kinds of number, never mixed: what is null was not obtained."""
+    facts = plan.facts()
+    return {
+        "profile": facts["profile"],
+        "plan": [{k: v for k, v in row.items() if k != "predicted"} for row in facts["blocks"]],
+        "predicted": {row["name"]: row["predicted"] for row in facts["blocks"]},
+        "compiler_estimated": None,
+        "emulated": None,
+        "measured": {"where": "this CPU, not the NPU", "unet_ms": unet_ms, "untiled_unet_ms": untiled_unet_ms},
+    }

@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from export.bundle import export_student, open_bundle
+from export.recipe import ExportRecipe, TilingRecipe
+from factory.models import resolve
+
+SMALL = str(Path(__file__).with_name("small-npu.yaml"))
+
+
+def recipe(profile: str) -> ExportRecipe:
+    return ExportRecipe(
+        tiling=TilingRecipe(profile=profile),
+        precisions=["fp32", "w8a16"],
+        calibration_prompts=1,
+        parity_prompts=1,
+        latency_runs=1,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], recipe(SMALL), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "builds"),
+    [
+        ("onnx", ["fp32", "fp32-tiled", "w8a16", "w8a16-tiled"]),
+        ("openvino", ["fp32", "fp32-tiled"]),
+    ],
+)
+def test_a_bundle_holds_proven_tiled_builds_beside_the_untiled(bundles, target, builds) -> None:
+    facts = json.loads((bundles / target / "bundle.json").read_text())
+    assert list(facts["builds"]) == builds
+    assert facts["builds"]["fp32-tiled"]["parity"]["graph_snr_db"]["unet"] > 80
+    assert facts["builds"]["fp32-tiled"]["graphs"]["unet"] != facts["builds"]["fp32"]["graphs"]["unet"]
+    for name in builds[1::2]:
+        tiling = facts["builds"][name]["tiling"]
+        assert tiling["profile"] == "small-npu" and any(row["tiled"] for row in tiling["plan"])
+        assert set(tiling["predicted"]) == {row["name"] for row in tiling["plan"]}
+        assert tiling["compiler_estimated"] is None and tiling["emulated"] is None
+        assert tiling["measured"]["unet_ms"] > 0 and "not the NPU" in tiling["measured"]["where"]
+    assert open_bundle(bundles / target, "fp32-tiled", 1)[0].shape == (1, 16, 8, 8)
+
+
+def test_a_plan_without_tiles_makes_no_second_build(tmp_path) -> None:
+    chosen = recipe("ethos-u85-1024").model_copy(update={"targets": ["onnx"], "precisions": ["fp32"]})
+    export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], chosen, tmp_path)
+    facts = json.loads((tmp_path / "onnx" / "bundle.json").read_text())
+    assert list(facts["builds"]) == ["fp32"]
+    assert facts["tiling"] == {"profile": "ethos-u85-1024", "blocks_tiled": 0}
