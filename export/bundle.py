@@ -68,11 +68,11 @@ def export_student(
     plan, compiled = None, None
     if recipe.tiling is not None:
         plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
+        if recipe.tiling.compile:
+            compiled = compile_plan(plan, load_profile(recipe.tiling.profile))
         if plan.tiled:
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)
-        if recipe.tiling.compile:
-            compiled = compile_plan(plan, load_profile(recipe.tiling.profile))
     torch_ms = parity.latency_ms(reference, judged[0], _arrays(graphs), recipe.latency_runs)
     for target in todo:
         progress(f"building {target}")
