@@ -166,8 +166,8 @@ def _build_target(
             "measured_ms": parity.latency_ms(build, judged[0], _arrays(graphs), recipe.latency_runs),
         }
         if plan is not None and variant == TILED:
-            times = [builds[name]["measured_ms"]["unet"] for name in (precision + TILED, precision)]
-            builds[precision + TILED]["tiling"] = tiling_facts(plan, *times, compiled)
+            tiled_ms, untiled_ms = (builds[name]["measured_ms"]["unet"] for name in (precision + TILED, precision))
+            builds[precision + TILED]["tiling"] = tiling_facts(plan, tiled_ms, untiled_ms, compiled)
         sheet.append(pictures)
     from PIL import Image
 
