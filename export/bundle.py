@@ -19,10 +19,12 @@ from cluster.errors import CorruptShard, EdgeFusionError, ParityError
 from cluster.storage import digest_file, publish_folder
 from export import parity
 from export.graph import GRAPHS, Graph, graphs_of, to_onnx
+from export.profile import load_profile
 from export.quantise import compress_openvino, quantise_onnx, to_openvino
 from export.recipe import ExportRecipe, Target
 from export.runtime import OPENERS, Build, scheduler_constants
 from export.solve import Plan
+from export.targets.judge import compile_plan
 from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_facts
 from export.tiling import check_tiles
 from trainer.loop import open_pipeline
@@ -63,9 +65,11 @@ def export_student(
         if not (sources / f"{graph.name}.onnx").exists():
             progress(f"lowering {graph.name}")
             to_onnx(graph, sources / f"{graph.name}.onnx")
-    plan = None
+    plan, compiled = None, None
     if recipe.tiling is not None:
         plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
+        if recipe.tiling.compile:
+            compiled = compile_plan(plan, load_profile(recipe.tiling.profile))
         if plan.tiled:
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)
@@ -75,7 +79,19 @@ def export_student(
         publish_folder(
             folder / target,
             lambda place, target=target: _build_target(
-                target, place, sources, pipeline, graphs, reference, calibration, judged, wanted, torch_ms, recipe, plan
+                target,
+                place,
+                sources,
+                pipeline,
+                graphs,
+                reference,
+                calibration,
+                judged,
+                wanted,
+                torch_ms,
+                recipe,
+                plan,
+                compiled,
             ),
         )
     shutil.rmtree(sources)
@@ -118,6 +134,7 @@ def _build_target(
     torch_ms: dict[str, float],
     recipe: ExportRecipe,
     plan: Plan | None,
+    compiled: dict[str, Any] | None,
 ) -> None:
     """Fill `place` with the builds of one target, prove each, and write bundle.json last."""
     builds: dict[str, Any] = {}
@@ -149,8 +166,8 @@ def _build_target(
             "measured_ms": parity.latency_ms(build, judged[0], _arrays(graphs), recipe.latency_runs),
         }
         if plan is not None and variant == TILED:
-            times = [builds[name]["measured_ms"]["unet"] for name in (precision + TILED, precision)]
-            builds[precision + TILED]["tiling"] = tiling_facts(plan, *times)
+            tiled_ms, untiled_ms = (builds[name]["measured_ms"]["unet"] for name in (precision + TILED, precision))
+            builds[precision + TILED]["tiling"] = tiling_facts(plan, tiled_ms, untiled_ms, compiled)
         sheet.append(pictures)
     from PIL import Image
 

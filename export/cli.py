@@ -66,18 +66,27 @@ def plan(
     profile: Annotated[str, typer.Option(help="an NPU profile such as ethos-u85-1024, or a YAML file")],
     size_px: Annotated[int | None, typer.Option(help="side of the picture in pixels; default: the model's own")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for plan.json and plan.png")] = None,
+    judge: Annotated[
+        bool, typer.Option("--compile", help="also ask the chip's offline compiler (the npu extra)")
+    ] = False,
 ) -> None:
     """Choose tiles for every attention block on an NPU: predicted working set, DRAM traffic and latency before and after."""
     from export.blocks import attention_blocks, read_architecture
-    from export.plan_view import plan_table, write_plan
+    from export.plan_view import compiled_table, plan_table, write_plan
     from export.profile import load_profile
     from export.solve import solve
 
     chip = load_profile(profile)
     found = solve(attention_blocks(*read_architecture(model, size_px)), chip)
     Console().print(plan_table(found, chip))
+    compiled = None
+    if judge:
+        from export.targets.judge import compile_plan
+
+        compiled = compile_plan(found, chip)
+        Console().print(compiled_table(found, compiled))
     if out is not None:
-        for path in write_plan(found, chip, model, out):
+        for path in write_plan(found, chip, model, out, compiled):
             typer.echo(f"wrote {path}")
 
 

@@ -61,7 +61,31 @@ def totals(plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
     return before, after
 
 
-def write_plan(plan: Plan, profile: Profile, model: str, folder: Path) -> tuple[Path, Path]:
+def compiled_table(plan: Plan, compiled: dict[str, Any]) -> Table:
+    """What the compiler estimated for the tiled blocks, untiled and as chosen."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, caption="Compiler-estimated, not measured.")
+    for heading in ("block", "shape", "DRAM MB", "latency ms"):
+        table.add_column(heading, no_wrap=True)
+    for part in plan.tiled:
+        block, said = part.block, compiled[part.block.name]
+        before, after = said["untiled"], said["chosen"]
+        known = isinstance(before, dict)
+        table.add_row(
+            f"{_short(block.name)} {'cross' if block.crossed else 'self'}",
+            f"{block.queries}x{block.keys}x{block.width}",
+            *(
+                _change(before[key] * scale, after[key] * scale)
+                if known
+                else f"no build → {_brief(after[key] * scale)}"
+                for key, scale in (("dram_bytes", 1e-6), ("latency_s", 1e3))
+            ),
+        )
+    return table
+
+
+def write_plan(
+    plan: Plan, profile: Profile, model: str, folder: Path, compiled: dict[str, Any] | None = None
+) -> tuple[Path, Path]:
     """`plan.json` and `plan.png` in `folder`; returns both paths."""
     before, after = totals(plan)
     facts: dict[str, Any] = {
@@ -69,6 +93,7 @@ def write_plan(plan: Plan, profile: Profile, model: str, folder: Path) -> tuple[
         **plan.facts(),
         "profile_values": profile.model_dump(mode="json", exclude_none=True),
         "predicted_totals": {"untiled": before, "chosen": after},
+        "compiler_estimated": compiled,
     }
     publish_bytes(folder / "plan.json", (json.dumps(facts, indent=2) + "\n").encode())
     publish_file(folder / "plan.png", lambda path: _draw(plan, path))

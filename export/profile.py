@@ -55,6 +55,9 @@ class Profile(Settings):
         description="times each score crosses the DRAM interface, as one activation, if it does not stay on chip"
     )
     live_scores: Figure = Field(description="copies of a tile of scores that live at once, in activations")
+    keys_bytes_per_s: Figure = Field(
+        description="rate at which each tile's keys and values are brought into the matrix unit, bytes per second"
+    )
     operator_s: Figure = Field(description="fixed cost of starting one operator, seconds")
     row_multiple: int = Field(default=16, ge=1, description="query rows of a tile must be a multiple of this")
     activation_bytes: int = Field(default=2, ge=1, le=4, description="bytes of an activation")

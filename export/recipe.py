@@ -27,6 +27,7 @@ class TilingRecipe(Settings):
     profile: str = Field(
         description="an NPU profile: `edgefusion export profiles` lists them; or the path of a YAML file"
     )
+    compile: bool = Field(default=False, description="also ask the NPU's offline compiler (needs the npu extra)")
 
 
 class ExportRecipe(Settings):

@@ -126,6 +126,7 @@ def _predict(block: Block, profile: Profile, head_group: int, query_tiles: int, 
         _longer(profile, projections / profile.weight_macs_per_s.value, tokens + weights, tokens + weights)
         + _longer(profile, products / profile.matmul_macs_per_s.value, moved_operands, 2 * size * elements)
         + _longer(profile, elements / profile.softmax_elements_per_s.value, 0, 2 * size * elements)
+        + 2 * keys * tiles / profile.keys_bytes_per_s.value
         # Scores that do not stay are stored and loaded between operators: nothing is there to overlap with.
         + moved_scores / profile.dram_bytes_per_s.value
         + operators * profile.operator_s.value

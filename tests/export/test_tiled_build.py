@@ -3,8 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import EdgeFusionError
+from export.blocks import Block
 from export.bundle import export_student, open_bundle
+from export.profile import load_profile
 from export.recipe import ExportRecipe, TilingRecipe
+from export.solve import solve
+from export.tiled_build import tiling_facts
 from factory.models import resolve
 
 SMALL = str(Path(__file__).with_name("small-npu.yaml"))
@@ -55,3 +60,12 @@ def test_a_plan_without_tiles_makes_no_second_build(tmp_path) -> None:
     facts = json.loads((tmp_path / "onnx" / "bundle.json").read_text())
     assert list(facts["builds"]) == ["fp32"]
     assert facts["tiling"] == {"profile": "ethos-u85-1024", "blocks_tiled": 0}
+
+
+def test_a_recipe_may_ask_the_compiler_and_its_word_is_kept_apart(tmp_path) -> None:
+    asked = recipe(SMALL).model_copy(update={"tiling": TilingRecipe(profile=SMALL, compile=True)})
+    with pytest.raises(EdgeFusionError, match=r"not an Arm NPU|\[npu\]"):
+        export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], asked, tmp_path)
+    plan = solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-1024"))
+    facts = tiling_facts(plan, 1.0, 2.0, {"a": {"untiled": {}, "chosen": {}}})
+    assert facts["compiler_estimated"] == {"a": {"untiled": {}, "chosen": {}}} and facts["emulated"] is None
