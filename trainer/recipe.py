@@ -76,6 +76,9 @@ class TrainerRecipe(Settings):
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the frozen teacher's weights; a half type halves their memory and its time"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
     cache_latents: bool = Field(
         default=False, description="keep encoded pictures and prompts in memory after first use"

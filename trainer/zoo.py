@@ -24,7 +24,11 @@ def zoo_build(
         ),
     ],
     steps: Annotated[
-        int, typer.Option(min=1, help="optimiser steps in all, earlier runs included; a student's of each phase")
+        int,
+        typer.Option(
+            min=1,
+            help="optimiser steps in all, earlier runs included; a student's of the second phase, half as many in the first",
+        ),
     ],
     folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
 ) -> None:
@@ -82,16 +86,18 @@ def _build_student(folder: Path, steps: int) -> None:
     from diffusers import UNet2DConditionModel
 
     from factory.pocket.build import pack_world
+    from factory.pocket.fit import half_is_fast
     from trainer.loop import train
     from trainer.sample import save_student
 
     teacher = str(folder / "teacher" / "model")
-    rate: dict[str, Any] = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120}
+    rate: dict[str, Any] = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120, "cosine": True}
     recipe = TrainerRecipe(
         teacher=teacher,
+        teacher_dtype="bfloat16" if half_is_fast() else "float32",
         size_px=64,
         cache_latents=True,
-        adapt=AdaptRecipe(steps=steps, learning_rate=4e-4, ema_decay=0.998, **rate),
+        adapt=AdaptRecipe(steps=steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
             steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
         ),

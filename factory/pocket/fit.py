@@ -77,10 +77,14 @@ def fit(
     return average.eval()
 
 
+def half_is_fast() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX, AVX512-BF16); others emulate it slowly."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def half_where_fast() -> torch.autocast:
-    """bf16 autocast on machines that multiply bf16 in hardware (AMX, AVX512-BF16); a no-op on others, where it is emulated."""
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+    """bf16 autocast, a no-op where it is emulated."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast())
 
 
 def _resume(path: Path, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> int:
