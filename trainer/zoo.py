@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,6 +98,7 @@ def _build_student(folder: Path, steps: int) -> None:
         teacher_dtype="bfloat16" if half_is_fast() else "float32",
         size_px=64,
         cache_latents=True,
+        threads=len(os.sched_getaffinity(0)),
         adapt=AdaptRecipe(steps=steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
             steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
