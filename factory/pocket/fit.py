@@ -47,10 +47,10 @@ def fit(
     )
     parameters: list[torch.Tensor] = list(model.parameters())
     means: list[torch.Tensor] = list(average.parameters())
-    start = _resume(folder / "state.pt", model, average, optimiser)
+    first = _resume(folder / "state.pt", model, average, optimiser)
     saved_at, recent = time.monotonic(), []
-    began, began_step = time.monotonic(), start
-    for step in range(start, steps):
+    began, began_step = time.monotonic(), first
+    for step in range(first, steps):
         warm = min(1.0, (step + 1) / 200)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
