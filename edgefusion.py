@@ -93,7 +93,12 @@ class Chain:
             self._refuse_late_decisions()
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
+        from trainer.mix import sources_of
 
+        if "train" in todo:
+            sources_of(
+                self.recipe.trainer, self.data
+            )  # a data set that is not there is told now, not after hours of making
         resolve_models(self.recipe.factory)
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
@@ -216,8 +221,10 @@ class Chain:
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch
         from trainer.loop import train
+        from trainer.mix import sources_of
 
-        recipe, data, folder, seed = self.recipe.trainer, self.data.resolve(), self.training.resolve(), self.recipe.seed
+        recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
+        data = sources_of(recipe, self.data)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(

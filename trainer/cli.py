@@ -10,7 +10,7 @@ import typer
 from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
 from trainer.progress import follow
-from trainer.recipe import DecoderRecipe, EvaluateRecipe
+from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe
 
 app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
 
@@ -43,6 +43,43 @@ def decoder(
         f"{report['judged_pictures']} held-out pictures\n{report['macs']:,} of {report['original_macs']:,} multiply-accumulates: "
         f"{report['original_macs'] / report['macs']:.1f} times fewer; {report['parameters']:,} parameters"
     )
+
+
+@app.command("encode")
+def encode(
+    data: Annotated[Path, typer.Argument(help="packed data set: the `dataset` folder of a run")],
+    teacher: Annotated[
+        str, typer.Option(help="pipeline whose VAE and text encoder the training will use")
+    ] = "zoo:teacher",
+    size: Annotated[int, typer.Option(min=32, help="edge, pixels: the training's trainer.size_px")] = 64,
+    half: Annotated[bool, typer.Option(help="store float16: half the space, rounded")] = False,
+    ray: Annotated[bool, typer.Option(help="on Ray actors instead of in this process")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set workers=8 --set gpus=1")] = None,
+) -> None:
+    """Put latents and text states beside the shards, so that training encodes nothing. Rerun the same command to resume."""
+    given = {"data": data, "teacher": teacher, "size_px": size, "dtype": "float16" if half else "float32"}
+    options = [f"{key}={value}" for key, value in given.items()]
+    if ray:
+        options.append("cluster.runner=ray")
+    settings = load_recipe(EncodeRecipe, None, [*options, *(overrides or [])])
+    from cluster.runner import make_runner, stop_ray
+    from factory.models import quiet
+    from trainer.encode import encode as run
+    from trainer.encodings import ENCODINGS
+
+    quiet()
+    runner = make_runner(settings.cluster)
+    try:
+        with progress_bars() as bars:
+            task = bars.add_task("encode: shards", total=None)
+            index = run(settings, runner, lambda done, of: bars.update(task, completed=done, total=of))
+    finally:
+        runner.close()
+        if ray:
+            stop_ray()
+    place = data / ENCODINGS
+    size_mib = sum(path.stat().st_size for path in place.iterdir()) / 2**20
+    typer.echo(f"wrote {place}: {len(index['files'])} shards, {size_mib:.1f} MiB, bound to the encoders of {teacher}")
 
 
 @app.command("evaluate")

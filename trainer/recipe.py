@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
+from cluster.runner import ClusterRecipe
 
 
 class PhaseRecipe(Settings):
@@ -63,6 +64,17 @@ class DistillRecipe(PhaseRecipe):
         return self
 
 
+class MoreData(Settings):
+    """Another packed data set to train on."""
+
+    data: str = Field(description="packed data set folder: shards and manifest.parquet")
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="its part of the draws, relative to the other weights; its number of samples if left out, so that all samples count alike",
+    )
+
+
 class TrainerRecipe(Settings):
     """shards -> student."""
 
@@ -75,6 +87,17 @@ class TrainerRecipe(Settings):
         description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
+    own_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="part of the draws from the run's own data set beside `more_data`; its number of samples if left out, 0 leaves it out",
+    )
+    more_data: list[MoreData] = Field(default=[], description="other packed data sets to draw from in the same batches")
+    encodings: Literal["auto", "ignore"] = Field(
+        default="auto",
+        description="latents and text states that `trainer encode` put beside the shards: `auto` reads them where they are and refuses stale "
+        "ones, `ignore` encodes in training",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the frozen teacher's weights; a half type halves their memory and its time"
@@ -134,6 +157,26 @@ class DecoderRecipe(Settings):
     threads: int = Field(default=2, ge=1, description="CPU threads")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
     fit: DecoderFit = DecoderFit()
+
+
+class EncodeRecipe(Settings):
+    """A data set's latents and text states, made once (`edgefusion trainer encode`)."""
+
+    data: str = Field(description="packed data set folder: shards and manifest.parquet")
+    teacher: str = Field(
+        default="zoo:teacher", description="pipeline folder, hub name or zoo:NAME whose encoders to use"
+    )
+    size_px: int = Field(
+        default=64, ge=32, le=1024, multiple_of=8, description="edge, pixels: the training's trainer.size_px"
+    )
+    dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="of the stored numbers; float16 halves the space and rounds"
+    )
+    batch_images: int = Field(default=32, ge=1, description="samples encoded at once")
+    workers: int = Field(default=1, ge=1, description="encoding actors")
+    gpus: float = Field(default=0, ge=0, description="GPUs an actor")
+    threads: int = Field(default=2, ge=1, description="CPU threads a worker")
+    cluster: ClusterRecipe = Field(default=ClusterRecipe(runner="in-process"), description="where the pass runs")
 
 
 class EvaluateRecipe(Settings):
