@@ -31,6 +31,7 @@ from factory.recipe import FactoryRecipe
 from trainer.cli import app as trainer_app
 from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
+from trainer.reproduce.cli import app as reproduce_app
 from trainer.zoo import app as zoo_app
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
@@ -48,6 +49,7 @@ for name, wing in (
     ("export", export_app),
     ("cluster", cluster_app),
     ("zoo", zoo_app),
+    ("reproduce", reproduce_app),
 ):
     app.add_typer(wing, name=name)
 app.command()(doctor)
