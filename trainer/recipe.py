@@ -212,3 +212,27 @@ class EvaluateRecipe(Settings):
         if self.data is None and self.prompts is None:
             raise ValueError("neither data nor prompts is given, so there is nothing to draw")
         return self
+
+
+class PreferRecipe(Settings):
+    """Two models before people (`edgefusion trainer prefer`)."""
+
+    a: str = Field(description="pipeline folder, hub name or zoo:NAME")
+    b: str = Field(description="the other one; may be the same with other steps")
+    steps_a: int = Field(default=4, ge=1, description="denoising steps of A")
+    steps_b: int = Field(default=4, ge=1, description="denoising steps of B")
+    data: str | None = Field(default=None, description="packed data set whose prompts are drawn")
+    prompts: str | None = Field(
+        default=None, description="prompts, one a line, or COCO's captions file; instead of data"
+    )
+    count: int = Field(default=100, ge=2, description="pairs")
+    teacher_guidance: float = Field(default=7.5, ge=0, description="guidance scale of models without an LCM scheduler")
+    seed: int = Field(default=0, ge=0, description="of the pictures, the sides and each rater's order")
+    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+
+    @model_validator(mode="after")
+    def _asks(self) -> PreferRecipe:
+        if self.data is None and self.prompts is None:
+            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
+        return self
