@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import trainer.reproduce.data as data_module
+import trainer.reproduce.runs as runs_module
 from cluster.errors import LedgerConflict, RecipeError
 from factory.pack import read_manifest, verify
 from trainer.reproduce.data import ensure_data
@@ -123,25 +124,46 @@ def test_a_finished_run_trains_nothing_again_and_rows_share_phase_one(whole: Pat
     assert mix[0]["samples"] > mix[1]["samples"] and mix[0]["share"] > mix[1]["share"]
 
 
-def test_killed_again_and_again_it_ends_in_the_same_figures(whole: Path, protocol: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(FRONT_DOOR), "reproduce", "tables", "--recipe", str(protocol), "--out"]
-    rows = [word for name in FEW for word in ("--rows", name)]
-    reached = [
-        lambda out: (out / "data" / "synt" / "ledger").exists(),
-        lambda out: (out / "adapt" / "synt-cur-seed0" / "adapt" / "metrics.jsonl").exists(),
-        lambda out: (out / "results" / "2_synt-cur-seed0.json").exists(),
-    ]
+def test_killed_while_it_trains_it_ends_in_the_same_figures(whole: Path, protocol: Path, tmp_path: Path) -> None:
+    """A real kill -9 of the command; what is left then is finished here."""
     out = tmp_path / "out"
-    for moment in reached:
-        process = subprocess.Popen([*words, str(out), *rows], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not moment(out) and process.poll() is None:
+    words = [sys.executable, str(FRONT_DOOR), "reproduce", "tables", "--recipe", str(protocol), "--out", str(out)]
+    process = subprocess.Popen([*words, "--rows", FEW[0]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "adapt" / "synt-cur-seed0" / "data.json").exists() and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, "the run ended before it could be killed"
+    finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    said = subprocess.run([*words, str(out), *rows], capture_output=True, text=True, check=True)
-    assert "3 of 16 trainings" in said.stdout
+    assert not (out / "results" / "2_synt-cur-seed0.json").exists()
+    reproduce(recipe_of(protocol), out, [row_named(name) for name in FEW])
     assert figures(out) == figures(whole)
+
+
+@pytest.mark.parametrize("place", ["ensure_data", "_assemble", "_evaluate", "_save_sheet"])
+def test_interrupted_at_any_stage_it_goes_on(
+    whole: Path, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Before and after each stage of a row's run."""
+    stage, calls = getattr(runs_module, place), []
+
+    def die(*given: Any, **named: Any) -> Any:
+        calls.append(place)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        found = stage(*given, **named)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(runs_module, place, die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(recipe_of(protocol), tmp_path / "out", [row_named(FEW[0])])
+    reproduce(recipe_of(protocol), tmp_path / "out", [row_named(FEW[0])])
+    name = "2_synt-cur-seed0.json"
+    assert figures(tmp_path / "out")[name] == figures(whole)[name]
 
 
 def test_the_data_sets_are_what_they_are_called(protocol: Path, whole: Path) -> None:
