@@ -72,7 +72,9 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["recipe"] != recipe_digest:
             raise CorruptShard(
-                "is of another recipe or data set", where=str(path), remedy="Train into a new output folder"
+                "is of another recipe or data set",
+                where=str(path),
+                remedy="Train into a new output folder; encodings that the data set got since then can be deleted again",
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])

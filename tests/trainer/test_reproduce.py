@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_a_finished_run_trains_nothing_again_and_rows_share_phase_one(whole: Pat
 
 def test_killed_while_it_trains_it_ends_in_the_same_figures(whole: Path, protocol: Path, tmp_path: Path) -> None:
     """A real kill -9 of the command; what is left then is finished here."""
-    out = tmp_path / "out"
+    out = begun(whole, tmp_path / "out")
     words = [sys.executable, str(FRONT_DOOR), "reproduce", "tables", "--recipe", str(protocol), "--out", str(out)]
     process = subprocess.Popen([*words, "--rows", FEW[0]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -141,29 +142,43 @@ def test_killed_while_it_trains_it_ends_in_the_same_figures(whole: Path, protoco
     assert figures(out) == figures(whole)
 
 
-@pytest.mark.parametrize("place", ["ensure_data", "_assemble", "_evaluate", "_save_sheet"])
-def test_interrupted_at_any_stage_it_goes_on(
-    whole: Path, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+def test_interrupted_before_and_after_every_stage_it_goes_on(
+    whole: Path, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before and after each stage of a row's run."""
-    stage, calls = getattr(runs_module, place), []
+    out = begun(whole, tmp_path / "out")
+    died: list[str] = []
 
-    def die(*given: Any, **named: Any) -> Any:
-        calls.append(place)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        found = stage(*given, **named)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return found
+    def fragile(place: str) -> Any:
+        stage, calls = getattr(runs_module, place), []
 
-    monkeypatch.setattr(runs_module, place, die)
-    for _ in range(2):
+        def die(*given: Any, **named: Any) -> Any:
+            calls.append(place)
+            found = stage(*given, **named) if len(calls) > 1 else None
+            if len(calls) <= 2:
+                died.append(place)
+                raise KeyboardInterrupt
+            return found
+
+        return die
+
+    for place in ("train", "_assemble", "_evaluate", "_save_sheet"):
+        monkeypatch.setattr(runs_module, place, fragile(place))
+    for _ in range(8):
         with pytest.raises(KeyboardInterrupt):
-            reproduce(recipe_of(protocol), tmp_path / "out", [row_named(FEW[0])])
-    reproduce(recipe_of(protocol), tmp_path / "out", [row_named(FEW[0])])
-    name = "2_synt-cur-seed0.json"
-    assert figures(tmp_path / "out")[name] == figures(whole)[name]
+            reproduce(recipe_of(protocol), out, [row_named(FEW[0])])
+    reproduce(recipe_of(protocol), out, [row_named(FEW[0])])
+    assert len(died) == 8 and figures(out)["2_synt-cur-seed0.json"] == figures(whole)["2_synt-cur-seed0.json"]
+
+
+def begun(whole: Path, out: Path) -> Path:
+    """A folder that holds the data and the teacher's figures, but no row."""
+    out.mkdir()
+    shutil.copy(whole / "protocol.json", out)
+    shutil.copytree(whole / "data", out / "data")
+    (out / "results").mkdir()
+    for name in ("teacher.json", "teacher.png"):
+        shutil.copy(whole / "results" / name, out / "results")
+    return out
 
 
 def test_the_data_sets_are_what_they_are_called(protocol: Path, whole: Path) -> None:

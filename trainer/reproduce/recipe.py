@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from cluster.recipe import Settings, load_recipe
+from factory.models import fingerprint
 from factory.recipe import FactoryRecipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -85,7 +87,21 @@ class TablesRecipe(Settings):
         return load_recipe(FactoryPart, path, [*OVERRIDES[name], *more])
 
     def digest(self) -> str:
-        """What the results depend on: not how many seeds there are, nor where the recipes lie."""
+        """What the results depend on, the models' files included: not how many seeds there are, nor where the recipes lie."""
         own = self.model_dump(mode="json", exclude={"seeds", "wild_recipe", "synt_recipe", "threads"})
         made = {name: self.factory_of(name).model_dump(mode="json") for name in OVERRIDES}
-        return hashlib.sha256(json.dumps([own, made], sort_keys=True).encode()).hexdigest()
+        names = sorted({self.teacher, self.judge, "zoo:evalset.parquet", *_files_in(made)})
+        files = [fingerprint(name) for name in names if name.startswith("zoo:") or Path(name).exists()]
+        return hashlib.sha256(json.dumps([own, made, files], sort_keys=True).encode()).hexdigest()
+
+
+def _files_in(tree: Any) -> Iterator[str]:
+    """Models and sources that a recipe names."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("model", "taxonomy") and isinstance(value, str):
+                yield value
+            elif key == "paths":
+                yield from value
+            else:
+                yield from _files_in(value)

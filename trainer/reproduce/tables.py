@@ -102,7 +102,7 @@ def claim(recipe: TablesRecipe, out: Path) -> None:
             raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
         if not same:
             raise LedgerConflict(
-                "the folder holds rows of another protocol (steps, sizes or data recipes differ)",
+                "the folder holds rows of another protocol (steps, sizes, data recipes or models differ)",
                 where=str(out),
                 remedy="Choose another --out folder, or go back to those values",
             )
