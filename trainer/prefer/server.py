@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from cluster.recipe import Settings
 from factory.page_server import PageServer, Refused
 from trainer.prefer.study import Study
-from trainer.prefer.votes import Vote
+from trainer.prefer.votes import Vote, Winner
 
 _PAGE = {name: Path(__file__).parent / (name or "page.html") for name in ("", "page.css", "page.js")}
 
@@ -83,9 +83,9 @@ class PreferServer(PageServer):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such pair")
         left = self.study.left(choice.rater, choice.pair)
         right: Literal["a", "b"] = "b" if left == "a" else "a"
-        winner = {"left": left, "right": right, "tie": "tie"}[choice.choice]
+        winners: dict[str, Winner] = {"left": left, "right": right, "tie": "tie"}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.study.votes.add(Vote(choice.pair, choice.rater, left, winner, now))
+        self.study.votes.add(Vote(choice.pair, choice.rater, left, winners[choice.choice], now))
         return self._next(choice.rater)
 
     def _key(self, rater: str, pair: int, side: Any) -> str:

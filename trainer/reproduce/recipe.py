@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 
 from cluster.recipe import Settings, load_recipe
 from factory.models import fingerprint
+from factory.plan import load_taxonomy
 from factory.recipe import FactoryRecipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -89,17 +90,20 @@ class TablesRecipe(Settings):
     def digest(self) -> str:
         """What the results depend on, the models' files included: not how many seeds there are, nor where the recipes lie."""
         own = self.model_dump(mode="json", exclude={"seeds", "wild_recipe", "synt_recipe", "threads"})
+        taxonomy = load_taxonomy(str(self.factory_of("synt").factory.plan.model_dump()["taxonomy"]))
         made = {name: self.factory_of(name).model_dump(mode="json") for name in OVERRIDES}
         names = sorted({self.teacher, self.judge, "zoo:evalset.parquet", *_files_in(made)})
         files = [fingerprint(name) for name in names if name.startswith("zoo:") or Path(name).exists()]
-        return hashlib.sha256(json.dumps([own, made, files], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([own, made, files, taxonomy.model_dump(mode="json")], sort_keys=True).encode()
+        ).hexdigest()
 
 
 def _files_in(tree: Any) -> Iterator[str]:
     """Models and sources that a recipe names."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if key in ("model", "taxonomy") and isinstance(value, str):
+            if key == "model" and isinstance(value, str):
                 yield value
             elif key == "paths":
                 yield from value
