@@ -248,7 +248,6 @@ class Chain:
         bars.advance(task)
 
     def _samples(self, bars: Progress) -> None:
-        from factory.models.clip import Clip
         from trainer.evaluate import write_samples
 
         task = bars.add_task("samples: teacher and student", total=1)
@@ -259,7 +258,7 @@ class Chain:
             self._prompts(16),
             recipe.trainer.grid_seed,
             self._guidance(),
-            Clip(recipe.factory.make.scorer),
+            recipe.trainer.judge or recipe.factory.make.scorer,
             recipe.trainer.threads,
             self.out / "samples",
         )

@@ -97,7 +97,7 @@ def _samples_part(folder: Path) -> dict[str, Any] | None:
         return None
     facts = json.loads((folder / "samples.json").read_text())
     rows = [{**row, "sheet": _inline(folder / f"{row['name']}.png")} for row in facts["rows"]]
-    return {"prompts": facts["prompts"], "rows": rows}
+    return {"judge": facts.get("judge", "the filter"), "prompts": facts["prompts"], "rows": rows}
 
 
 def _bundle_part(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster.storage import publish_folder
 from factory.models.clip import Clip
+from factory.recipe import OpenClipScorer
 from trainer.loop import open_pipeline
 from trainer.sample import contact_sheet, generate
 
@@ -27,18 +28,25 @@ def write_samples(
     prompts: Sequence[str],
     seed: int,
     guidance: float,
-    clip: Clip,
+    judge: OpenClipScorer,
     threads: int,
     folder: Path,
 ) -> None:
-    """Fill `folder` with `teacher.png`, `student-N.png` (one row of pictures each) and `samples.json` (scores, seconds)."""
+    """Fill `folder` with `teacher.png`, `student-N.png` (one row of pictures each) and `samples.json` (scores, judge, seconds)."""
     torch.set_num_threads(threads)
-    publish_folder(folder, lambda place: _fill(place, teacher, student, prompts, seed, guidance, clip))
+    publish_folder(folder, lambda place: _fill(place, teacher, student, prompts, seed, guidance, judge))
 
 
 def _fill(
-    place: Path, teacher: str, student: Path, prompts: Sequence[str], seed: int, guidance: float, clip: Clip
+    place: Path,
+    teacher: str,
+    student: Path,
+    prompts: Sequence[str],
+    seed: int,
+    guidance: float,
+    judge: OpenClipScorer,
 ) -> None:
+    clip = Clip(judge)
     seeds = [seed + i for i in range(len(prompts))]
     texts = clip.texts(list(prompts))
     rows: list[dict[str, Any]] = []
@@ -65,5 +73,5 @@ def _fill(
     small = open_pipeline(str(student))
     for steps in STUDENT_STEPS:
         draw(f"student-{steps}", small, steps, 1.0)
-    facts = {"prompts": list(prompts), "seeds": seeds, "rows": rows}
+    facts = {"judge": judge.model, "prompts": list(prompts), "seeds": seeds, "rows": rows}
     (place / "samples.json").write_text(json.dumps(facts, indent=2) + "\n")

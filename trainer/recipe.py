@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
+from factory.recipe import OpenClipScorer
 
 
 class PhaseRecipe(Settings):
@@ -113,6 +114,11 @@ class TrainerRecipe(Settings):
         default=[], description="prompts of the 1/2/4-step grid; from the data set if empty"
     )
     grid_seed: int = Field(default=1, description="first seed of the grid")
+    judge: OpenClipScorer | None = Field(
+        default=None,
+        description="scores the grid; name one that did not filter the data: a student takes after its filter, so the filter, "
+        "used if this is left out, flatters it",
+    )
 
 
 class DecoderFit(PhaseRecipe):

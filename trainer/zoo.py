@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,13 @@ def zoo_build(
         ),
     ],
     folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
+    go_on: Annotated[
+        bool,
+        typer.Option(
+            "--go-on",
+            help="begin with the finished teacher or captioner in FOLDER (zoo unpack puts the shipped ones there)",
+        ),
+    ] = False,
 ) -> None:
     """Train one of the zoo's models from public packages. Rerun the same command to resume; hours on two cores."""
     from factory.pocket.build import MODELS, build
@@ -38,7 +46,7 @@ def zoo_build(
     if model == "student":
         _build_student(folder, steps)
     elif model in MODELS:
-        build(model, folder, steps)
+        build(model, folder, steps, go_on)
     else:
         typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
         raise typer.Exit(2)
@@ -66,6 +74,18 @@ def zoo_report(
         table.add_row(line["what"], f"{line['value']:.3g}", f"{line['target']:g}", mark)
     console.print(table)
     typer.echo(f"open {out / 'report.html'}")
+
+
+@app.command("unpack")
+def zoo_unpack(
+    folder: Annotated[Path, typer.Option(help="where zoo build is to work")] = Path("runs/zoo"),
+) -> None:
+    """Lay the shipped models out for zoo build: a student needs the teacher alone, and training can go on."""
+    from factory.models import ZOO
+    from factory.pocket.build import unpack
+
+    unpack(ZOO, folder)
+    typer.echo(f"{folder} holds the shipped models")
 
 
 @app.command("ship")
@@ -97,6 +117,7 @@ def _build_student(folder: Path, steps: int) -> None:
         teacher_dtype="bfloat16" if half_is_fast() else "float32",
         size_px=64,
         cache_latents=True,
+        threads=len(os.sched_getaffinity(0)),
         adapt=AdaptRecipe(steps=steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
             steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.errors import EdgeFusionError
 from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.captioner import train_captioner
@@ -54,8 +55,20 @@ WILD = "wild.parquet"
 MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher")
 
 
-def build(model: str, zoo: Path, steps: int) -> None:
-    """Train `model` up to optimiser step `steps` below `zoo`, from its checkpoint if there is one."""
+CAN_GO_ON = ("captioner", "teacher")
+"""What can be trained further from its finished weights."""
+
+
+def build(model: str, zoo: Path, steps: int, warm: bool = False) -> None:
+    """Train `model` up to optimiser step `steps` below `zoo`, from its checkpoint if there is one.
+
+    Without a checkpoint, `warm` begins with the finished model that lies there (see `unpack`). Raises EdgeFusionError.
+    """
+    if warm and model not in CAN_GO_ON:
+        raise EdgeFusionError(
+            f"the zoo's {model} cannot go on from finished weights, only {' and '.join(CAN_GO_ON)} can",
+            remedy="Leave --go-on out",
+        )
     pairs, pixels = render_world(fetch_packages(zoo / "packages"), zoo / "world.npz")
     if model == "vae":
         train_vae(pairs, pixels, zoo / "vae", steps=steps)
@@ -68,11 +81,11 @@ def build(model: str, zoo: Path, steps: int) -> None:
     elif model == "judge":
         train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps)
     elif model == "captioner":
-        train_captioner(pairs, pixels, zoo, steps=steps)
+        train_captioner(pairs, pixels, zoo, steps=steps, warm=warm)
     elif model == "writer":
         train_writer(pairs, zoo / "writer", steps=steps)
     elif model == "teacher":
-        train_teacher(pairs, pixels, zoo, steps=steps)
+        train_teacher(pairs, pixels, zoo, steps=steps, warm=warm)
     else:
         raise ValueError(f"no model of the zoo is called {model!r}")
 
@@ -107,6 +120,9 @@ SHIPPED = {
 }
 """Name in the zoo to the finished folder below the building place."""
 
+PARTS = {"vae/model": "teacher/vae", "clip/text_encoder": "teacher/text_encoder"}
+"""Finished folder below the building place to where the zoo holds the same weights within another model."""
+
 DIGESTS = "digests.json"
 
 
@@ -120,6 +136,13 @@ def ship(zoo: Path, target: Path) -> None:
             publish_bytes(target / name, (zoo / name).read_bytes())
     forget_origins(target)
     publish_bytes(target / DIGESTS, (json.dumps(digests_of(target), indent=2) + "\n").encode())
+
+
+def unpack(shipped: Path, zoo: Path) -> None:
+    """Lay the shipped models out as a building place, so that others can be built on them, or go on; what is there stays."""
+    for source, name in ({place: name for name, place in SHIPPED.items()} | PARTS).items():
+        if not (zoo / source).exists():
+            publish_folder(zoo / source, lambda place, name=name: copy_folder(shipped / name, place))
 
 
 def forget_origins(target: Path) -> None:

@@ -74,18 +74,22 @@ def new_captioner(tokens: int, image_token: int) -> LlavaForConditionalGeneratio
 
 
 def train_captioner(
-    pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 48
+    pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, warm: bool = False, batch: int = 48
 ) -> LlavaForConditionalGeneration:
-    """Train from the filter CLIP's vision tower in `zoo/clip`; write the transformers folder to `zoo/captioner/model`."""
+    """Train from the filter CLIP's vision tower in `zoo/clip`; write the transformers folder to `zoo/captioner/model`.
+
+    With `warm`, the weights there are where training begins.
+    """
     torch.manual_seed(5)
     place = zoo / "captioner" / "model"
     tokenizer = train_tokenizer(pairs, place)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_token: Any = tokenizer.convert_tokens_to_ids("<image>")
     model = new_captioner(len(tokenizer), image_token)
-    start = load_file(zoo / "clip" / "model" / "open_clip_model.safetensors")
+    tower_start = load_file(zoo / "clip" / "model" / "open_clip_model.safetensors")
     tower: Any = model.model.vision_tower
-    tower.load_state_dict(tower_weights(start, tower.state_dict(), FILTER.vision["layers"]))
+    tower.load_state_dict(tower_weights(tower_start, tower.state_dict(), FILTER.vision["layers"]))
+    start = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32) if warm else None
     rows = np.array([i for i, (concept, _) in enumerate(pairs) if not concept.held_out])
     names, patches = list(BACKGROUNDS), model.config.image_seq_length
 
@@ -104,7 +108,7 @@ def train_captioner(
             logits = model(input_ids=ids, pixel_values=to_tensor(np.stack(pictures))).logits
         return F.cross_entropy(logits[:, patches - 1 : -1].float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
-    model = fit(model, loss_at, zoo / "captioner", steps=steps, learning_rate=1.5e-3, ema_decay=0.995)
+    model = fit(model, loss_at, zoo / "captioner", steps=steps, learning_rate=1.5e-3, ema_decay=0.995, start=start)
     model.half().save_pretrained(place)
     processor_for(tokenizer).save_pretrained(place)
     return model

@@ -30,13 +30,17 @@ def fit(
     weight_decay: float = 0.01,
     save_every_s: float = 180.0,
     on_save: Callable[[Model, int], None] | None = None,
+    start: nn.Module | None = None,
 ) -> Model:
     """Train `model` for `steps` optimiser steps and return its exponential moving average.
 
     `loss_at(step)` draws its own batch, keyed by the step number, so a resumed run sees the data it would have seen.
+    Without a checkpoint, training begins with the weights of `start` if there is one.
     `folder` keeps `state.pt` (written whole, then renamed) and `log.tsv`; a finished run returns at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     average = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,21 @@ def cache_latents(
     return found
 
 
-def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 32) -> UNet2DConditionModel:
-    """Train on cached latents of the VAE and the text encoder in `zoo`; write the pipeline to `zoo/teacher/model`."""
+def train_teacher(
+    pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, warm: bool = False, batch: int = 32
+) -> UNet2DConditionModel:
+    """Train on cached latents of the VAE and the text encoder in `zoo`; write the pipeline to `zoo/teacher/model`.
+
+    With `warm`, the weights there are where training begins.
+    """
     vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
     encoder = CLIPTextModel.from_pretrained(zoo / "clip" / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     data = cache_latents(pairs, pixels, vae, zoo / "teacher" / "latents.pt")
     torch.manual_seed(2)
     unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
+    before = zoo / "teacher" / "model" / "unet"
+    start: Any = UNet2DConditionModel.from_pretrained(before, dtype=torch.float32) if warm else None
     # Professions have many near-equal compositions; each object must not be drowned by them.
     weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
 
@@ -106,7 +114,8 @@ def train_teacher(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
         pipeline = assemble(average, vae, encoder, tokenizer)
         sample_grid(pipeline, pairs, zoo / "teacher" / f"look-{step:06d}.png")
 
-    unet = fit(unet, loss_at, zoo / "teacher", steps=steps, learning_rate=6e-4, weight_decay=0.01, on_save=on_save)
+    rate: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.01}
+    unet = fit(unet, loss_at, zoo / "teacher", steps=steps, on_save=on_save, start=start, **rate)
     assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(zoo / "teacher" / "model")
     return unet
 

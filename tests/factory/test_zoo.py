@@ -6,12 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from cluster.errors import EdgeFusionError
 from factory.models import ZOO
 from factory.models.caption import open_captioner
 from factory.models.clip import Clip
-from factory.pocket.build import DIGESTS, digests_of, distinct_bytes
+from factory.pocket.build import DIGESTS, SHIPPED, build, digests_of, distinct_bytes, unpack
 from factory.pocket.evalset import SPLITS, read_evalset
+from factory.pocket.fit import fit
 from factory.pocket.roster import TEACHER_ROLES
 from factory.recipe import OpenClipScorer, TransformersCaptioner
 from trainer.loop import open_pipeline
@@ -68,3 +71,29 @@ def test_the_evaluation_set_holds_what_its_splits_promise() -> None:
     }
     assert not trained & unseen
     assert {s.record["subject"] for s in splits["compositions"]} <= TEACHER_ROLES
+
+
+def test_the_shipped_models_can_be_laid_out_for_building(tmp_path) -> None:
+    unpack(ZOO, tmp_path)
+    shipped, laid = digests_of(ZOO), digests_of(tmp_path)
+    for name, place in SHIPPED.items():
+        ours = {file: digest for file, digest in shipped.items() if file.startswith(f"{name}/")}
+        assert ours and {laid[f"{place}/{file.removeprefix(f'{name}/')}"] for file in ours} == set(ours.values())
+    assert laid["vae/model/config.json"] == shipped["teacher/vae/config.json"]
+
+
+def test_training_can_begin_with_finished_weights_and_then_goes_on_from_its_checkpoint(tmp_path) -> None:
+    def train(steps: int, start: torch.nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        found = fit(model, lambda _: model.weight.square().sum(), tmp_path, steps=steps, learning_rate=0.1, start=start)
+        return found.weight.detach().clone()
+
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert torch.equal(train(0, first), first.weight)
+    assert torch.equal(train(1, first), train(1, second)), "the checkpoint was not what it went on from"
+
+
+def test_what_cannot_go_on_is_refused(tmp_path) -> None:
+    with pytest.raises(EdgeFusionError, match="only captioner and teacher can"):
+        build("judge", tmp_path, 1, warm=True)
