@@ -31,6 +31,7 @@ from factory.recipe import FactoryRecipe
 from trainer.cli import app as trainer_app
 from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
+from trainer.reproduce.cli import app as reproduce_app
 from trainer.zoo import app as zoo_app
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
@@ -48,6 +49,7 @@ for name, wing in (
     ("export", export_app),
     ("cluster", cluster_app),
     ("zoo", zoo_app),
+    ("reproduce", reproduce_app),
 ):
     app.add_typer(wing, name=name)
 app.command()(doctor)
@@ -93,7 +95,12 @@ class Chain:
             self._refuse_late_decisions()
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
+        from trainer.mix import sources_of
 
+        if "train" in todo:
+            sources_of(
+                self.recipe.trainer, self.data
+            )  # a data set that is not there is told now, not after hours of making
         resolve_models(self.recipe.factory)
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
@@ -216,8 +223,10 @@ class Chain:
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch
         from trainer.loop import train
+        from trainer.mix import sources_of
 
-        recipe, data, folder, seed = self.recipe.trainer, self.data.resolve(), self.training.resolve(), self.recipe.seed
+        recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
+        data = sources_of(recipe, self.data)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(

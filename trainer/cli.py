@@ -10,7 +10,7 @@ import typer
 from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
 from trainer.progress import follow
-from trainer.recipe import DecoderRecipe, EvaluateRecipe
+from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
 
 app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
 
@@ -43,6 +43,43 @@ def decoder(
         f"{report['judged_pictures']} held-out pictures\n{report['macs']:,} of {report['original_macs']:,} multiply-accumulates: "
         f"{report['original_macs'] / report['macs']:.1f} times fewer; {report['parameters']:,} parameters"
     )
+
+
+@app.command("encode")
+def encode(
+    data: Annotated[Path, typer.Argument(help="packed data set: the `dataset` folder of a run")],
+    teacher: Annotated[
+        str, typer.Option(help="pipeline whose VAE and text encoder the training will use")
+    ] = "zoo:teacher",
+    size: Annotated[int, typer.Option(min=32, help="edge, pixels: the training's trainer.size_px")] = 64,
+    half: Annotated[bool, typer.Option(help="store float16: half the space, rounded")] = False,
+    ray: Annotated[bool, typer.Option(help="on Ray actors instead of in this process")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set workers=8 --set gpus=1")] = None,
+) -> None:
+    """Put latents and text states beside the shards, so that training encodes nothing. Rerun the same command to resume."""
+    given = {"data": data, "teacher": teacher, "size_px": size, "dtype": "float16" if half else "float32"}
+    options = [f"{key}={value}" for key, value in given.items()]
+    if ray:
+        options.append("cluster.runner=ray")
+    settings = load_recipe(EncodeRecipe, None, [*options, *(overrides or [])])
+    from cluster.runner import make_runner, stop_ray
+    from factory.models import quiet
+    from trainer.encode import encode as run
+    from trainer.encodings import ENCODINGS
+
+    quiet()
+    runner = make_runner(settings.cluster)
+    try:
+        with progress_bars() as bars:
+            task = bars.add_task("encode: shards", total=None)
+            index = run(settings, runner, lambda done, of: bars.update(task, completed=done, total=of))
+    finally:
+        runner.close()
+        if ray:
+            stop_ray()
+    place = data / ENCODINGS
+    size_mib = sum(path.stat().st_size for path in place.iterdir()) / 2**20
+    typer.echo(f"wrote {place}: {len(index['files'])} shards, {size_mib:.1f} MiB, bound to the encoders of {teacher}")
 
 
 @app.command("evaluate")
@@ -79,3 +116,57 @@ def evaluate(
         report = compare(settings, out, tick)
     Console().print(table(report))
     typer.echo(f"wrote {out / REPORT}")
+
+
+@app.command("prefer")
+def prefer(
+    a: Annotated[str, typer.Argument(help="a model: diffusers folder, hub name or zoo:NAME")],
+    b: Annotated[str, typer.Argument(help="the model to compare it with")],
+    data: Annotated[str | None, typer.Option(help="packed data set whose prompts are drawn")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts, one a line, or COCO's captions file")] = None,
+    steps: Annotated[str, typer.Option(help="denoising steps: one number, or A's and B's as 4,25")] = "4",
+    count: Annotated[int, typer.Option(min=2, help="pairs")] = 100,
+    out: Annotated[Path, typer.Option(help="pictures, votes and the result; rerun to go on")] = Path("runs/preference"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port on the loopback; 0 takes a free one")] = 0,
+    report: Annotated[bool, typer.Option("--report", help="only count the votes that are there")] = False,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the default browser")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set teacher_guidance=4")] = None,
+) -> None:
+    """The paper's human study: blind pairs on a local page, several raters, ties; A's win rate with its interval. Stop with Ctrl-C."""
+    both = steps.split(",")
+    given: dict[str, Any] = {"a": a, "b": b, "data": data, "prompts": prompts, "count": count}
+    given |= {"steps_a": both[0], "steps_b": both[-1]}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = load_recipe(PreferRecipe, None, [*options, *(overrides or [])])
+    import webbrowser
+
+    from trainer.prefer.server import PreferServer
+    from trainer.prefer.study import RESULT, open_study
+
+    with progress_bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def tick(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done)
+
+        study = open_study(settings, out, tick)
+    if not report:
+        with PreferServer(study, port) as server:
+            typer.echo(f"Open {server.url} (the address is the key: whoever has it may vote)")
+            if show:
+                webbrowser.open(server.url)
+            server.serve()
+    found = study.result()
+    rate = (
+        "nobody has decided yet"
+        if found["win_rate"] is None
+        else (
+            f"A wins {found['win_rate']:.1%} of the decided votes (95% interval {found['low']:.1%} to {found['high']:.1%})"
+        )
+    )
+    typer.echo(
+        f"{rate}: {found['wins_a']} for A, {found['wins_b']} for B, {found['ties']} ties, {found['raters']} raters\n"
+        f"wrote {out / RESULT}"
+    )

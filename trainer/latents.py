@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -12,31 +13,51 @@ from trainer.stream import Example
 
 
 class Encoder:
-    """The frozen VAE and text encoder of a pipeline. With `cache`, each sample is encoded once and then kept in memory."""
+    """The frozen VAE and text encoder of a pipeline, on the device from their first use on.
+
+    What a data set brings encoded is taken as it is. With `cache`, each other sample is encoded once and then kept in memory.
+    """
 
     def __init__(self, pipeline: StableDiffusionPipeline, size_px: int, device: torch.device, cache: bool) -> None:
         self.pipeline: Any = pipeline
         self.size_px, self.device, self.cache = size_px, device, cache
-        pipeline.vae.requires_grad_(False).to(device)
-        pipeline.text_encoder.requires_grad_(False).to(device)  # pyright: ignore[reportOptionalMemberAccess]
-        self._latents: dict[str, torch.Tensor] = {}
+        pipeline.vae.requires_grad_(False)
+        pipeline.text_encoder.requires_grad_(False)  # pyright: ignore[reportOptionalMemberAccess]
+        self._latents: dict[bytes, torch.Tensor] = {}
         self._texts: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def latents(self, examples: list[Example]) -> torch.Tensor:
         """B C H W latents times the VAE's scaling factor; the mean of the posterior, so that caching changes nothing."""
-        todo = [e for e in examples if e.id not in self._latents]
-        fresh: dict[str, torch.Tensor] = {}
+        # By the picture, not the id: two data sets may show one id cropped in two ways.
+        keys = [b"" if e.encoded else hashlib.sha256(e.picture).digest() for e in examples]
+        todo = {k: e for k, e in zip(keys, examples, strict=True) if not e.encoded and k not in self._latents}
+        fresh: dict[bytes, torch.Tensor] = {}
         if todo:
-            pixels = np.stack([e.pixels(self.size_px) for e in todo])
+            pixels = np.stack([e.pixels(self.size_px) for e in todo.values()])
             pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            vae = self.pipeline.vae
-            mean = vae.encode(pictures.to(self.device, vae.dtype), return_dict=False)[0].mode().float()
-            scaled = mean * vae.config.scaling_factor
-            fresh = {e.id: row for e, row in zip(todo, scaled, strict=True)}
+            vae = self.pipeline.vae.to(self.device)
+            fresh = dict(zip(todo, encode_scaled(vae, pictures.to(self.device, vae.dtype)).float(), strict=True))
         if self.cache:
             self._latents |= fresh
-        return torch.stack([fresh[e.id] if e.id in fresh else self._latents[e.id] for e in examples])
+        return torch.stack(
+            [
+                e.encoded.latents.to(self.device) if e.encoded else fresh[k] if k in fresh else self._latents[k]
+                for k, e in zip(keys, examples, strict=True)
+            ]
+        )
+
+    def texts_of(self, examples: list[Example], empty: list[bool] | None = None) -> torch.Tensor:
+        """B T D text states of the examples' prompts; of the empty prompt where `empty` says so."""
+        drop = empty or [False] * len(examples)
+        asked = ["" if d else e.prompt for e, d in zip(examples, drop, strict=True) if d or not e.encoded]
+        live = iter(self.texts(asked)) if asked else iter(())
+        return torch.stack(
+            [
+                e.encoded.text.to(self.device) if e.encoded and not d else next(live)
+                for e, d in zip(examples, drop, strict=True)
+            ]
+        )
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> torch.Tensor:
@@ -48,10 +69,10 @@ class Encoder:
             tokens = tokenizer(
                 todo, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
             )
-            states = self.pipeline.text_encoder(tokens["input_ids"].to(self.device))[0].float()
+            states = self.pipeline.text_encoder.to(self.device)(tokens["input_ids"].to(self.device))[0].float()
             fresh = dict(zip(todo, states, strict=True))
-        if self.cache:
-            self._texts |= fresh
+        # The empty prompt comes at every step.
+        self._texts |= fresh if self.cache else {p: state for p, state in fresh.items() if not p}
         return torch.stack([fresh[p] if p in fresh else self._texts[p] for p in prompts])
 
 

@@ -7,6 +7,8 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,26 @@ from torch.nn import functional as F
 
 from cluster.errors import EdgeFusionError, StageError
 from cluster.recipe import recipe_digest
-from cluster.storage import publish_folder
+from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
+from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
 from trainer.fit import STATE, LossAt, fit, new_accelerator
 from trainer.latents import Encoder
 from trainer.losses import Denoiser, NoiseSchedule, feature_loss, lcm_loss
+from trainer.mix import MixedStream, Source, as_sources
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 from trainer.state import Average
-from trainer.stream import ShardStream
+from trainer.stream import Example
 from trainer.surgery import SurgeryError, build_student, student_config
 
 PHASES = ("adapt", "distill")
+DATA = "data.json"
+"""What a training draws from: data sets, shares, encodings."""
 
 
-def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
-    """Train both phases on the data set `data`; leaves `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
+def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, seed: int) -> None:
+    """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
     Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
     """
@@ -41,7 +47,15 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
     pipeline = open_pipeline(recipe.teacher)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
-    stream = ShardStream(data, seed, check=accelerator.is_main_process)
+    sources = as_sources(data)
+    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
+    encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
+    stream = MixedStream(sources, seed, accelerator.is_main_process, encoders)
+    digest = hashlib.sha256(f"{recipe_digest(recipe)} {stream.digest()}".encode()).hexdigest()
+    if accelerator.is_main_process:
+        publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
+    for told in stream.told():
+        accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
     for phase in PHASES:
         settings: AdaptRecipe | DistillRecipe = getattr(recipe, phase)
@@ -58,7 +72,7 @@ def train(recipe: TrainerRecipe, data: Path, folder: Path, seed: int) -> None:
             loss_at = _adapt_loss(settings, recipe, teacher, student, encoder, stream, schedule, seed)
         else:
             loss_at = _distill_loss(settings, teacher, encoder, stream, schedule, seed)
-        average: Any = fit(phase, settings, recipe_digest(recipe), student, loss_at, folder / phase, accelerator)
+        average: Any = fit(phase, settings, digest, student, loss_at, folder / phase, accelerator)
         if accelerator.is_main_process:
             publish_folder(done, average.to(memory_format=torch.contiguous_format).save_pretrained)
             (folder / phase / STATE).unlink(missing_ok=True)
@@ -132,7 +146,7 @@ def _adapt_loss(
     teacher: UNet2DConditionModel,
     student: UNet2DConditionModel,
     encoder: Encoder,
-    stream: ShardStream,
+    stream: MixedStream,
     schedule: NoiseSchedule,
     seed: int,
 ) -> LossAt:
@@ -141,9 +155,9 @@ def _adapt_loss(
 
     def loss_at(model: UNet2DConditionModel, _average: Average, step: int, share: slice) -> torch.Tensor:
         draw = _generator(seed, "adapt", step)
-        clean, prompts = _batch(stream, encoder, step, settings.batch_images, share)
+        clean, examples = _batch(stream, encoder, step, settings.batch_images, share)
         empty = torch.rand(settings.batch_images, generator=draw)[share] < settings.empty_prompt_share
-        text = encoder.texts(["" if drop else p for p, drop in zip(prompts, empty.tolist(), strict=True)])
+        text = encoder.texts_of(examples, empty.tolist())
         noise = torch.randn((settings.batch_images, *clean.shape[1:]), generator=draw)[share].to(clean.device)
         t = torch.randint(0, len(schedule.alpha), (settings.batch_images,), generator=draw)[share].to(clean.device)
         noisy = schedule.add_noise(clean, noise, t)
@@ -162,7 +176,7 @@ def _distill_loss(
     settings: DistillRecipe,
     teacher: UNet2DConditionModel,
     encoder: Encoder,
-    stream: ShardStream,
+    stream: MixedStream,
     schedule: NoiseSchedule,
     seed: int,
 ) -> LossAt:
@@ -171,7 +185,7 @@ def _distill_loss(
 
     def loss_at(model: UNet2DConditionModel, average: Average, step: int, share: slice) -> torch.Tensor:
         draw, batch = _generator(seed, "distill", step), settings.batch_images
-        clean, prompts = _batch(stream, encoder, step, batch, share)
+        clean, examples = _batch(stream, encoder, step, batch, share)
         noise = torch.randn((batch, *clean.shape[1:]), generator=draw)[share].to(clean.device)
         t = (torch.randint(1, settings.ddim_steps + 1, (batch,), generator=draw) * skip - 1)[share].to(clean.device)
         spread = settings.guidance_max - settings.guidance_min
@@ -185,8 +199,8 @@ def _distill_loss(
             t,
             skip,
             w,
-            encoder.texts(prompts),
-            encoder.texts([""] * len(prompts)),
+            encoder.texts_of(examples),
+            encoder.texts([""] * len(examples)),
             settings.huber_c,
         )
 
@@ -204,11 +218,11 @@ def _denoiser(unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> D
 
 
 def _batch(
-    stream: ShardStream, encoder: Encoder, step: int, batch: int, share: slice
-) -> tuple[torch.Tensor, list[str]]:
-    """Clean latents B C H W and prompts of this rank."""
+    stream: MixedStream, encoder: Encoder, step: int, batch: int, share: slice
+) -> tuple[torch.Tensor, list[Example]]:
+    """Clean latents B C H W and the samples of this rank."""
     examples = [stream.read(row) for row in stream.batch_rows(step, batch)[share]]
-    return encoder.latents(examples), [example.prompt for example in examples]
+    return encoder.latents(examples), examples
 
 
 def _generator(seed: int, phase: str, step: int) -> torch.Generator:

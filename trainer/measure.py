@@ -83,7 +83,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
         own = real[: len(texts)]
         rows.append({"model": "the data set's own pictures", "steps": None, **measure(own, texts, None, among)})
     for model in recipe.models:
-        pipeline, plans = _prepare(model, recipe)
+        pipeline, plans = prepare(model, recipe)
         for steps, guidance in plans:
             pictures = draw(model, pipeline, questions.prompts, steps, guidance, recipe, folder, tick)
             readers = [lambda path=path: _read(path) for path in pictures]
@@ -233,7 +233,7 @@ def _cell(found: dict[str, float] | None) -> str:
     return f"{found['value']:.3f} ± {half:.3f}"
 
 
-def _prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:
+def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:
     """The opened pipeline and its (steps, guidance): a few-step student's, or those of a teacher with DPM++."""
     pipeline = open_pipeline(model)
     if torch.cuda.is_available():

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
+from cluster.runner import ClusterRecipe
 from factory.recipe import OpenClipScorer
 
 
@@ -64,6 +65,17 @@ class DistillRecipe(PhaseRecipe):
         return self
 
 
+class MoreData(Settings):
+    """Another packed data set to train on."""
+
+    data: str = Field(description="packed data set folder: shards and manifest.parquet")
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="its part of the draws, relative to the other weights; its number of samples if left out, so that all samples count alike",
+    )
+
+
 class TrainerRecipe(Settings):
     """shards -> student."""
 
@@ -76,6 +88,17 @@ class TrainerRecipe(Settings):
         description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
+    own_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="part of the draws from the run's own data set beside `more_data`; its number of samples if left out, 0 leaves it out",
+    )
+    more_data: list[MoreData] = Field(default=[], description="other packed data sets to draw from in the same batches")
+    encodings: Literal["auto", "ignore"] = Field(
+        default="auto",
+        description="latents and text states that `trainer encode` put beside the shards: `auto` reads them where they are and refuses stale "
+        "ones, `ignore` encodes in training",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the frozen teacher's weights; a half type halves their memory and its time"
@@ -142,6 +165,26 @@ class DecoderRecipe(Settings):
     fit: DecoderFit = DecoderFit()
 
 
+class EncodeRecipe(Settings):
+    """A data set's latents and text states, made once (`edgefusion trainer encode`)."""
+
+    data: str = Field(description="packed data set folder: shards and manifest.parquet")
+    teacher: str = Field(
+        default="zoo:teacher", description="pipeline folder, hub name or zoo:NAME whose encoders to use"
+    )
+    size_px: int = Field(
+        default=64, ge=32, le=1024, multiple_of=8, description="edge, pixels: the training's trainer.size_px"
+    )
+    dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="of the stored numbers; float16 halves the space and rounds"
+    )
+    batch_images: int = Field(default=32, ge=1, description="samples encoded at once")
+    workers: int = Field(default=1, ge=1, description="encoding actors")
+    gpus: float = Field(default=0, ge=0, description="GPUs an actor")
+    threads: int = Field(default=2, ge=1, description="CPU threads a worker")
+    cluster: ClusterRecipe = Field(default=ClusterRecipe(runner="in-process"), description="where the pass runs")
+
+
 class EvaluateRecipe(Settings):
     """How models are compared (`edgefusion trainer evaluate`)."""
 
@@ -172,6 +215,30 @@ class EvaluateRecipe(Settings):
 
     @model_validator(mode="after")
     def _asks(self) -> EvaluateRecipe:
+        if self.data is None and self.prompts is None:
+            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
+        return self
+
+
+class PreferRecipe(Settings):
+    """Two models before people (`edgefusion trainer prefer`)."""
+
+    a: str = Field(description="pipeline folder, hub name or zoo:NAME")
+    b: str = Field(description="the other one; may be the same with other steps")
+    steps_a: int = Field(default=4, ge=1, description="denoising steps of A")
+    steps_b: int = Field(default=4, ge=1, description="denoising steps of B")
+    data: str | None = Field(default=None, description="packed data set whose prompts are drawn")
+    prompts: str | None = Field(
+        default=None, description="prompts, one a line, or COCO's captions file; instead of data"
+    )
+    count: int = Field(default=100, ge=2, description="pairs")
+    teacher_guidance: float = Field(default=7.5, ge=0, description="guidance scale of models without an LCM scheduler")
+    seed: int = Field(default=0, ge=0, description="of the pictures, the sides and each rater's order")
+    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
+    threads: int = Field(default=2, ge=1, description="CPU threads")
+
+    @model_validator(mode="after")
+    def _asks(self) -> PreferRecipe:
         if self.data is None and self.prompts is None:
             raise ValueError("neither data nor prompts is given, so there is nothing to draw")
         return self

@@ -71,7 +71,11 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["recipe"] != recipe_digest:
-            raise CorruptShard("is of another recipe", where=str(path), remedy="Train into a new output folder")
+            raise CorruptShard(
+                "is of another recipe or data set",
+                where=str(path),
+                remedy="Train into a new output folder; encodings that the data set got since then can be deleted again",
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])

@@ -2,7 +2,8 @@
 
 The state of the stream is therefore the step number: resume is exact, and any number of workers sees the same global batches.
 Each epoch is a fresh seeded permutation of all samples; a batch may span two epochs. Pictures are read where they lie in the
-shards (a tar member is contiguous bytes), so nothing is unpacked. Knows no models.
+shards (a tar member is contiguous bytes), so nothing is unpacked; where encodings of them lie beside the shards and are asked for, those
+are read instead. Knows no models.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from PIL import Image
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file
 from factory.pack import MANIFEST, read_manifest, verify
+from trainer.encodings import Encoded, Encodings
 
 _OPEN_SHARDS = 16
 
@@ -34,6 +36,8 @@ class Example:
     prompt: str
     picture: bytes = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
+    encoded: Encoded | None = field(default=None, repr=False)
+    """Its latents and text states where the data set has them; `picture` is then empty."""
 
     def pixels(self, size_px: int | None = None) -> np.ndarray:
         """size x size x 3 uint8: the centre square, resized if another size is asked for."""
@@ -55,9 +59,10 @@ class EndlessOrder:
 
     def batch(self, step: int, batch: int) -> list[int]:
         """Row numbers of the global batch at `step`."""
-        return [self._row_at(position) for position in range(step * batch, (step + 1) * batch)]
+        return [self.row_at(position) for position in range(step * batch, (step + 1) * batch)]
 
-    def _row_at(self, position: int) -> int:
+    def row_at(self, position: int) -> int:
+        """Row number of the draw at `position`."""
         epoch, place = divmod(position, self.count)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count))
@@ -67,8 +72,12 @@ class EndlessOrder:
 class ShardStream:
     """Random access to the samples of a verified data set, and its endless seeded order."""
 
-    def __init__(self, folder: Path, seed: int = 0, check: bool = True) -> None:
-        """Raises CorruptShard if `check` finds that the shards are not what the manifest says."""
+    def __init__(self, folder: Path, seed: int = 0, check: bool = True, encoders: str | None = None) -> None:
+        """With `encoders` (`trainer.encodings.encoders_digest`), encodings beside the shards are read instead of pictures.
+
+        Raises CorruptShard if `check` finds that shards, members or encodings are not what the manifest says, and for encodings by
+        other encoders or of another packing.
+        """
         if check:
             verify(folder)
         self.folder, self.seed = folder, seed
@@ -79,9 +88,14 @@ class ShardStream:
                 where=str(folder),
                 remedy="Loosen factory.select (min_clip) or plan more prompts",
             )
+        _refuse_gaps(self.rows, folder)
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._order = EndlessOrder(len(self.rows), seed)
+        self.encodings = Encodings.find(folder, self.rows, encoders, check) if encoders else None
+        if check and self.encodings is None:
+            for row in range(len(self.rows)):
+                self._places(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,26 +106,47 @@ class ShardStream:
 
     def read(self, row: int) -> Example:
         entry = self.rows[row]
-        found = self._index(entry["shard"])
-        kinds = ("json", entry["picture_kind"], "txt")
+        if self.encodings is not None:
+            return Example(entry["id"], entry["prompt"], b"", encoded=self.encodings.read(row))
+        places = self._places(row)
         try:
-            data = {kind: self._bytes(entry["shard"], *found[f"{entry['id']}.{kind}"]) for kind in kinds}
-        except (KeyError, OSError) as error:
-            raise CorruptShard(
-                f"sample {entry['id']} cannot be read ({error})",
-                where=str(self.folder / entry["shard"]),
-                remedy="Copy the shard again or pack the data set again",
-            ) from error
+            data = {kind: self._bytes(entry["shard"], *place) for kind, place in places.items()}
+        except OSError as error:
+            raise self._unreadable(row, str(error)) from error
         return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
 
     def digest(self) -> str:
         """What makes this data set this data set: its manifest vouches for every byte."""
-        return digest_file(self.folder / MANIFEST)
+        own = digest_file(self.folder / MANIFEST)
+        return own if self.encodings is None else hashlib.sha256(f"{own} {self.encodings.digest}".encode()).hexdigest()
 
     def close(self) -> None:
+        if self.encodings is not None:
+            self.encodings.close()
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _places(self, row: int) -> dict[str, tuple[int, int]]:
+        """Offset and size of the sample's members in its shard. Raises CorruptShard for one that is not there."""
+        entry = self.rows[row]
+        try:
+            found = self._index(entry["shard"])
+        except (tarfile.TarError, OSError) as error:
+            raise self._unreadable(row, str(error)) from error
+        names = {kind: f"{entry['id']}.{kind}" for kind in ("json", entry["picture_kind"], "txt")}
+        for name in names.values():
+            if name not in found:
+                raise self._unreadable(row, f"there is no member {name}")
+        return {kind: found[name] for kind, name in names.items()}
+
+    def _unreadable(self, row: int, why: str) -> CorruptShard:
+        entry = self.rows[row]
+        return CorruptShard(
+            f"sample {entry['id']} cannot be read ({why})",
+            where=str(self.folder / entry["shard"]),
+            remedy="Copy the shard again or pack the data set again",
+        )
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
         if shard not in self._members:
@@ -126,6 +161,18 @@ class ShardStream:
             self._files.popitem(last=False)[1].close()
         file.seek(offset)
         return file.read(size)
+
+
+def _refuse_gaps(rows: list[dict[str, str]], folder: Path) -> None:
+    """Raises CorruptShard for a manifest whose rows lack what reading needs."""
+    for row in rows:
+        for name in ("id", "shard", "prompt", "picture_kind"):
+            if not row.get(name):
+                raise CorruptShard(
+                    f"sample {row.get('id') or 'without id'} has no {name}",
+                    where=str(folder / MANIFEST),
+                    remedy="Pack the data set again",
+                )
 
 
 class PictureFolder:

@@ -1,0 +1,126 @@
+"""`edgefusion trainer encode`: a pass over the shards that writes their encodings; kill it anywhere, run it again to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cluster.errors import StageError
+from cluster.runner import Runner
+from cluster.stage import PENDING, Row, Stage, Unit
+from cluster.storage import digest_file, publish_bytes, sweep_partials
+from factory.models import quiet, set_threads
+from factory.pack import MANIFEST
+from trainer.encodings import ENCODINGS, INDEX, encoders_digest, file_of, has_encodings, read_index, write_index
+from trainer.latents import Encoder
+from trainer.loop import open_pipeline
+from trainer.recipe import EncodeRecipe
+from trainer.stream import ShardStream
+
+
+def encode(
+    recipe: EncodeRecipe, runner: Runner, tick: Callable[[int, int], object] = lambda done, of: None
+) -> dict[str, Any]:
+    """Encode what is not encoded yet, a unit of work a shard; returns the index that was written.
+
+    Encodings by other encoders or of another packing are replaced. Raises CorruptShard if the data set itself is not whole.
+    """
+    folder = Path(recipe.data).expanduser().resolve()
+    stream = ShardStream(folder)
+    pipeline = open_pipeline(recipe.teacher)
+    encoders = encoders_digest(pipeline, recipe.size_px)
+    del pipeline
+    manifest = digest_file(folder / MANIFEST)
+    sound: dict[str, str] = {}
+    if has_encodings(folder):
+        index = read_index(folder)
+        if (index["encoders"], index["manifest"], index["dtype"]) == (encoders, manifest, recipe.dtype):
+            sound = index["files"]
+        else:
+            (folder / ENCODINGS / INDEX).unlink()  # from here on nobody takes the old ones for whole
+    sweep_partials(folder / ENCODINGS)
+    shards = {row["shard"]: row["shard_sha256"] for row in stream.rows}
+    for stale in set((folder / ENCODINGS).glob("*.safetensors")) - {file_of(folder, shard) for shard in shards}:
+        stale.unlink()
+    stream.close()
+    bindings = {shard: _binding(encoders, sha256, recipe.dtype) for shard, sha256 in shards.items()}
+    todo = [
+        shard
+        for shard in shards
+        if _bound_to(file_of(folder, shard)) != bindings[shard]
+        or (shard in sound and digest_file(file_of(folder, shard)) != sound[shard])
+    ]
+    done = len(shards) - len(todo)
+    tick(done, len(shards))
+    # No Ray object may hold the recipe's path relative to another folder: it is absolute from here on.
+    settings = recipe.model_copy(update={"data": str(folder)})
+    stage = Stage("encode", lambda: _Encode(settings), recipe.workers, cpus=1, gpus=recipe.gpus, whole=True)
+    units = [Unit(shard, [{"id": shard, "outcome": PENDING, "binding": bindings[shard]}]) for shard in todo]
+    for _ in runner.run([stage], units):
+        done += 1
+        tick(done, len(shards))
+    files = {shard: digest_file(file_of(folder, shard)) for shard in shards}
+    index = {
+        "teacher": recipe.teacher,
+        "size_px": recipe.size_px,
+        "dtype": recipe.dtype,
+        "encoders": encoders,
+        "manifest": manifest,
+        "files": files,
+    }
+    write_index(folder, index)
+    return index
+
+
+class _Encode:
+    """Writes the file of each shard it is given."""
+
+    def __init__(self, recipe: EncodeRecipe) -> None:
+        set_threads(recipe.threads)
+        quiet()
+        self.recipe, self.folder = recipe, Path(recipe.data)
+        device = torch.device("cuda" if recipe.gpus and torch.cuda.is_available() else "cpu")
+        self.encoder = Encoder(open_pipeline(recipe.teacher), recipe.size_px, device, cache=False)
+        self.stream = ShardStream(self.folder, check=False)
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            self._write(row["id"], row["binding"])
+        return rows
+
+    def _write(self, shard: str, binding: str) -> None:
+        numbers = [i for i, entry in enumerate(self.stream.rows) if entry["shard"] == shard]
+        latents: list[torch.Tensor] = []
+        text: list[torch.Tensor] = []
+        for start in range(0, len(numbers), self.recipe.batch_images):
+            examples = [self.stream.read(i) for i in numbers[start : start + self.recipe.batch_images]]
+            latents.append(self.encoder.latents(examples).cpu())
+            text.append(self.encoder.texts([example.prompt for example in examples]).cpu())
+        kind = getattr(torch, self.recipe.dtype)
+        tensors = {"latents": torch.cat(latents).to(kind), "text": torch.cat(text).to(kind)}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise StageError(
+                    f"{name} of {shard} hold what is no number in {self.recipe.dtype}", remedy="Use dtype float32"
+                )
+        publish_bytes(file_of(self.folder, shard), save(tensors, {"binding": binding}))
+
+
+def _binding(encoders: str, shard_sha256: str, dtype: str) -> str:
+    return hashlib.sha256(json.dumps([encoders, shard_sha256, dtype]).encode()).hexdigest()
+
+
+def _bound_to(path: Path) -> str | None:
+    """The binding in a file's header; None if there is no whole header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("binding")
+    except (OSError, SafetensorError):
+        return None

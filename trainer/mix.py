@@ -1,0 +1,163 @@
+"""Several packed data sets as one endless stream: each draw's data set and row are pure functions of the draw number.
+
+Draws come in cycles of 1,024 slots; in every cycle each data set has its share of the slots, in a seeded order of the cycle's own. Within
+a data set the order is its own endless permutation, so each of its samples comes once before any comes twice. The state of the mixture is
+therefore still the step number: resume is exact and any number of workers sees the same global batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import RecipeError
+from factory.pack import MANIFEST
+from trainer.recipe import TrainerRecipe
+from trainer.stream import EndlessOrder, Example, ShardStream
+
+CYCLE = 1024
+"""Draws after which every data set had exactly its share; shares are rounded to 1 / 1,024."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A packed data set and how much of the training it is; without a weight, its number of samples."""
+
+    folder: Path
+    weight: float | None = None
+
+
+def sources_of(recipe: TrainerRecipe, own: Path) -> list[Source]:
+    """The chain's own data set and the recipe's others, by absolute paths; one of weight 0 is left out.
+
+    Raises RecipeError for a data set that is not there or comes twice, or if no weight is left.
+    """
+    found = [Source(own.resolve(), recipe.own_weight)]
+    for i, more in enumerate(recipe.more_data):
+        folder = Path(more.data).expanduser().resolve()
+        if not (folder / MANIFEST).exists():
+            raise RecipeError(
+                f"trainer.more_data.{i}.data: there is no packed data set in {more.data}",
+                remedy=f"Give a folder with shards and {MANIFEST}: the `dataset` folder of a finished run",
+            )
+        if folder in [source.folder for source in found]:
+            raise RecipeError(f"trainer.more_data.{i}.data: {more.data} is there twice", remedy="Give it one weight")
+        found.append(Source(folder, more.weight))
+    found = [source for source in found if source.weight != 0]
+    if not found:
+        raise RecipeError(
+            "every weight is 0, so there is nothing to train on",
+            where="trainer.own_weight, trainer.more_data",
+            remedy="Give one of them a weight above 0",
+        )
+    return found
+
+
+class MixedStream:
+    """`ShardStream`s behind one row number: row 0 of the second follows the last row of the first."""
+
+    def __init__(
+        self, sources: Sequence[Source], seed: int = 0, check: bool = True, encoders: str | None = None
+    ) -> None:
+        """`encoders` as in ShardStream. Raises CorruptShard for shards, members or encodings that are not what the manifest says,
+        RecipeError for a share that vanishes."""
+        self.parts = [ShardStream(source.folder, seed, check, encoders) for source in sources]
+        sizes = [len(part) for part in self.parts]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        weights = [
+            float(size) if source.weight is None else source.weight for source, size in zip(sources, sizes, strict=True)
+        ]
+        self.quotas = quotas(weights, [str(source.folder) for source in sources])
+        # The first keeps the order that it would have alone.
+        self._orders = [EndlessOrder(size, seed + 7919 * i) for i, size in enumerate(sizes)]
+        self.seed = seed
+        self._cycle: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def batch_rows(self, step: int, batch: int) -> list[int]:
+        """Row numbers of the global batch at `step`."""
+        return [self._row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
+
+    def read(self, row: int) -> Example:
+        part = max(i for i, start in enumerate(self.starts) if start <= row)
+        return self.parts[part].read(row - self.starts[part])
+
+    def digest(self) -> str:
+        """What makes this mixture this mixture."""
+        facts = [[part.digest(), quota] for part, quota in zip(self.parts, self.quotas, strict=True)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def facts(self) -> list[dict[str, Any]]:
+        """A row a data set, for the log: folder, samples, share of the draws, and whether encodings are read."""
+        return [
+            {
+                "data": str(part.folder),
+                "samples": len(part),
+                "share": round(quota / CYCLE, 4),
+                "encodings": None if part.encodings is None else part.encodings.facts,
+            }
+            for part, quota in zip(self.parts, self.quotas, strict=True)
+        ]
+
+    def told(self) -> list[str]:
+        """The same for people, where there is something to say."""
+        lines = []
+        for fact in self.facts():
+            encoded = fact["encodings"]
+            if encoded:
+                lines.append(
+                    f"{fact['data']}: cached encodings ({encoded['dtype']}, by {encoded['teacher']}) are read instead of pictures"
+                )
+            elif len(self.parts) > 1:
+                lines.append(f"{fact['data']}: {fact['samples']} samples, {fact['share']:.1%} of the draws")
+        return lines
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+    def _row_at(self, draw: int) -> int:
+        if len(self.parts) == 1:
+            return self._orders[0].row_at(draw)
+        cycle, slot = divmod(draw, CYCLE)
+        if self._cycle is None or self._cycle[0] != cycle:
+            slots = np.repeat(np.arange(len(self.parts)), self.quotas)
+            np.random.default_rng((self.seed, 1, cycle)).shuffle(slots)
+            # How many of the cycle's earlier slots had the same data set.
+            before = np.zeros(CYCLE, np.int64)
+            for part in range(len(self.parts)):
+                own = slots == part
+                before[own] = np.arange(own.sum())
+            self._cycle = (cycle, slots, before)
+        part = int(self._cycle[1][slot])
+        turn = cycle * self.quotas[part] + int(self._cycle[2][slot])
+        return self.starts[part] + self._orders[part].row_at(turn)
+
+
+def quotas(weights: Sequence[float], names: Sequence[str]) -> list[int]:
+    """Slots of a cycle for each weight, by largest remainder. Raises RecipeError for a weight that gets none."""
+    exact = [weight / sum(weights) * CYCLE for weight in weights]
+    found = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (found[i] - exact[i], i))
+    for i in by_remainder[: CYCLE - sum(found)]:
+        found[i] += 1
+    if 0 in found:
+        raise RecipeError(
+            f"the weight of {names[found.index(0)]} is under 1/{2 * CYCLE} of all, so it would never be drawn",
+            where="trainer.more_data",
+            remedy="Raise its weight or leave it out (weight 0)",
+        )
+    return found
+
+
+def as_sources(data: Path | Sequence[Source]) -> list[Source]:
+    """One data set or several, as several."""
+    return [Source(data)] if isinstance(data, Path) else list(data)

@@ -1,0 +1,120 @@
+"""All rows with all seeds, one after the other; the figures and the page are written anew after each, so that what is in can be read."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import LedgerConflict, RecipeError
+from cluster.machine import commit, machine_facts
+from cluster.storage import publish_bytes
+from factory.models import quiet, resolve
+from trainer.reproduce.data import FUNNEL
+from trainer.reproduce.page import write_page
+from trainer.reproduce.paper import DATA_SETS, ROWS, TableRow
+from trainer.reproduce.recipe import TablesRecipe
+from trainer.reproduce.runs import RESULTS, measure_teacher, result_of, run_row
+from trainer.reproduce.verdicts import SETTLED, cells_of, verdicts
+
+PROTOCOL, TABLES, PAGE = "protocol.json", "tables.json", "reproduction.md"
+Tick = Callable[[str, int, int], object]
+"""(what is being done, runs done, of how many) -> anything."""
+
+
+def chosen_rows(patterns: Sequence[str]) -> list[TableRow]:
+    """The rows whose names match one of the patterns, in the paper's order; all without a pattern. Raises RecipeError."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in ROWS):
+            names = ", ".join(row.name for row in ROWS)
+            raise RecipeError(f"no row is called {pattern!r}", where="--rows", remedy=f"There are {names}")
+    wanted = patterns or ["*"]
+    return [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in wanted)]
+
+
+def reproduce(
+    recipe: TablesRecipe, out: Path, rows: Sequence[TableRow] = ROWS, tick: Tick = lambda what, done, of: None
+) -> dict[str, Any]:
+    """Run what is missing and return `tables.json`'s contents; run again after a kill to go on.
+
+    Seed by seed, so that a whole table is there early. Raises LedgerConflict for a folder of another protocol.
+    """
+    claim(recipe, out)
+    quiet()
+    for model in (recipe.teacher, recipe.judge):
+        resolve(model)
+    jobs = [(seed, row) for seed in range(recipe.seeds) for row in rows]
+    done = sum(result_of(out, row.name, seed).exists() for seed, row in jobs)
+
+    def say(name: str) -> Callable[[str], object]:
+        return lambda what: tick(f"{name}: {what}", done, len(jobs))
+
+    measure_teacher(recipe, out, say("teacher"))
+    for seed, row in jobs:
+        if result_of(out, row.name, seed).exists():
+            continue
+        run_row(recipe, row, seed, out, say(f"{row.name}, seed {seed}"))
+        done += 1
+        write_tables(recipe, out)
+    tick("done", done, len(jobs))
+    return write_tables(recipe, out)
+
+
+def write_tables(recipe: TablesRecipe, out: Path) -> dict[str, Any]:
+    """`tables.json` and `reproduction.md` of every result that is there, whichever rows were asked for."""
+    results = [json.loads(path.read_text()) for path in sorted((out / RESULTS).glob("*-seed*.json"))]
+    results = [result for result in results if result["seed"] < recipe.seeds]
+    cells = cells_of(results)
+    found = verdicts(cells)
+    funnels = {name: out / "data" / name / FUNNEL for name in DATA_SETS}
+    data = {name: json.loads(path.read_text()) for name, path in funnels.items() if path.exists()}
+    teacher = json.loads((out / RESULTS / "teacher.json").read_text())["figures"]
+    facts = {
+        "commit": commit(),
+        "machine": _machine(),
+        "done": len(results),
+        "wanted": len(ROWS) * recipe.seeds,
+    }
+    report = {
+        **facts,
+        "protocol": recipe.model_dump(mode="json"),
+        "data": data,
+        "teacher": teacher,
+        "rows": [{"row": row, "steps": steps, **figures} for (row, steps), figures in cells.items()],
+        "verdicts": [{**asdict(v), "settled": SETTLED.get(v.word, "open")} for v in found],
+        "runs": results,
+    }
+    publish_bytes(out / TABLES, (json.dumps(report, indent=2) + "\n").encode())
+    publish_bytes(out / PAGE, write_page(recipe, facts, cells, found, data, teacher).encode())
+    return report
+
+
+def claim(recipe: TablesRecipe, out: Path) -> None:
+    """Take the folder for this protocol. More seeds and other threads may come later; nothing else may change."""
+    path, digest = out / PROTOCOL, recipe.digest()
+    if path.exists():
+        try:
+            same = json.loads(path.read_text())["digest"] == digest
+        except (ValueError, KeyError, TypeError):
+            raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
+        if not same:
+            raise LedgerConflict(
+                "the folder holds rows of another protocol (steps, sizes, data recipes or models differ)",
+                where=str(out),
+                remedy="Choose another --out folder, or go back to those values",
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise LedgerConflict(
+            "the folder is not empty and holds no protocol", where=str(out), remedy="Choose another --out folder"
+        )
+    content = {"digest": digest, "recipe": recipe.model_dump(mode="json"), "commit": commit()}
+    publish_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _machine() -> str:
+    facts = machine_facts()
+    return ", ".join(f"{name}: {facts[name]}" for name in ("CPU cores", "bf16 on this CPU", "memory", "GPUs"))
