@@ -7,6 +7,7 @@ a worker that outlives its driver can commit again without harm.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _ENTRY = pa.schema(
         ("crop", pa.string()),
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
+        ("made_sha256", pa.string()),
         ("pictures_sha256", pa.string()),
     ]
 )
@@ -71,6 +73,7 @@ def commit_unit(folder: Path, rows: list[Row]) -> None:
         {
             **{name: row.get(name) for name in _ENTRY.names},
             "outcome": MADE if row["outcome"] == PENDING else row["outcome"],
+            "made_sha256": hashlib.sha256(row["picture"]).hexdigest() if row.get("picture") else None,
             "pictures_sha256": digest,
         }
         for row in rows
