@@ -55,7 +55,8 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     kept = [row for row in entries if verdict[row["id"]]["outcome"] == KEPT]
     rejected = [row for row in entries if verdict[row["id"]]["outcome"] == "rejected"]
     wanted = {row["id"] for row in [*kept[:_SHOWN], *rejected[:_SHOWN]]}
-    pictures = {key: data for key, data in read_pictures(data, entries) if key in wanted}
+    units = {row["unit"]: row["pictures_sha256"] for row in entries if row["id"] in wanted}
+    pictures = {key: picture for unit in units.items() for key, picture in read_pictures(data, *unit) if key in wanted}
 
     def card(row: dict[str, Any]) -> dict[str, Any]:
         return {

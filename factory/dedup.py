@@ -28,7 +28,10 @@ Pairs = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 class Nearness(Protocol):
-    block_rows: int
+    @property
+    def block_rows(self) -> int:
+        """Rows judged together."""
+        ...
 
     def pairs(self, queries: np.ndarray, base: np.ndarray) -> Pairs:
         """Near pairs of a row of `queries` and an EARLIER row of `base` (both ascending), perhaps more than once."""
