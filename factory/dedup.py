@@ -211,7 +211,7 @@ class Meanings:
 
     Up to 8,192 rows each is compared with each. Beyond, rows are put into cells around rows drawn at random (by a fixed seed), as
     SemDeDup does with k-means (Abbas et al., arXiv 2303.09540), and compared within a cell; each row is looked for in its two
-    nearest cells. A few pairs near the border of cells are missed; tests/bench/select.py measures how many.
+    nearest cells. A few pairs near the border of cells are missed; tests/bench/selection.py measures how many.
     """
 
     def __init__(self, read: Callable[[np.ndarray], np.ndarray], count: int, least: float) -> None:

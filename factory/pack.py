@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -95,6 +96,14 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
+
+
+def plan_shards(ids: np.ndarray, samples_per_shard: int) -> list[tuple[str, np.ndarray]]:
+    """(name, ids) of every shard for these ids in ascending order: known before a picture is read."""
+    return [
+        (f"shard-{number:06d}.tar", ids[start : start + samples_per_shard])
+        for number, start in enumerate(range(0, len(ids), samples_per_shard))
+    ]
 
 
 _Place = tuple[bytes, int, int, int]
