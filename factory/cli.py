@@ -53,33 +53,73 @@ def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output fol
 @app.command("select")
 def select_again(
     folder: Annotated[Path, _FOLDER],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="one selection of several, in FOLDER/views/NAME; without it all of the recipe, the main one last"
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key: --set factory.select.min_clip=0.4 (repeatable)")
     ] = None,
+    rules: Annotated[
+        list[str] | None, typer.Option("--rule", help="a rule of the selection NAME: --rule min_clip=0.4 (repeatable)")
+    ] = None,
 ) -> None:
-    """Select and pack a made data set again: after people decided (`factory curate`) or with other thresholds. No model runs."""
-    from factory.card import write_card
+    """Select and pack a made data set again: after people decided, by other rules, or as a further selection. No model runs."""
     from factory.decisions import read_decisions
-    from factory.make import select_and_pack
     from factory.plan import PLAN
+    from factory.views import pack_all, pack_view, view_folder
 
     if not (folder / PLAN).exists():
         raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    if rules and not name:
+        raise RecipeError(
+            "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
+        )
     part = _factory_part(folder, recipe, overrides or [])
-    funnel = select_and_pack(part.factory, folder)
-    write_card(folder, part.factory, funnel, part.name)
+    if name:
+        funnel = pack_view(part.factory, folder, name, part.name, rules or [])
+    else:
+        funnel = pack_all(part.factory, folder, part.name)
     decisions = read_decisions(folder).values()
     typer.echo(
-        f"{folder}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(**funnel)
+        f"{view_folder(folder, name or '')}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(
+            **funnel
+        )
     )
     for reason, count in funnel["reasons"].items():
         typer.echo(f"  {reason}: {count}")
     typer.echo(
         f"people decided on {len(decisions)} pictures, {sum(d.caption is not None for d in decisions)} captions fixed"
     )
+
+
+@app.command("views")
+def views_(folder: Annotated[Path, _FOLDER]) -> None:
+    """List the selections of a data set: how many each keeps, how even and how varied they are."""
+    from factory.views import list_views
+
+    found = list_views(folder)
+    if not found:
+        typer.echo(f"{folder}: nothing is selected and packed yet")
+    for name, summary in found.items():
+        funnel, varied, balance = summary["funnel"], summary["diversity"], summary["balance"]
+        typer.echo(f"{name or '(main)'}: kept {funnel['kept']:,} of {funnel['planned']:,}")
+        if varied["vendi_kept"] is not None:
+            typer.echo(
+                f"  diversity (Vendi score of {varied['pictures']:,} pictures): {varied['vendi_made']} made, {varied['vendi_kept']} kept"
+            )
+        for attribute, facts in balance.items():
+            if facts["evenness_kept"] is not None:
+                before, after = facts["evenness_planned"], facts["evenness_kept"]
+                typer.echo(f"  evenness of {attribute}: {before} planned, {after} kept")
+        if summary["lacking"]:
+            samples = sum(row["lacking"] for row in summary["lacking"])
+            typer.echo(f"  {samples:,} samples of {len(summary['lacking'])} combinations lack: see refill.jsonl")
 
 
 @app.command()

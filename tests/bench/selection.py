@@ -8,6 +8,7 @@ ledger stays there for the next run. `--recall` measures instead what share of s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -61,7 +62,19 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     load = os.getloadavg()[0]
     title = f"{rows:,} rows · commit {commit} · {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before"
-    table = Table("rules", "index s", "select s", "summary s", "write s", "shards s", "all s", "CPU s", "peak GB", "kept", title=title)
+    table = Table(
+        "rules",
+        "index s",
+        "select s",
+        "summary s",
+        "write s",
+        "shards s",
+        "all s",
+        "CPU s",
+        "peak GB",
+        "kept",
+        title=title,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(words[1] if len(words) > 1 else scratch)
         if not (folder / PLAN).exists():
@@ -103,7 +116,7 @@ def measure(folder: Path, case: str) -> None:
     lap()
     shards = plan_shards(selection.kept_ids(), 1000)
     lap()
-    seconds = [round(b - a, 2) for a, b in zip(marks, marks[1:], strict=False)]
+    seconds = [round(b - a, 2) for a, b in itertools.pairwise(marks)]
     peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, round(time.process_time() - busy, 2)
     funnel, varied = summary["funnel"], summary["diversity"]
     print(json.dumps({"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak, "shards": len(shards), **funnel, **varied}))
@@ -179,7 +192,9 @@ def recall() -> None:
         dedup._EXACT_ROWS, before = count, dedup._EXACT_ROWS
         exact = keep_first(Meanings(lambda rows: seen[rows], count, least), nobody) >= 0
         dedup._EXACT_ROWS = before
-        print(f"cosine {least}: {int((cells & exact).sum()):,} of {int(exact.sum()):,} found, {(cells & ~exact).sum()} more")
+        print(
+            f"cosine {least}: {int((cells & exact).sum()):,} of {int(exact.sum()):,} found, {(cells & ~exact).sum()} more"
+        )
 
 
 if __name__ == "__main__":
