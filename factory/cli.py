@@ -38,6 +38,31 @@ def verify(folder: Annotated[Path, typer.Argument(help="a data set folder: shard
     typer.echo(f"{folder}: {prove(folder)} samples, every shard as the manifest says")
 
 
+@app.command()
+def repair(
+    folder: Annotated[Path, _FOLDER],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+) -> None:
+    """Write anew, byte for byte, what is missing or damaged of the shards and manifests, from the ledger. A whole data set is left alone."""
+    from factory.plan import PLAN
+    from factory.repair import repair as mend
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    part = _factory_part(folder, recipe, [])
+    done = mend(part.factory, folder, part.name)
+    for name in done.rebuilt:
+        typer.echo(f"written anew: {name}")
+    for unit in done.reopened:
+        typer.echo(f"{unit}: its pictures or its ledger entry are damaged, so it is to be made anew")
+    if done.reopened:
+        typer.echo("Now run the recipe again: it makes these units, the same to the byte, and packs")
+    elif not done.rebuilt:
+        typer.echo(f"{folder}: whole, nothing to do")
+
+
 @app.command("retry-failed")
 def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output folder, or its data set")]) -> None:
     """Give samples that died while they were made another try: their units are made anew by the next run."""
