@@ -27,6 +27,7 @@ class _FactoryPart(Settings):
     model_config = ConfigDict(extra="ignore")
 
     name: str = "data set"
+    seed: int = 0
     factory: FactoryRecipe
 
 
@@ -121,6 +122,27 @@ def select_again(
     typer.echo(
         f"people decided on {len(decisions)} pictures, {sum(d.caption is not None for d in decisions)} captions fixed"
     )
+
+
+@app.command("plan")
+def plan_more(
+    folder: Annotated[Path, _FOLDER],
+    refill: Annotated[
+        Path, typer.Option(help="the refill.jsonl that select wrote: what lacks, by group and attributes")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+) -> None:
+    """Plan prompts for the combinations that lack; the next run of the recipe makes their pictures, selects and packs."""
+    from factory.plan import PLAN
+    from factory.refill import plan_refill
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    part = _factory_part(folder, recipe, [])
+    written, samples = plan_refill(part.factory, part.seed, folder, refill)
+    typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
 
 
 @app.command("views")

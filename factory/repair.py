@@ -72,8 +72,12 @@ def _mend(recipe: FactoryRecipe, folder: Path, target: Path, name: str) -> list[
     """Files of a selection that were written anew."""
     broken = [Path(error.where) for error in find_damage(target)]
     rules = _rules(recipe, target, name)
-    fits = rules is not None and target / MANIFEST not in broken and _selection_fits(target)
-    if fits and all(_rebuild(recipe, folder, target, path, rules) for path in broken):
+    if (
+        rules is not None
+        and target / MANIFEST not in broken
+        and _selection_fits(target)
+        and all(_rebuild(recipe, folder, target, path, rules) for path in broken)
+    ):
         return [path.name for path in broken]
     before = _contents(target)
     select_and_pack(recipe, folder, rules or view_rules(recipe, name), target)

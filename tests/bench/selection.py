@@ -31,7 +31,7 @@ from factory.dedup import Meanings, keep_first
 from factory.index import INDEX, load_columns
 from factory.ledger import _ENTRY
 from factory.pack import plan_shards
-from factory.plan import _SCHEMA, PLAN, table_bytes
+from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import SelectRecipe
 from factory.select import select, summarise, write_selection
 
@@ -174,7 +174,7 @@ def write_ledger(folder: Path, rows: int) -> None:
         recent = [*recent, *found[:: max(1, start // UNIT_IMAGES // 200)]][-5000:]
         table = pa.Table.from_pylist(found, schema=_ENTRY)
         pq.write_table(table, folder / "ledger" / f"{unit}.parquet", compression="zstd")
-        plans.append(pa.Table.from_pylist(found, schema=_SCHEMA))
+        plans.append(pa.Table.from_pylist(found, schema=PLAN_SCHEMA))
     (folder / PLAN).write_bytes(table_bytes(pa.concat_tables(plans)))
 
 
