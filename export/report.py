@@ -16,6 +16,7 @@ from export.bundle import read_bundle
 from factory.ledger import planned_units, read_entries, read_pictures
 from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
+from factory.views import list_views
 from trainer.state import read_log
 
 _SHOWN = 24
@@ -47,7 +48,7 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Kept and rejected pictures with scores and reasons, the score histogram, dead letters."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
-        return {"kept": [], "rejected": [], "dead": [], "histogram": None}
+        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}}
     import pyarrow.parquet as pq
 
     entries = read_entries(data, planned_units(data, facts["recipe"]["factory"]["make"]["unit_images"]))
@@ -71,6 +72,7 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "kept": [card(row) for row in kept[:_SHOWN]],
         "rejected": [card(row) for row in rejected[:_SHOWN]],
         "dead": dead[:50],
+        "selections": list_views(data),
         "histogram": _histogram(kept, rejected, facts["recipe"]["factory"]["select"]["min_clip"]),
     }
 

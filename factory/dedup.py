@@ -217,7 +217,7 @@ class Meanings:
     def __init__(self, read: Callable[[np.ndarray], np.ndarray], count: int, least: float) -> None:
         """`read` gives rows of unit embeddings, n x D float32, for n row numbers."""
         self._read, self._least = read, least
-        self.block_rows = 1 << 17
+        self.block_rows = 1 << 19  # rows of a cell are read anew for every block
         cells = 1 if count <= _EXACT_ROWS else count // _CELL_ROWS
         self._cells = self._assign(count, cells) if cells > 1 else np.zeros((count, 1), np.int32)
 
