@@ -210,13 +210,11 @@ class Chain:
             runner.close()
 
     def _select(self, bars: Progress) -> dict[str, Any]:
-        from factory.card import write_card
-        from factory.make import select_and_pack
         from factory.pack import packed_decisions
+        from factory.views import pack_all
 
         task = bars.add_task("select and pack", total=1)
-        funnel = select_and_pack(self.recipe.factory, self.data)
-        write_card(self.data, self.recipe.factory, funnel, self.recipe.name)
+        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name)
         bars.advance(task)
         return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
 

@@ -32,8 +32,8 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def load_recipe(schema: type[AnySettings], path: Path | None, overrides: Sequence[str] = ()) -> AnySettings:
     """Read `path`, if there is one, and apply `overrides` (each `a.b.c=value`, the value in YAML); raises RecipeError."""
     mapping = _read(path) if path else {}
-    for override in overrides:
-        _apply(mapping, override)
+    for change in overrides:
+        override(mapping, change)
     return build_recipe(schema, mapping, str(path or "the options"))
 
 
@@ -67,10 +67,12 @@ def recipe_digest(recipe: Settings) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
+    """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`. Raises RecipeError."""
+    key, equals, text = change.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set takes key=value, not {override!r}", remedy="For example --set trainer.adapt.steps=20")
+        example = "trainer.adapt.steps=20" if option == "--set" else "min_clip=0.4"
+        raise RecipeError(f"{option} takes key=value, not {change!r}", remedy=f"For example {option} {example}")
     *parents, last = key.strip().split(".")
     place: dict[str, Any] = tree
     for depth, name in enumerate(parents):
@@ -78,12 +80,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             place[name] = {}
         inner: Any = place[name]
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {key}: {'.'.join(parents[: depth + 1])} holds no keys", remedy="Set it whole")
+            raise RecipeError(f"{option} {key}: {'.'.join(parents[: depth + 1])} holds no keys", remedy="Set it whole")
         place = cast(dict[str, Any], inner)
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RecipeError(f"--set {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
+        raise RecipeError(f"{option} {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
 
 
 def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> RecipeError:

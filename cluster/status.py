@@ -179,7 +179,8 @@ def _outcomes(data: Path) -> tuple[Facts, dict[str, int], int]:
         found.update(row["outcome"] for row in rows)
         # Six words tell reasons apart; what follows names the one sample.
         reasons.update(f"{row['outcome']}: {' '.join(row['reason'].split()[:6])}" for row in rows if row["reason"])
-    planned = _rows(plan) if plan.exists() else 0
+    refills = sorted(data.glob("plan-refill-*.parquet"))
+    planned = sum(_rows(path) for path in [plan, *refills]) if plan.exists() else 0
     in_ledger = sum(found.values()) if not chosen else sum(_rows(path) for path in ledger)
     named = {name: found[name] for name in ("made", "kept", "rejected", "dead")}
     return {"planned": planned, "in_ledger": in_ledger, **named}, dict(reasons.most_common(20)), unreadable

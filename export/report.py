@@ -16,6 +16,7 @@ from export.bundle import read_bundle
 from factory.ledger import planned_units, read_entries, read_pictures
 from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
+from factory.views import list_views
 from trainer.state import read_log
 
 _SHOWN = 24
@@ -47,7 +48,7 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Kept and rejected pictures with scores and reasons, the score histogram, dead letters."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
-        return {"kept": [], "rejected": [], "dead": [], "histogram": None}
+        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}}
     import pyarrow.parquet as pq
 
     entries = read_entries(data, planned_units(data, facts["recipe"]["factory"]["make"]["unit_images"]))
@@ -55,7 +56,8 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     kept = [row for row in entries if verdict[row["id"]]["outcome"] == KEPT]
     rejected = [row for row in entries if verdict[row["id"]]["outcome"] == "rejected"]
     wanted = {row["id"] for row in [*kept[:_SHOWN], *rejected[:_SHOWN]]}
-    pictures = {key: data for key, data in read_pictures(data, entries) if key in wanted}
+    units = {row["unit"]: row["pictures_sha256"] for row in entries if row["id"] in wanted}
+    pictures = {key: picture for unit in units.items() for key, picture in read_pictures(data, *unit) if key in wanted}
 
     def card(row: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -70,6 +72,7 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "kept": [card(row) for row in kept[:_SHOWN]],
         "rejected": [card(row) for row in rejected[:_SHOWN]],
         "dead": dead[:50],
+        "selections": list_views(data),
         "histogram": _histogram(kept, rejected, facts["recipe"]["factory"]["select"]["min_clip"]),
     }
 

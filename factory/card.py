@@ -19,6 +19,7 @@ from cluster.storage import digest_file, publish_bytes
 from factory.models import fingerprint
 from factory.pack import MANIFEST, read_manifest, read_shard
 from factory.recipe import FactoryRecipe, TransformersCaptioner, TransformersWriter
+from factory.select import SUMMARY
 from factory.stages import decode_picture
 
 CARD, GRID, CROISSANT = "README.md", "card-samples.png", "croissant.json"
@@ -32,7 +33,7 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     facts, pictures = _read(folder, rows)
     publish_bytes(folder / GRID, _grid(pictures))
     publish_bytes(folder / CROISSANT, (json.dumps(_croissant(folder, rows, name), indent=2) + "\n").encode())
-    publish_bytes(folder / CARD, _readme(rows, facts, recipe, funnel, name).encode())
+    publish_bytes(folder / CARD, _readme(folder, rows, facts, recipe, funnel, name).encode())
     return folder / CARD
 
 
@@ -62,7 +63,12 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
 
 
 def _readme(
-    rows: list[dict[str, str]], facts: list[dict[str, Any]], recipe: FactoryRecipe, funnel: dict[str, Any], name: str
+    folder: Path,
+    rows: list[dict[str, str]],
+    facts: list[dict[str, Any]],
+    recipe: FactoryRecipe,
+    funnel: dict[str, Any],
+    name: str,
 ) -> str:
     shards = len({row["shard"] for row in rows})
     drawn = recipe.make.teacher is not None
@@ -92,6 +98,7 @@ def _readme(
         f"CLIP score of what is kept: {_spread([f['clip_score'] for f in facts])} (median, 5% and 95% quantile; by the filter's own CLIP).",
         "",
         *_balance(facts),
+        *_before_and_after(folder),
         "## Provenance",
         "",
         "| part | model | revision or digest |",
@@ -157,6 +164,31 @@ def _balance(facts: list[dict[str, Any]]) -> list[str]:
         more = f" (5 most and 5 least frequent of {len(ordered)})" if len(shown) < len(ordered) else ""
         lines.append(f"| {key} | {text}{more} |")
     return [*lines, ""]
+
+
+def _before_and_after(folder: Path) -> list[str]:
+    """What select did to balance and variety, by the summary beside the selection."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except FileNotFoundError:
+        return []
+    even = [(n, f["evenness_planned"], f["evenness_kept"]) for n, f in summary["balance"].items()]
+    rows = [f"evenness of {name} | {before} | {after}" for name, before, after in even if after is not None]
+    varied = summary["diversity"]
+    if varied["vendi_kept"] is not None:
+        rows.append(f"Vendi score of {varied['pictures']:,} pictures | {varied['vendi_made']} | {varied['vendi_kept']}")
+    if not rows:
+        return []
+    return [
+        "## Before and after the selection",
+        "",
+        "| | planned or made | kept |",
+        "|---|---:|---:|",
+        *(f"| {row} |" for row in rows),
+        "",
+        "Evenness: 1 when every value comes up equally often. Vendi score: the effective number of different pictures, by the filter's CLIP.",
+        "",
+    ]
 
 
 def _spread(scores: list[float]) -> str:

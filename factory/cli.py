@@ -27,6 +27,7 @@ class _FactoryPart(Settings):
     model_config = ConfigDict(extra="ignore")
 
     name: str = "data set"
+    seed: int = 0
     factory: FactoryRecipe
 
 
@@ -36,6 +37,31 @@ def verify(folder: Annotated[Path, typer.Argument(help="a data set folder: shard
     from factory.pack import verify as prove
 
     typer.echo(f"{folder}: {prove(folder)} samples, every shard as the manifest says")
+
+
+@app.command()
+def repair(
+    folder: Annotated[Path, _FOLDER],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+) -> None:
+    """Write anew, byte for byte, what is missing or damaged of the shards and manifests, from the ledger. A whole data set is left alone."""
+    from factory.plan import PLAN
+    from factory.repair import repair as mend
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    part = _factory_part(folder, recipe, [])
+    done = mend(part.factory, folder, part.name)
+    for name in done.rebuilt:
+        typer.echo(f"written anew: {name}")
+    for unit in done.reopened:
+        typer.echo(f"{unit}: its pictures or its ledger entry are damaged, so it is to be made anew")
+    if done.reopened:
+        typer.echo("Now run the recipe again: it makes these units, the same to the byte, and packs")
+    elif not done.rebuilt:
+        typer.echo(f"{folder}: whole, nothing to do")
 
 
 @app.command("retry-failed")
@@ -53,33 +79,94 @@ def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output fol
 @app.command("select")
 def select_again(
     folder: Annotated[Path, _FOLDER],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="one selection of several, in FOLDER/views/NAME; without it all of the recipe, the main one last"
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key: --set factory.select.min_clip=0.4 (repeatable)")
     ] = None,
+    rules: Annotated[
+        list[str] | None, typer.Option("--rule", help="a rule of the selection NAME: --rule min_clip=0.4 (repeatable)")
+    ] = None,
 ) -> None:
-    """Select and pack a made data set again: after people decided (`factory curate`) or with other thresholds. No model runs."""
-    from factory.card import write_card
+    """Select and pack a made data set again: after people decided, by other rules, or as a further selection. No model runs."""
     from factory.decisions import read_decisions
-    from factory.make import select_and_pack
     from factory.plan import PLAN
+    from factory.views import pack_all, pack_view, view_folder
 
     if not (folder / PLAN).exists():
         raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    if rules and not name:
+        raise RecipeError(
+            "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
+        )
     part = _factory_part(folder, recipe, overrides or [])
-    funnel = select_and_pack(part.factory, folder)
-    write_card(folder, part.factory, funnel, part.name)
+    if name:
+        funnel = pack_view(part.factory, folder, name, part.name, rules or [])
+    else:
+        funnel = pack_all(part.factory, folder, part.name)
     decisions = read_decisions(folder).values()
     typer.echo(
-        f"{folder}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(**funnel)
+        f"{view_folder(folder, name or '')}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(
+            **funnel
+        )
     )
     for reason, count in funnel["reasons"].items():
         typer.echo(f"  {reason}: {count}")
     typer.echo(
         f"people decided on {len(decisions)} pictures, {sum(d.caption is not None for d in decisions)} captions fixed"
     )
+
+
+@app.command("plan")
+def plan_more(
+    folder: Annotated[Path, _FOLDER],
+    refill: Annotated[
+        Path, typer.Option(help="the refill.jsonl that select wrote: what lacks, by group and attributes")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+) -> None:
+    """Plan prompts for the combinations that lack; the next run of the recipe makes their pictures, selects and packs."""
+    from factory.plan import PLAN
+    from factory.refill import plan_refill
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
+    part = _factory_part(folder, recipe, [])
+    written, samples = plan_refill(part.factory, part.seed, folder, refill)
+    typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
+
+
+@app.command("views")
+def views_(folder: Annotated[Path, _FOLDER]) -> None:
+    """List the selections of a data set: how many each keeps, how even and how varied they are."""
+    from factory.views import list_views
+
+    found = list_views(folder)
+    if not found:
+        typer.echo(f"{folder}: nothing is selected and packed yet")
+    for name, summary in found.items():
+        funnel, varied, balance = summary["funnel"], summary["diversity"], summary["balance"]
+        typer.echo(f"{name or '(main)'}: kept {funnel['kept']:,} of {funnel['planned']:,}")
+        if varied["vendi_kept"] is not None:
+            typer.echo(
+                f"  diversity (Vendi score of {varied['pictures']:,} pictures): {varied['vendi_made']} made, {varied['vendi_kept']} kept"
+            )
+        for attribute, facts in balance.items():
+            if facts["evenness_kept"] is not None:
+                before, after = facts["evenness_planned"], facts["evenness_kept"]
+                typer.echo(f"  evenness of {attribute}: {before} planned, {after} kept")
+        if summary["lacking"]:
+            samples = sum(row["lacking"] for row in summary["lacking"])
+            typer.echo(f"  {samples:,} samples of {len(summary['lacking'])} combinations lack: see refill.jsonl")
 
 
 @app.command()

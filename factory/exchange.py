@@ -13,8 +13,8 @@ import pyarrow as pa
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_bytes
 from factory.decisions import FIELDS, Decision, Overlay, read_decisions
-from factory.ledger import read_table
-from factory.plan import PLAN, table_bytes
+from factory.ledger import plan_files, read_table
+from factory.plan import table_bytes
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in FIELDS])
 
@@ -40,7 +40,7 @@ def import_decisions(folder: Path, source: Path) -> int:
     An imported row wins over what stands, as a mark made now would. Columns id and verdict are enough. Raises EdgeFusionError
     that names the first row that is no decision or whose id is not in the plan.
     """
-    known = set(read_table(folder / PLAN)["id"].to_pylist())
+    known = {key for path in plan_files(folder) for key in read_table(path, ["id"])["id"].to_pylist()}
     found: list[Decision] = []
     for number, row in enumerate(_rows(source), 1):
         try:

@@ -7,6 +7,7 @@ a worker that outlives its driver can commit again without harm.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.storage import digest_file, publish_bytes
 from factory.plan import PLAN, table_bytes
 
 MADE = "made"
+REFILLS = "plan-refill-*.parquet"
 _ENTRY = pa.schema(
     [
         ("id", pa.string()),
@@ -40,20 +42,41 @@ _ENTRY = pa.schema(
         ("crop", pa.string()),
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
+        ("made_sha256", pa.string()),
         ("pictures_sha256", pa.string()),
     ]
 )
 _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
 
 
+def plan_files(folder: Path) -> list[Path]:
+    """The plan, and the plans of refills after it (factory/refill.py), in order; each begins a work unit of its own."""
+    return [folder / PLAN, *sorted(folder.glob(REFILLS))]
+
+
 def planned_units(folder: Path, unit_images: int) -> list[Unit]:
     """All units of the plan in `folder`, in order."""
-    rows = read_table(folder / PLAN).to_pylist()
-    return [
-        Unit(name, [{**row, "unit": name} for row in rows[start : start + unit_images]])
-        for start in range(0, len(rows), unit_images)
-        for name in [f"unit-{start // unit_images:05d}"]
-    ]
+    found: list[Unit] = []
+    for path in plan_files(folder):
+        rows = read_table(path).to_pylist()
+        for start in range(0, len(rows), unit_images):
+            name = _unit_name(len(found))
+            found.append(Unit(name, [{**row, "unit": name} for row in rows[start : start + unit_images]]))
+    return found
+
+
+def plan_units(folder: Path, unit_images: int) -> list[tuple[str, pa.Array]]:
+    """(name, ids) of all units of the plan, in order: what is cheap to know of a million rows."""
+    found: list[tuple[str, pa.Array]] = []
+    for path in plan_files(folder):
+        ids = read_table(path, ["id"])["id"].combine_chunks()
+        for start in range(0, len(ids), unit_images):
+            found.append((_unit_name(len(found)), ids.slice(start, unit_images)))
+    return found
+
+
+def _unit_name(number: int) -> str:
+    return f"unit-{number:05d}"
 
 
 def is_committed(folder: Path, unit: str) -> bool:
@@ -71,6 +94,7 @@ def commit_unit(folder: Path, rows: list[Row]) -> None:
         {
             **{name: row.get(name) for name in _ENTRY.names},
             "outcome": MADE if row["outcome"] == PENDING else row["outcome"],
+            "made_sha256": hashlib.sha256(row["picture"]).hexdigest() if row.get("picture") else None,
             "pictures_sha256": digest,
         }
         for row in rows
@@ -86,35 +110,43 @@ def commit_unit(folder: Path, rows: list[Row]) -> None:
     publish_bytes(final, data)
 
 
+def read_entry(folder: Path, unit: str) -> list[dict[str, Any]]:
+    """The ledger rows of a unit; raises CorruptShard if they are missing or damaged."""
+    path = folder / "ledger" / f"{unit}.parquet"
+    if not path.exists():
+        raise CorruptShard("is missing", where=str(path), remedy="Run the same command again: it makes what is missing")
+    return read_table(path).to_pylist()
+
+
 def read_entries(folder: Path, units: list[Unit]) -> list[dict[str, Any]]:
     """Every ledger row, in the order of the plan; raises CorruptShard if an entry is missing, damaged or of another plan."""
     found: list[dict[str, Any]] = []
     for unit in units:
-        path = folder / "ledger" / f"{unit.id}.parquet"
-        if not path.exists():
-            raise CorruptShard(
-                "is missing", where=str(path), remedy="Run the same command again: it makes what is missing"
-            )
-        rows = read_table(path).to_pylist()
+        rows = read_entry(folder, unit.id)
         if [row["id"] for row in rows] != [row["id"] for row in unit.rows]:
-            raise LedgerConflict("belongs to another plan", where=str(path), remedy="Start in a new output folder")
+            where = str(folder / "ledger" / f"{unit.id}.parquet")
+            raise LedgerConflict("belongs to another plan", where=where, remedy="Start in a new output folder")
         found += rows
     return found
 
 
-def read_pictures(folder: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
-    """(id, picture file) of every made row, unit by unit; raises CorruptShard if a pictures file is not what its entry says."""
-    digests = {row["unit"]: row["pictures_sha256"] for row in entries}
-    for unit, digest in digests.items():
-        path = folder / "pictures" / f"{unit}.parquet"
-        if not path.exists() or digest_file(path) != digest:
-            raise CorruptShard(
-                "is damaged or missing",
-                where=str(path),
-                remedy=f"Delete {folder / 'ledger' / unit}.parquet and run the same command again",
-            )
-        table = read_table(path)
-        yield from zip(table["id"].to_pylist(), table["picture"].to_pylist(), strict=True)
+def read_pictures(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, bytes]]:
+    """(id, picture file) of every made row of a unit; raises CorruptShard if the file is not what its entry says."""
+    path = folder / "pictures" / f"{unit}.parquet"
+    if not path.exists() or digest_file(path) != sha256:
+        raise CorruptShard(
+            "is damaged or missing",
+            where=str(path),
+            remedy=f"Delete {folder / 'ledger' / unit}.parquet and run the same command again",
+        )
+    table = read_table(path)
+    yield from zip(table["id"].to_pylist(), table["picture"].to_pylist(), strict=True)
+
+
+def digest_pictures(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, str]]:
+    """(id, SHA-256 in hex) of every picture file of a unit, for ledgers that did not note it; raises CorruptShard."""
+    for key, data in read_pictures(folder, unit, sha256):
+        yield key, hashlib.sha256(data).hexdigest()
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

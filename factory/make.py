@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.runner import Runner
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
-from factory.ledger import is_committed, planned_units, read_entries, read_pictures
+from factory.index import load_columns
+from factory.ledger import is_committed, plan_units, planned_units, read_entry, read_pictures
 from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
-from factory.recipe import FactoryRecipe
-from factory.select import KEPT, digest_picture, funnel, select, write_selection
+from factory.recipe import FactoryRecipe, SelectRecipe
+from factory.select import select, summarise, write_selection
 from factory.stages import make_stages
 
 NOTES = "attempts"
@@ -30,17 +33,23 @@ def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress
     return len(todo)
 
 
-def select_and_pack(recipe: FactoryRecipe, folder: Path) -> dict[str, Any]:
-    """Apply the rules and what people decided to the ledger and pack what is kept; returns the funnel. The manifest is written last."""
-    decisions = read_decisions(folder)
-    entries = read_entries(folder, planned_units(folder, recipe.make.unit_images))
-    digests = {key: digest_picture(data) for key, data in read_pictures(folder, entries)}
-    selection = select(entries, digests, recipe.select, decisions)
-    write_selection(folder, selection)
-    kept = {row["id"] for row in selection if row["outcome"] == KEPT}
-    samples = _samples(recipe, folder, entries, kept, decisions)
-    pack(samples, folder, recipe.pack.samples_per_shard, digest_decisions(decisions))
-    return funnel(selection)
+def select_and_pack(
+    recipe: FactoryRecipe, folder: Path, rules: SelectRecipe | None = None, target: Path | None = None
+) -> dict[str, Any]:
+    """Apply the rules and what people decided to the ledger and pack what is kept; returns the funnel. The manifest is written last.
+
+    Without `rules` those of the recipe, without `target` into `folder` itself.
+    """
+    rules, target = rules or recipe.select, target or folder
+    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    columns = load_columns(folder, recipe.make.unit_images)
+    selection = select(columns, rules, decisions)
+    summary = summarise(columns, selection, rules)
+    mark = digest_decisions(decisions)
+    write_selection(target, selection, {**summary, "decisions_sha256": mark})
+    samples = _samples(recipe, folder, selection.kept, decisions)
+    pack(samples, target, recipe.pack.samples_per_shard, mark)
+    return summary["funnel"]
 
 
 def is_packed(folder: Path) -> bool:
@@ -48,31 +57,39 @@ def is_packed(folder: Path) -> bool:
     return packed_decisions(folder) == digest_decisions(read_decisions(folder))
 
 
+def packed_samples(recipe: FactoryRecipe, folder: Path, wanted: set[str], people: bool = True) -> Iterator[Sample]:
+    """The samples with these ids, as they are packed."""
+    units = plan_units(folder, recipe.make.unit_images)
+    kept = np.fromiter((key in wanted for _, ids in units for key in ids.to_pylist()), bool)
+    return _samples(recipe, folder, kept, read_decisions(folder) if people else {})
+
+
 def _samples(
-    recipe: FactoryRecipe,
-    folder: Path,
-    entries: list[dict[str, Any]],
-    kept: set[str],
-    decisions: Mapping[str, Decision],
+    recipe: FactoryRecipe, folder: Path, kept: np.ndarray, decisions: Mapping[str, Decision]
 ) -> Iterator[Sample]:
-    by_id = {row["id"]: row for row in entries}
-    for key, data in read_pictures(folder, entries):
-        if key in kept:
-            row = by_id[key]
-            facts = {
-                "attributes": json.loads(row["attributes"]),
-                "clip_score": row["clip_score"],
-                "group": row["group"],
-            }
-            if recipe.make.teacher is not None:
-                facts |= {"seed": row["seed"], "teacher": recipe.make.teacher.model}
-            else:
-                place = json.loads(row["source"])
-                facts |= {
-                    name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")
-                }
-                facts["source"] = f"{Path(place['file']).name}#{place['at']}"
-            caption = decisions[key].caption if key in decisions else None
-            if caption is not None:
-                facts["original_prompt"] = row["prompt"]
-            yield Sample(key, data, recipe.make.picture_kind, caption or row["prompt"], facts)
+    """`kept`: a bool for each row of the plan. One unit's pictures lie in memory."""
+    start = 0
+    for unit, ids in plan_units(folder, recipe.make.unit_images):
+        some = kept[start : start + len(ids)]
+        start += len(ids)
+        if not some.any():
+            continue
+        rows = {row["id"]: row for row, keep in zip(read_entry(folder, unit), some.tolist(), strict=True) if keep}
+        sha256 = next(iter(rows.values()))["pictures_sha256"]
+        for key, data in read_pictures(folder, unit, sha256):
+            if key in rows:
+                yield _sample(recipe, rows[key], data, decisions)
+
+
+def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: Mapping[str, Decision]) -> Sample:
+    facts = {"attributes": json.loads(row["attributes"]), "clip_score": row["clip_score"], "group": row["group"]}
+    if recipe.make.teacher is not None:
+        facts |= {"seed": row["seed"], "teacher": recipe.make.teacher.model}
+    else:
+        place = json.loads(row["source"])
+        facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}
+        facts["source"] = f"{Path(place['file']).name}#{place['at']}"
+    caption = decisions[row["id"]].caption if row["id"] in decisions else None
+    if caption is not None:
+        facts["original_prompt"] = row["prompt"]
+    return Sample(row["id"], data, recipe.make.picture_kind, caption or row["prompt"], facts)

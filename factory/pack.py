@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +30,7 @@ MAX_MEMBER_BYTES = 64 << 20
 
 _DECISIONS = b"decisions_sha256"
 _ID = re.compile(r"[0-9a-f]{64}")
+_SHARD = re.compile(r"shard-[0-9]{6,}\.tar")
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -70,31 +72,49 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     show. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, str]] = []
+    written: list[pa.Table] = [_SCHEMA.empty_table()]
     with tempfile.TemporaryFile(dir=folder) as spill:
         places = _spill(samples, spill)
         for start in range(0, len(places), samples_per_shard):
             part = [_unspill(spill, *place) for place in places[start : start + samples_per_shard]]
-            name = f"shard-{start // samples_per_shard:06d}.tar"
-            digest = publish_bytes(folder / name, _tar(part))
-            rows += [
-                {
-                    "id": s.id,
-                    "shard": name,
-                    "prompt": s.prompt,
-                    "picture_kind": s.picture_kind,
-                    "sample_sha256": s.digest(),
-                    "shard_sha256": digest,
-                }
-                for s in part
-            ]
-    for stale in set(folder.glob("shard-*.tar")) - {folder / row["shard"] for row in rows}:
-        stale.unlink()
+            name = shard_name(start // samples_per_shard)
+            data = shard_bytes(part)
+            written.append(_rows(part, name, publish_bytes(folder / name, data)))
+    stale = {path.name for path in folder.glob("shard-*.tar")} - {table["shard"][0].as_py() for table in written[1:]}
+    for name in stale:
+        (folder / name).unlink()
+    table = pa.concat_tables(written).combine_chunks()
+    if decisions_sha256:
+        table = table.replace_schema_metadata({_DECISIONS: decisions_sha256})
     sink = io.BytesIO()
-    schema = _SCHEMA.with_metadata({_DECISIONS: decisions_sha256}) if decisions_sha256 else _SCHEMA
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    pq.write_table(table, sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
+
+
+def _rows(samples: list[Sample], shard: str, digest: str) -> pa.Table:
+    """The manifest's rows of a shard."""
+    columns = [
+        [s.id for s in samples],
+        [shard] * len(samples),
+        [s.prompt for s in samples],
+        [s.picture_kind for s in samples],
+        [s.digest() for s in samples],
+        [digest] * len(samples),
+    ]
+    return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=_SCHEMA)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def plan_shards(ids: np.ndarray, samples_per_shard: int) -> list[tuple[str, np.ndarray]]:
+    """(name, ids) of every shard for these ids in ascending order: known before a picture is read."""
+    return [
+        (shard_name(number), ids[start : start + samples_per_shard])
+        for number, start in enumerate(range(0, len(ids), samples_per_shard))
+    ]
 
 
 _Place = tuple[bytes, int, int, int]
@@ -128,18 +148,51 @@ def _unspill(spill: IO[bytes], key: bytes, offset: int, head: int, picture: int)
 def verify(folder: Path) -> int:
     """Prove that the shards are exactly what the manifest says; returns the number of samples.
 
-    Raises CorruptShard that names the first shard and sample that is missing, damaged, doubled or not in the manifest.
+    Raises CorruptShard that names the first shard and sample that is missing, damaged, doubled or not in the manifest, or the first row of
+    the manifest that does not tell the truth.
     """
-    rows = read_manifest(folder)
-    wanted: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        wanted.setdefault(row["shard"], []).append(row)
-    extra = {p.name for p in folder.glob("shard-*.tar")} - set(wanted)
-    if extra:
-        raise CorruptShard(f"is not in {MANIFEST}", where=str(folder / min(extra)), remedy="Pack the data set again")
+    for error in find_damage(folder):
+        raise error
+    return pq.read_metadata(folder / MANIFEST).num_rows
+
+
+def find_damage(folder: Path) -> Iterator[CorruptShard]:
+    """Everything that is wrong with a data set: one error for the manifest, or one for each shard; `where` is the file."""
+    try:
+        rows = read_manifest(folder)
+        wanted = _by_shard(rows, folder / MANIFEST)
+    except CorruptShard as error:
+        yield error
+        return
+    for name in sorted({p.name for p in folder.glob("shard-*.tar")} - set(wanted)):
+        yield CorruptShard(f"is not in {MANIFEST}", where=str(folder / name), remedy="Pack the data set again")
     for name, listed in wanted.items():
-        _verify_shard(folder / name, listed)
-    return len(rows)
+        try:
+            _verify_shard(folder / name, listed)
+        except CorruptShard as error:
+            yield error
+
+
+def _by_shard(rows: list[dict[str, str]], manifest: Path) -> dict[str, list[dict[str, str]]]:
+    """The manifest's rows by shard; raises CorruptShard for a row that cannot be true whatever the shards hold."""
+    found: dict[str, list[dict[str, str]]] = {}
+    before = ""
+    for row in rows:
+        lacking = [name for name, value in row.items() if not value]
+        if lacking:
+            raise _wrong_row(manifest, row, f"has no {lacking[0]}")
+        if not _SHARD.fullmatch(row["shard"]) or not _ID.fullmatch(row["id"]):
+            raise _wrong_row(manifest, row, f"names what no data set of ours has ({row['shard'][:90]!r})")
+        if row["id"] <= before:
+            raise _wrong_row(manifest, row, "is there twice" if row["id"] == before else "stands out of order")
+        before = row["id"]
+        found.setdefault(row["shard"], []).append(row)
+    return found
+
+
+def _wrong_row(manifest: Path, row: Mapping[str, str], what: str) -> CorruptShard:
+    where, remedy = str(manifest), "Run `edgefusion factory repair`, or pack the data set again"
+    return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy)
 
 
 def read_manifest(folder: Path) -> list[dict[str, str]]:
@@ -186,22 +239,27 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
+    """Every sample is read, for a right checksum of the shard says nothing about the rows of the manifest."""
     if not path.exists():
         raise _corrupt(path, "is missing")
-    if digest_file(path) == listed[0]["shard_sha256"]:
-        return
-    # The sum is wrong: read it, so that the message can name the sample.
-    digests = {row["id"]: row["sample_sha256"] for row in listed}
+    manifest, left = path.parent / MANIFEST, {row["id"]: row for row in listed}
+    whole = {row["shard_sha256"] for row in listed} == {digest_file(path)}
     for key, members in read_shard(path):
-        if digests.pop(key, None) != _digest(members):
+        row = left.pop(key, None)
+        if row is None or row["sample_sha256"] != _digest(members):
+            if row is not None and whole:
+                raise _wrong_row(manifest, row, f"has another checksum than in {path.name}")
             raise _corrupt(path, f"sample {key} is damaged, doubled or not in {MANIFEST}")
-    raise _corrupt(
-        path, f"lacks sample {min(digests)}" if digests else "has a wrong checksum though its samples are whole"
-    )
+        if row["prompt"].encode() != members.get("txt") or row["picture_kind"] not in members:
+            raise _wrong_row(manifest, row, f"has another prompt or kind of picture than in {path.name}")
+    if left:
+        raise _corrupt(path, f"lacks sample {min(left)}")
+    if not whole:
+        raise _corrupt(path, "has a wrong checksum though its samples are whole")
 
 
 def _corrupt(path: Path, what: str) -> CorruptShard:
-    return CorruptShard(what, where=str(path), remedy="Copy the shard again or pack the data set again")
+    return CorruptShard(what, where=str(path), remedy="Run `edgefusion factory repair`, or copy the shard again")
 
 
 def _digest(members: Mapping[str, bytes]) -> str:
@@ -212,7 +270,8 @@ def _digest(members: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _tar(samples: list[Sample]) -> bytes:
+def shard_bytes(samples: list[Sample]) -> bytes:
+    """The shard of these samples, in their order."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for sample in samples:

@@ -28,8 +28,8 @@ from factory.models.text import PromptWriter, open_writer
 from factory.recipe import FactoryRecipe, PicturePlan
 
 PLAN = "plan.parquet"
-_PART_PROMPTS = 512
-_SCHEMA = pa.schema(
+PART_PROMPTS = 512
+PLAN_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("prompt", pa.string()),
@@ -100,16 +100,16 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
     records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
     writer: PromptWriter | None = None
     parts: list[pa.Table] = []
-    for start in range(0, len(records), _PART_PROMPTS):
-        part = folder / "plan" / f"part-{start // _PART_PROMPTS:05d}.parquet"
+    for start in range(0, len(records), PART_PROMPTS):
+        part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"
         if not part.exists():
             writer = writer or open_writer(recipe.plan.writer)
-            some = records[start : start + _PART_PROMPTS]
-            prompts = _write_checked(writer, some, recipe.plan.tries, seed + start)
-            rows = _enumerate(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
-            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
-        parts.append(pq.read_table(part, schema=_SCHEMA))
-        progress(min(_PART_PROMPTS, len(records) - start))
+            some = records[start : start + PART_PROMPTS]
+            prompts = write_checked(writer, some, recipe.plan.tries, seed + start)
+            rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
+            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
+        parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+        progress(min(PART_PROMPTS, len(records) - start))
     table = _without_doubles(pa.concat_tables(parts))
     if all(value == DEAD for value in table["outcome"].to_pylist()):
         raise StageError(
@@ -124,7 +124,7 @@ def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
     if all(row["outcome"] == DEAD for row in rows):
         raise StageError("the sources hold no picture", where=", ".join(plan.paths), remedy="Check factory.plan.paths")
     progress(len(rows))
-    publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
+    publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
     return final
 
 
@@ -135,7 +135,7 @@ def draw_records(taxonomy: Taxonomy, count: int, seed: int) -> list[tuple[Group,
     for place, group in enumerate(taxonomy.groups):
         upto = round(count * sum(g.share for g in taxonomy.groups[: place + 1]) / total)
         columns = {
-            name: _balanced(values, upto - len(found), random.Random(f"{seed}/{group.name}/{name}"))
+            name: balanced(values, upto - len(found), random.Random(f"{seed}/{group.name}/{name}"))
             for name, values in group.attributes.items()
         }
         found += [(group, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
@@ -143,7 +143,8 @@ def draw_records(taxonomy: Taxonomy, count: int, seed: int) -> list[tuple[Group,
     return found
 
 
-def _balanced(values: list[str], count: int, rng: random.Random) -> list[str]:
+def balanced(values: list[str], count: int, rng: random.Random) -> list[str]:
+    """`count` of the values, each equally often (to one), in random order."""
     found: list[str] = []
     while len(found) < count:
         found += rng.sample(values, len(values))
@@ -174,7 +175,7 @@ def check_prompt(prompt: str, group: Group, record: dict[str, str]) -> str:
     return f"the prompt does not mention {lacking[0]}" if lacking else ""
 
 
-def _write_checked(
+def write_checked(
     writer: PromptWriter, some: list[tuple[Group, dict[str, str]]], tries: int, seed: int
 ) -> list[tuple[str, str]]:
     """(prompt, what is wrong with it or empty) for each record."""
@@ -189,7 +190,7 @@ def _write_checked(
     return found
 
 
-def _enumerate(
+def enumerate_samples(
     recipe: FactoryRecipe,
     images_per_prompt: int,
     seed: int,
@@ -197,6 +198,7 @@ def _enumerate(
     some: list[tuple[Group, dict[str, str]]],
     prompts: list[tuple[str, str]],
 ) -> list[dict[str, Any]]:
+    """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id."""
     rows: list[dict[str, Any]] = []
     for i, ((group, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True), start):
         for k in range(images_per_prompt):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from cluster.recipe import Settings
+
+VIEW_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
 
 
 class TransformersWriter(Settings):
@@ -156,16 +158,70 @@ class MakeRecipe(Settings):
     threads: int = Field(default=1, ge=1, description="CPU threads a worker")
 
 
+class ScoreRule(Settings):
+    """What a stored score must be."""
+
+    least: float | None = Field(default=None, description="smaller is rejected")
+    most: float | None = Field(default=None, description="larger is rejected")
+    best_share: float | None = Field(
+        default=None, gt=0, le=1, description="keep this share of the highest: 0.8 drops the lowest fifth"
+    )
+    within: list[str] = Field(
+        default=[], description="take best_share in each combination of these attributes apart; `group` is one too"
+    )
+
+
+class Cap(Settings):
+    """At most so many samples of each combination of some attributes; the best by rank_by stay."""
+
+    attributes: list[str] = Field(
+        min_length=1, description="attributes whose combinations are counted; `group` is one too"
+    )
+    most: int | None = Field(default=None, ge=0, description="samples of a combination")
+    most_times: float | None = Field(
+        default=None, ge=1, description="samples of a combination, as a multiple of the rarest one that is there"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Cap:
+        if (self.most is None) == (self.most_times is None):
+            raise ValueError("give either most or most_times")
+        return self
+
+
+class Wanted(Settings):
+    """At least so many samples of each combination of some attributes; what lacks goes to the refill list."""
+
+    attributes: list[str] = Field(min_length=1, description="attributes whose combinations are counted, in each group")
+    least: int = Field(ge=1, description="samples of a combination")
+
+
 class SelectRecipe(Settings):
     """What is kept."""
 
     min_clip: float = Field(default=0.0, ge=-1, le=1, description="least cosine of picture and prompt")
     min_size_px: int = Field(default=0, ge=0, description="least shorter edge of a taken-in picture, before the crop")
+    scores: dict[str, ScoreRule] = Field(
+        default={}, description="rules for any score that the ledger stores, by its name"
+    )
+    rank_by: str = Field(
+        default="clip_score", description="score by which one of several is kept: the highest, then the smallest id"
+    )
     max_hamming_bits: int = Field(
         default=2, ge=0, le=16, description="perceptual hashes this near count as the same drawing"
     )
     max_colour_difference: float = Field(
         default=6.0, ge=0, le=255, description="and so do mean colours (0-255) this near"
+    )
+    same_meaning: float | None = Field(
+        default=None, gt=0, le=1, description="CLIP embeddings with at least this cosine count as the same picture"
+    )
+    caps: list[Cap] = Field(default=[], description="most samples of combinations of attributes, applied in turn")
+    wanted: list[Wanted] = Field(default=[], description="least samples of combinations of attributes")
+    best: int | None = Field(default=None, ge=1, description="keep so many of the highest by rank_by")
+    people: Literal["apply", "ignore", "only"] = Field(
+        default="apply",
+        description="what people decided: have the last word, count for nothing, or keep only what a person kept",
     )
 
 
@@ -179,10 +235,27 @@ class FactoryRecipe(Settings):
     plan: PlanRecipe
     make: MakeRecipe
     select: SelectRecipe = SelectRecipe()
+    views: dict[Annotated[str, Field(pattern=VIEW_NAME)], dict[str, Any]] = Field(
+        default={},
+        description="more selections of the same ledger by name: what differs from `select`; packed in dataset/views/NAME",
+    )
     pack: PackRecipe = PackRecipe()
+
+    def view(self, name: str) -> SelectRecipe:
+        """The rules of a selection: `select` itself for an empty name. Raises KeyError."""
+        return SelectRecipe(**{**self.select.model_dump(), **self.views[name]}) if name else self.select
 
     @model_validator(mode="after")
     def _fits(self) -> FactoryRecipe:
+        for name, changes in self.views.items():
+            if strange := set(changes) - set(SelectRecipe.model_fields):
+                raise ValueError(f"views.{name}.{min(strange)} is not a known key of a selection")
+            try:
+                self.view(name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"])
+                raise ValueError(f"views.{name}.{place}: {first['msg']}") from None
         teacher, make = self.make.teacher, self.make
         if self.plan.kind == "pictures" and teacher is not None:
             raise ValueError("make.teacher draws prompts, but plan.kind is pictures: leave the teacher out")

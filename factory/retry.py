@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
-from factory.ledger import read_table
+from factory.ledger import plan_files, read_table
 from factory.pack import MANIFEST
 from factory.plan import PLAN
 
@@ -23,12 +23,8 @@ def reopen_dead(folder: Path) -> tuple[int, int]:
     data = folder / "dataset" if (folder / "dataset" / PLAN).exists() else folder
     if not (data / PLAN).exists():
         raise EdgeFusionError("holds no data set", where=str(folder), remedy="Give the --out folder of edgefusion run")
-    outcomes = read_table(data / PLAN)
-    hopeless = {
-        key
-        for key, outcome in zip(outcomes["id"].to_pylist(), outcomes["outcome"].to_pylist(), strict=True)
-        if outcome == DEAD
-    }
+    planned = [row for path in plan_files(data) for row in read_table(path, ["id", "outcome"]).to_pylist()]
+    hopeless = {row["id"] for row in planned if row["outcome"] == DEAD}
     found: dict[Path, int] = {}
     for entry in sorted((data / "ledger").glob("unit-*.parquet")):
         rows = read_table(entry, ["id", "outcome"]).to_pylist()
@@ -36,15 +32,20 @@ def reopen_dead(folder: Path) -> tuple[int, int]:
         found |= {entry: dead} if dead else {}
     if not found:
         return 0, 0
-    built = [name for name in _BUILT_ON if (data.parent / name).exists()] if data.name == "dataset" else []
-    if built:
-        raise LedgerConflict(
-            f"{', '.join(built)} there was made from the data set as it is",
-            where=str(data.parent),
-            remedy="Delete those to build them anew, or copy the dataset folder and retry in the copy",
-        )
+    refuse_if_built(data)
     # The manifest goes first: a data set without one is unfinished, whatever else happens.
     (data / MANIFEST).unlink(missing_ok=True)
     for entry in found:
         entry.unlink()
     return sum(found.values()), len(found)
+
+
+def refuse_if_built(data: Path) -> None:
+    """Raise LedgerConflict if a run already built something on the data set in `data`, which is about to change."""
+    built = [name for name in _BUILT_ON if (data.parent / name).exists()] if data.resolve().name == "dataset" else []
+    if built:
+        raise LedgerConflict(
+            f"{', '.join(built)} there was made from the data set as it is",
+            where=str(data.parent),
+            remedy="Delete those to build them anew, or copy the dataset folder and go on in the copy",
+        )

@@ -86,7 +86,7 @@ def write_ledger(folder: Path, rows: int) -> None:
     picture = encode_picture(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "png")
     for name in ("ledger", "pictures"):
         (folder / name).mkdir()
-    selection: dict[str, list[str]] = {"id": [], "outcome": [], "reason": []}
+    selection: dict[str, list[str]] = {"id": [], "outcome": [], "reason": [], "cluster": []}
     for start in range(0, rows, UNIT_IMAGES):
         count, unit = min(UNIT_IMAGES, rows - start), f"unit-{start // UNIT_IMAGES:05d}"
         ids = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(start, start + count)]
@@ -115,10 +115,12 @@ def write_ledger(folder: Path, rows: int) -> None:
             "colours": [b"\0" * 12] * count,
             "pictures_sha256": ["0" * 64] * count,
         }
+        entry = {name: entry.get(name, [None] * count) for name in _ENTRY.names}
         pq.write_table(pa.table(entry, schema=_ENTRY), folder / "ledger" / f"{unit}.parquet", compression="zstd")
         pictures = pa.table({"id": ids, "picture": [picture] * count}, schema=_PICTURES)
         pq.write_table(pictures, folder / "pictures" / f"{unit}.parquet", compression="zstd")
         selection["id"] += ids
+        selection["cluster"] += [""] * count
         selection["outcome"] += ["kept" if s >= 0.1 else "rejected" for s in scores]
         selection["reason"] += ["" if s >= 0.1 else "clip below threshold" for s in scores]
     pq.write_table(pa.table(selection, schema=_SCHEMA), folder / SELECTION, compression="zstd")

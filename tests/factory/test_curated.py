@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
 from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Chain, Recipe
@@ -51,6 +51,61 @@ def test_decisions_reach_the_shards_and_without_them_nothing_changes(dataset: Pa
     overlay.decide(ids[21], {"caption": None}, "ada")
     select_command(dataset)
     assert {name: (dataset / name).read_bytes() for name in plain} == plain
+
+
+def digests(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_selections_lie_side_by_side_over_one_ledger(dataset: Path, ids: list[str]) -> None:
+    """`synt` as the rules say, `synt-cur` what people kept, and one that only the command line knows."""
+    recipe = dataset.parent / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("trainer:", "  views: {synt: {people: ignore}, synt-cur: {people: only}}\ntrainer:")
+    )
+    overlay = Overlay(dataset)
+    overlay.decide(ids[20], {"verdict": "reject", "reason": "odd"}, "ada")
+    overlay.decide(ids[21], {"verdict": "keep", "caption": "an owl in the snow"}, "bob")
+    overlay.decide(ids[0], {"verdict": "keep"}, "ada")
+    assert "kept 18 " in select_command(dataset)
+    synt, curated = dataset / "views" / "synt", dataset / "views" / "synt-cur"
+    assert (verify(dataset), verify(synt), verify(curated)) == (18, 18, 2)
+    prompts = {row["id"]: row["prompt"] for row in read_manifest(curated)}
+    assert prompts == {ids[0]: "a fox number 0 <b>&amp;", ids[21]: "an owl in the snow"}
+    assert "an owl in the snow" not in {row["prompt"] for row in read_manifest(synt)} and packed_decisions(synt) == ""
+    main = digests(dataset)
+    output = run(
+        "select", dataset, "--name", "best-4", "--recipe", recipe, "--rule", "best=4", "--rule", "people=ignore"
+    )
+    assert "kept 4 " in output and "not among the best 4: 14" in output
+    assert {row["id"] for row in read_manifest(dataset / "views" / "best-4")} == set(ids[20:])
+    assert digests(dataset) == main, "another selection leaves the main one alone"
+    before = digests(curated)
+    run("select", dataset, "--name", "synt-cur", "--recipe", recipe)
+    assert digests(curated) == before
+    listed = run("views", dataset)
+    assert "best-4: kept 4 of 24" in listed and "synt-cur: kept 2 of 24" in listed and "(main): kept 18" in listed
+    assert "evenness of subject: 1.0 planned" in listed
+
+
+def test_bad_names_and_rules_say_what_is_wrong(dataset: Path) -> None:
+    recipe = dataset.parent / "recipe.yaml"
+    for words, told in (
+        (["--name", "../x"], r"'\.\./x' is no name"),
+        (["--name", "a", "--rule", "best"], "--rule takes key=value"),
+        (["--name", "a", "--rule", "min_clop=1"], "Did you mean min_clip"),
+        (["--name", "a", "--rule", "scores.beauty.least=1"], r"no score beauty.*clip_score"),
+        (
+            ["--name", "a", "--rule", "caps=[{attributes: [tone], most: 1}]"],
+            r"no sample has an attribute tone.*subject",
+        ),
+        (["--rule", "best=4"], "--rule is for a selection with a --name"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            run("select", dataset, "--recipe", recipe, *words)
+    recipe.write_text(recipe.read_text().replace("trainer:", "  views: {a: {min_clip: 3}}\ntrainer:"))
+    with pytest.raises(RecipeError, match=r"views\.a\.min_clip"):
+        run("select", dataset, "--recipe", recipe)
 
 
 def test_the_recipe_of_the_run_is_the_default(dataset: Path) -> None:

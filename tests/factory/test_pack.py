@@ -2,12 +2,16 @@ import hashlib
 import io
 import random
 import tarfile
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from cluster.errors import CorruptShard
-from factory.pack import MANIFEST, Sample, pack, read_shard, verify
+from cluster.storage import publish_bytes
+from factory.pack import MANIFEST, Sample, find_damage, pack, read_shard, shard_bytes, verify
 
 
 def some(count: int) -> list[Sample]:
@@ -112,3 +116,53 @@ def test_bad_samples_are_refused_before_anything_is_written(tmp_path, change, wo
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="twice"):
         pack([good, good], tmp_path)
+
+
+def rewritten(folder, change) -> None:
+    """The manifest with changed rows, as valid Parquet."""
+    rows = pq.read_table(folder / MANIFEST).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), folder / MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows[3].update(prompt="another"), "another prompt"),
+        (lambda rows: rows[3].update(picture_kind="jpg"), "another prompt or kind"),
+        (lambda rows: rows[3].update(sample_sha256="0" * 64), "another checksum"),
+        (lambda rows: rows[3].update(shard_sha256="0" * 64), "wrong checksum though its samples are whole"),
+        (lambda rows: rows[3].update(shard="shard-000000.tar"), "stands out of order|not in manifest|lacks sample"),
+        (lambda rows: rows[3].update(shard="../shard-000000.tar"), "no data set of ours has"),
+        (lambda rows: rows[3].update(prompt=None), "has no prompt"),
+        (lambda rows: rows[3].update(id="f" * 64), "stands out of order|lacks sample|not in manifest"),
+        (lambda rows: rows.insert(3, rows[3]), "is there twice"),
+        (lambda rows: rows.append({**rows[3], "shard": "shard-000002.tar"}), "stands out of order"),
+        (lambda rows: rows.pop(3), "not in manifest"),
+    ],
+)
+def test_every_wrong_row_of_the_manifest_is_found(tmp_path, change, told) -> None:
+    pack(some(9), tmp_path, samples_per_shard=3)
+    rewritten(tmp_path, change)
+    with pytest.raises(CorruptShard, match=told):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_doubled_key_in_a_shard_is_found_though_every_checksum_fits(tmp_path, beside) -> None:
+    samples = sorted(some(4), key=lambda sample: sample.id)
+    pack(samples, tmp_path)
+    doubled = [samples[0], samples[0], *samples[1:]] if beside else [*samples, samples[0]]
+    digest = publish_bytes(tmp_path / "shard-000000.tar", shard_bytes(doubled))
+    rewritten(tmp_path, lambda rows: [row.update(shard_sha256=digest) for row in rows])
+    with pytest.raises(CorruptShard, match=r"twice|doubled"):
+        verify(tmp_path)
+
+
+def test_everything_that_is_wrong_is_listed(tmp_path) -> None:
+    pack(some(12), tmp_path, samples_per_shard=3)
+    (tmp_path / "shard-000000.tar").unlink()
+    (tmp_path / "shard-000002.tar").write_bytes(b"x" * 700)
+    (tmp_path / "shard-000007.tar").write_bytes(b"")
+    found = sorted(Path(error.where).name for error in find_damage(tmp_path))
+    assert found == ["shard-000000.tar", "shard-000002.tar", "shard-000007.tar"]

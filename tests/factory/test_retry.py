@@ -19,7 +19,7 @@ from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
 from factory.ledger import commit_unit, planned_units, read_entries
 from factory.make import make as factory_make
-from factory.plan import _SCHEMA, PLAN, table_bytes
+from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.retry import reopen_dead
 
 UNIT_IMAGES = 8
@@ -34,7 +34,7 @@ def planned(tmp_path: Path) -> Path:
         | ({"outcome": DEAD, "reason": "plan: bad"} if i == 20 else {"outcome": PENDING, "reason": ""})
         for i in range(24)
     ]
-    publish_bytes(data / PLAN, table_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
+    publish_bytes(data / PLAN, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
     return data
 
 

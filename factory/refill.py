@@ -1,0 +1,149 @@
+"""The loop from select back to plan: prompts for combinations of attributes of which too few were kept.
+
+A refill is one more plan beside the first (`plan-refill-0001.parquet`, ...): its samples go into work units of their own, so what is in
+the ledger stays as it is, and the next `make` makes what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from cluster.errors import EdgeFusionError, RecipeError
+from cluster.recipe import Settings, build_recipe
+from cluster.stage import DEAD
+from cluster.storage import publish_bytes
+from factory.ledger import REFILLS, plan_files, read_table
+from factory.models.text import PromptWriter, open_writer
+from factory.pack import MANIFEST
+from factory.plan import (
+    PART_PROMPTS,
+    PLAN_SCHEMA,
+    Group,
+    Progress,
+    Taxonomy,
+    balanced,
+    enumerate_samples,
+    load_taxonomy,
+    table_bytes,
+    write_checked,
+)
+from factory.recipe import FactoryRecipe
+from factory.retry import refuse_if_built
+
+_LIST = b"refill_list_sha256"
+
+
+class Lacking(Settings):
+    """A line of the refill list that select writes (refill.jsonl)."""
+
+    group: str = Field(description="group of the taxonomy")
+    attributes: dict[str, str] = Field(description="the combination; the group's other attributes are drawn evenly")
+    lacking: int = Field(default=0, ge=0, description="samples that lack; told, not used")
+    plan: int = Field(ge=1, le=10_000_000, description="samples to plan")
+
+
+def plan_refill(
+    recipe: FactoryRecipe, seed: int, folder: Path, listed: Path, progress: Progress = lambda n: None
+) -> tuple[Path, int]:
+    """Plan what the refill list `listed` asks for; returns the new plan and its number of samples. A killed one goes on.
+
+    The manifest goes, for the data set is unfinished until the next run of the recipe. Raises RecipeError for a list that does not fit the
+    taxonomy, EdgeFusionError if this very list was planned before, LedgerConflict if something was built on the data set.
+    """
+    if recipe.plan.kind != "written":
+        raise RecipeError("factory.plan takes pictures in, so no prompt can fill what lacks", remedy="Add sources")
+    data = _read(listed)
+    mark = hashlib.sha256(data).hexdigest()
+    plans = plan_files(folder)
+    for path in plans[1:]:
+        if (pq.read_schema(path).metadata or {}).get(_LIST) == mark.encode():
+            raise EdgeFusionError(
+                f"was planned before ({path.name})", where=str(listed), remedy="Run the recipe, then select again"
+            )
+    refuse_if_built(folder)
+    records = draw_refill(parse_list(data, listed), load_taxonomy(recipe.plan.taxonomy), recipe, mark)
+    known = set(pa.concat_tables([read_table(path, ["id"]) for path in plans])["id"].to_pylist())
+    # Far from the numbers of earlier prompts, for the seeds of the pictures come from them.
+    offset = max(recipe.plan.prompts, len(known))
+    writer: PromptWriter | None = None
+    parts: list[pa.Table] = []
+    for start in range(0, len(records), PART_PROMPTS):
+        part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
+        some = records[start : start + PART_PROMPTS]
+        if not part.exists():
+            writer = writer or open_writer(recipe.plan.writer)
+            prompts = write_checked(writer, some, recipe.plan.tries, seed + offset + start)
+            rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, offset + start, some, prompts)
+            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
+        parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+        progress(len(some))
+    table = pa.concat_tables(parts)
+    fresh = [not (key in known or known.add(key)) for key in table["id"].to_pylist()]
+    table = table.filter(pa.array(fresh)).replace_schema_metadata({_LIST: mark})
+    final = folder / REFILLS.replace("*", f"{len(plans):04d}")
+    # The manifest goes first: a data set without one is unfinished, whatever else happens.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    publish_bytes(final, table_bytes(table))
+    return final, sum(outcome != DEAD for outcome in table["outcome"].to_pylist())
+
+
+def parse_list(data: bytes, where: Path) -> list[Lacking]:
+    """The rows of a refill list, one JSON object a line; raises RecipeError that names the first bad line."""
+    found: list[Lacking] = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            tree = None
+        if not isinstance(tree, dict):
+            raise RecipeError(f"line {number} is no JSON object", where=str(where), remedy="Mend or delete that line")
+        found.append(build_recipe(Lacking, tree, f"{where} line {number}"))
+    if not found:
+        raise RecipeError("lists nothing", where=str(where), remedy="Nothing lacks, so nothing is to be planned")
+    return found
+
+
+def draw_refill(
+    rows: list[Lacking], taxonomy: Taxonomy, recipe: FactoryRecipe, mark: str
+) -> list[tuple[Group, dict[str, str]]]:
+    """Attribute records for every row; raises RecipeError for a group, attribute or value that the taxonomy does not have."""
+    assert recipe.plan.kind == "written"
+    groups = {group.name: group for group in taxonomy.groups}
+    found: list[tuple[Group, dict[str, str]]] = []
+    for number, row in enumerate(rows):
+        group = groups.get(row.group)
+        if group is None:
+            raise RecipeError(f"the taxonomy has no group {row.group}", remedy=f"There are: {', '.join(groups)}")
+        for name, value in row.attributes.items():
+            if value not in group.attributes.get(name, []):
+                raise RecipeError(
+                    f"group {group.name} of the taxonomy has no {name} that is {value}",
+                    remedy="Correct the list or the taxonomy",
+                )
+        count = -(-row.plan // recipe.plan.images_per_prompt)
+        columns = {
+            name: [row.attributes[name]] * count
+            if name in row.attributes
+            else balanced(values, count, random.Random(f"{mark}/{number}/{name}"))
+            for name, values in group.attributes.items()
+        }
+        found += [(group, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EdgeFusionError(
+            f"cannot be read ({error.strerror})", where=str(path), remedy="Give the refill.jsonl of a selection"
+        ) from error

@@ -1,0 +1,124 @@
+"""A damaged data set made whole from its ledger: the same bytes, for shards are a function of ledger, rules and decisions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.recipe import build_recipe
+from cluster.storage import digest_file, publish_bytes
+from factory.card import CARD, CROISSANT, GRID, write_card
+from factory.ledger import plan_units, read_entry, read_pictures
+from factory.make import packed_samples, select_and_pack
+from factory.pack import MANIFEST, find_damage, read_manifest, shard_bytes
+from factory.recipe import FactoryRecipe, SelectRecipe
+from factory.select import KEPT, SELECTION, SUMMARY
+from factory.views import MAIN, VIEWS, view_folder, view_rules
+
+
+@dataclass
+class Repair:
+    """What was done. Paths are relative to the data set."""
+
+    rebuilt: list[str] = field(default_factory=list)
+    """Files written anew from the ledger."""
+    reopened: list[str] = field(default_factory=list)
+    """Units whose ledger entry or pictures are damaged: their entries are gone and the next run of the recipe makes them anew."""
+
+
+def repair(recipe: FactoryRecipe, folder: Path, title: str) -> Repair:
+    """Mend the data set in `folder` and its views, as far as the ledger can. A whole one is left as it is."""
+    done = Repair()
+    done.reopened = _reopen_damaged(recipe, folder)
+    if done.reopened:
+        return done
+    names = sorted({*recipe.views, *(p.name for p in (folder / VIEWS).glob("*") if p.is_dir())})
+    for name in [*names, MAIN]:  # the main one last: its manifest says that all are done
+        target = view_folder(folder, name)
+        rebuilt = _mend(recipe, folder, target, name)
+        if rebuilt or not all((target / file).exists() for file in (CARD, GRID, CROISSANT)):
+            funnel = json.loads((target / SUMMARY).read_text())["funnel"]
+            write_card(target, recipe, funnel, f"{title}-{name}" if name else title)
+        done.rebuilt += [str((target / file).relative_to(folder)) for file in rebuilt]
+    return done
+
+
+def _reopen_damaged(recipe: FactoryRecipe, folder: Path) -> list[str]:
+    found: list[str] = []
+    for unit, ids in plan_units(folder, recipe.make.unit_images):
+        try:
+            rows = read_entry(folder, unit)
+            if [row["id"] for row in rows] != ids.to_pylist():
+                raise CorruptShard("holds other rows", where=unit)
+            for _ in read_pictures(folder, unit, rows[0]["pictures_sha256"]):
+                pass
+        except CorruptShard:
+            found.append(unit)
+    if found:
+        # The manifest goes first: a data set without one is unfinished, whatever else happens.
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for unit in found:
+        (folder / "ledger" / f"{unit}.parquet").unlink(missing_ok=True)
+    return found
+
+
+def _mend(recipe: FactoryRecipe, folder: Path, target: Path, name: str) -> list[str]:
+    """Files of a selection that were written anew."""
+    broken = [Path(error.where) for error in find_damage(target)]
+    rules = _rules(recipe, target, name)
+    if (
+        rules is not None
+        and target / MANIFEST not in broken
+        and _selection_fits(target)
+        and all(_rebuild(recipe, folder, target, path, rules) for path in broken)
+    ):
+        return [path.name for path in broken]
+    before = _contents(target)
+    select_and_pack(recipe, folder, rules or view_rules(recipe, name), target)
+    return sorted(file for file, data in _contents(target).items() if before.get(file) != data)
+
+
+def _contents(target: Path) -> dict[str, str]:
+    """Digests of the files that select and pack write."""
+    files = [*target.glob("shard-*.tar"), target / MANIFEST, target / SELECTION, target / SUMMARY]
+    return {path.name: digest_file(path) for path in files if path.exists()}
+
+
+def _rules(recipe: FactoryRecipe, target: Path, name: str) -> SelectRecipe | None:
+    """The rules that the selection was made by, which may have come from the command line; None if it does not say."""
+    try:
+        return build_recipe(SelectRecipe, json.loads((target / SUMMARY).read_text())["rules"], str(target / SUMMARY))
+    except (OSError, ValueError, KeyError, TypeError, EdgeFusionError):
+        return None
+
+
+def _selection_fits(target: Path) -> bool:
+    """The selection can be read and keeps what the manifest lists."""
+    try:
+        table = pq.read_table(target / SELECTION, columns=["id", "outcome"])
+        rows = read_manifest(target)
+    except (pa.ArrowInvalid, OSError, CorruptShard):
+        return False
+    pairs = zip(table["id"].to_pylist(), table["outcome"].to_pylist(), strict=True)
+    return sorted(key for key, outcome in pairs if outcome == KEPT) == [row["id"] for row in rows]
+
+
+def _rebuild(recipe: FactoryRecipe, folder: Path, target: Path, shard: Path, rules: SelectRecipe) -> bool:
+    """Write one shard anew, or remove it if the manifest does not know it; False if it would not be what the manifest says."""
+    listed = [row for row in read_manifest(target) if row["shard"] == shard.name]
+    if not listed:
+        shard.unlink(missing_ok=True)
+        return True
+    wanted = {row["id"] for row in listed}
+    samples = sorted(packed_samples(recipe, folder, wanted, rules.people != "ignore"), key=lambda sample: sample.id)
+    data = shard_bytes(samples)
+    if hashlib.sha256(data).hexdigest() != listed[0]["shard_sha256"]:
+        return False
+    publish_bytes(shard, data)
+    return True

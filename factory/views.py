@@ -1,0 +1,72 @@
+"""Several selections of one ledger side by side: `dataset/views/NAME` is a data set like `dataset` itself, by other rules.
+
+A view takes its rules from `factory.views.NAME` in the recipe, which says what differs from `factory.select`, or from the command line.
+The ledger and the pictures are shared; only shards, manifest, selection and card are a view's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CorruptShard, RecipeError
+from cluster.recipe import build_recipe, override
+from factory.card import write_card
+from factory.make import select_and_pack
+from factory.pack import MANIFEST
+from factory.recipe import VIEW_NAME, FactoryRecipe, SelectRecipe
+from factory.select import SUMMARY
+
+VIEWS = "views"
+MAIN = ""
+"""Name of the selection in the data set folder itself."""
+
+
+def view_folder(folder: Path, name: str) -> Path:
+    """Where a selection of the data set in `folder` lies. Raises RecipeError for what is no name."""
+    if name and not re.fullmatch(VIEW_NAME, name):
+        raise RecipeError(
+            f"{name!r} is no name of a selection", remedy="Use up to 40 lower-case letters, digits and dashes"
+        )
+    return folder / VIEWS / name if name else folder
+
+
+def view_rules(recipe: FactoryRecipe, name: str, changes: Sequence[str] = ()) -> SelectRecipe:
+    """The recipe's rules of a selection, those of `select` if it has none of that name, and `changes` (each key=value)."""
+    tree = (recipe.view(name) if name in recipe.views else recipe.select).model_dump(mode="json")
+    for change in changes:
+        override(tree, change, "--rule")
+    return build_recipe(SelectRecipe, tree, f"selection {name}" if name else "factory.select")
+
+
+def pack_view(
+    recipe: FactoryRecipe, folder: Path, name: str, title: str, changes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Select by the rules of `name`, pack into the view's folder and write its card; returns the funnel. The manifest comes last but one."""
+    target, rules = view_folder(folder, name), view_rules(recipe, name, changes)
+    funnel = select_and_pack(recipe, folder, rules, target)
+    write_card(target, recipe, funnel, f"{title}-{name}" if name else title)
+    return funnel
+
+
+def pack_all(recipe: FactoryRecipe, folder: Path, title: str) -> dict[str, Any]:
+    """Every selection of the recipe, the main one last, so that its manifest vouches for all; returns the main funnel."""
+    for name in recipe.views:
+        pack_view(recipe, folder, name, title)
+    return pack_view(recipe, folder, MAIN, title)
+
+
+def list_views(folder: Path) -> dict[str, dict[str, Any]]:
+    """The summaries of what is packed, by name (empty for the main selection). Raises CorruptShard."""
+    found: dict[str, dict[str, Any]] = {}
+    for place in [folder, *sorted(p for p in (folder / VIEWS).glob("*") if p.is_dir())]:
+        if not (place / MANIFEST).exists() or not (place / SUMMARY).exists():
+            continue
+        try:
+            found[place.name if place != folder else MAIN] = json.loads((place / SUMMARY).read_text())
+        except ValueError:
+            raise CorruptShard("cannot be read", where=str(place / SUMMARY), remedy="Select again") from None
+    return found
