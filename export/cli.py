@@ -34,6 +34,29 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
     Console().print(table)
 
 
+@app.command()
+def student(
+    model: Annotated[str, typer.Argument(help="a student folder, or zoo:NAME")] = "zoo:student-fewstep",
+    out: Annotated[Path, typer.Option(help="folder of the bundles; finished ones are left alone")] = Path("bundles"),
+    prompts: Annotated[Path | None, typer.Option(help="text file, a prompt a line, to calibrate and prove on")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a key of the recipe's export part: --set steps=4 (repeatable)")
+    ] = None,
+) -> None:
+    """Build and prove bundles of a finished student, without a run."""
+    from cluster.recipe import load_recipe
+    from export.bundle import export_student
+    from export.prompts import read_prompts
+    from export.recipe import ExportRecipe
+    from factory.models import quiet, resolve
+
+    recipe = load_recipe(ExportRecipe, None, overrides or [])
+    quiet()
+    export_student(Path(resolve(model)), read_prompts(prompts), recipe, out, typer.echo)
+    for target in recipe.targets:
+        typer.echo(f"built {out / target}")
+
+
 @app.command("try")
 def try_build(
     folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
