@@ -21,7 +21,7 @@ from export import parity
 from export.graph import Graph, graphs_of, to_onnx
 from export.noise import GENERATOR
 from export.profile import load_profile
-from export.proof import broken_files, write_reference, write_sample, write_sums
+from export.proof import BUNDLE, broken_files, write_reference, write_sample, write_sums
 from export.quantise import compress_openvino, quantise_onnx, to_openvino
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, OPENERS, Build, scheduler_constants
@@ -32,7 +32,6 @@ from export.tiling import check_tiles
 from trainer.loop import open_pipeline
 from trainer.sample import contact_sheet
 
-BUNDLE = "bundle.json"
 _SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 _SUPPORTED = {"onnx": ("fp32", "w8a16"), "openvino": ("fp32", "w8")}
 

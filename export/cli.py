@@ -66,19 +66,30 @@ def try_build(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw a picture with a build, through its own runtime and without PyTorch."""
-    import numpy as np
     from PIL import Image
-    from transformers import CLIPTokenizer
 
     from export.bundle import open_bundle
+    from export.words import tokenize
 
-    build, _ = open_bundle(folder, precision)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=tokenizer.model_max_length)[
-        "input_ids"
-    ]
-    Image.fromarray(build.picture(np.array(tokens, dtype=np.int64), seed)).save(out)
+    build, facts = open_bundle(folder, precision)
+    Image.fromarray(build.picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed)).save(out)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="an onnx bundle: OUT/export/onnx")],
+    out: Annotated[Path, typer.Option(help="folder to write; serve it by any web server")] = Path("demo"),
+    precision: Annotated[str, typer.Option(help="which build: fp32, w8a16, ...")] = "fp32",
+    ort_web: Annotated[
+        Path | None, typer.Option("--ort-web", help="onnxruntime-web as npm packs it, where there is no network")
+    ] = None,
+) -> None:
+    """A page that draws pictures on the visitor's own device, by WebGPU or WebAssembly; works without the network."""
+    from export.demo import write_demo
+
+    write_demo(folder, out, precision, ort_web)
+    typer.echo(f"wrote {out}. Look: python3 -m http.server --directory {out}, then http://localhost:8000")
 
 
 @app.command()

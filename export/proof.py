@@ -6,6 +6,7 @@ pictures N H W 3 of the judged prompts; picture i has seed i. `SHA256SUMS` lists
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.errors import CorruptShard
 from cluster.storage import digest_file
 from export.runtime import GRAPHS, Call
 
+BUNDLE = "bundle.json"
 REFERENCE = "reference.npz"
 SUMS = "SHA256SUMS"
 SAMPLE = "sample.py"
@@ -64,7 +66,7 @@ def write_sums(place: Path) -> None:
 
 
 def broken_files(place: Path) -> list[str]:
-    """What SUMS and the folder disagree about, in words; empty for a sound bundle. Raises CorruptShard without SUMS."""
+    """What SUMS and the bundle disagree about, in words; empty for a sound bundle. Raises CorruptShard without SUMS."""
     try:
         lines = (place / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -82,6 +84,9 @@ def broken_files(place: Path) -> list[str]:
             found.append(f"{name or line}: is missing")
         elif digest_file(path) != digest:
             found.append(f"{name}: is not what {SUMS} says")
-    there = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file() and p.name != SUMS}
-    found += [f"{name}: is not in {SUMS}" for name in sorted(there - listed)]
-    return found
+    # What people put beside (pictures that sample.py drew) is nobody's harm; what the bundle is made of must be listed.
+    try:
+        needed = {BUNDLE, *json.loads((place / BUNDLE).read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        needed = {BUNDLE}
+    return found + [f"{name}: is not in {SUMS}" for name in sorted(needed - listed)]
