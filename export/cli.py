@@ -77,6 +77,31 @@ def try_build(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
+    build: Annotated[list[str] | None, typer.Option(help="only this build (repeatable)")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="pictures to compare; default: all stored ones")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs after one warm-up")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write what was found to this file")] = None,
+) -> None:
+    """Repeat a bundle's proof from the bundle alone. Exit code 4: a damaged file; 6: a gate is missed; 0: all hold."""
+    import json
+
+    from cluster.storage import publish_bytes
+    from export.verify import raise_failed, verify_bundle
+    from export.verify_view import gates_table, speed_table
+
+    found = verify_bundle(folder, build or (), prompts, runs, threads, lambda what: typer.echo(what, err=True))
+    if json_file is not None:
+        publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
+    if found["builds"]:
+        Console().print(gates_table(found), speed_table(found))
+    raise_failed(found)
+    typer.echo(f"{folder}: every file and every gate holds")
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="an onnx bundle: OUT/export/onnx")],
     out: Annotated[Path, typer.Option(help="folder to write; serve it by any web server")] = Path("demo"),

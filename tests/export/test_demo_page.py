@@ -107,7 +107,8 @@ def script(browser: webdriver.Chrome, code: str, *more: Any) -> Any:
 def draw(browser: webdriver.Chrome, prompt: str, seed: int) -> np.ndarray:
     """By the page's own form; H W 3 from its canvas."""
     before = script(browser, "return document.querySelectorAll('#drawn canvas').length")
-    fill = "prompt.value = arguments[0]; seed.value = arguments[1]; fresh.checked = false; form.requestSubmit()"
+    fill = """const at = (id) => document.getElementById(id);
+    at('prompt').value = arguments[0]; at('seed').value = arguments[1]; at('fresh').checked = false; at('form').requestSubmit()"""
     script(browser, fill, prompt, seed)
     count = "return document.querySelectorAll('#drawn canvas').length"
     until(lambda: trouble(browser) or script(browser, count) > before, "the picture")
@@ -143,13 +144,14 @@ def test_same_prompt_and_seed_give_pythons_picture(browser: webdriver.Chrome, ur
     assert script(browser, "return document.querySelectorAll('#timings tr').length") == 5
     script(browser, "document.getElementById('prove').click()")
     assert until(lambda: script(browser, "return Number(document.body.dataset.least ?? 0)"), "the proof") >= 35
-    assert "Yes" in script(browser, "return verdict.textContent")
+    assert "Yes" in script(browser, "return document.getElementById('verdict').textContent")
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
     loaded = script(browser, "return performance.getEntriesByType('resource').map((one) => one.name)")
     assert loaded and all(name.startswith((url, "data:", "blob:")) for name in loaded)
 
 
+@pytest.mark.timeout(900)  # a GPU played by the CPU
 def test_webgpu_draws_pythons_picture(url: str, student_bundles: Path) -> None:
     with open_browser(*WEBGPU) as chrome:
         chrome.set_script_timeout(120)
