@@ -102,6 +102,21 @@ def verify(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="bundle folders: OUT/export/onnx OUT/export/openvino ...")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("compare.html"),
+    prompts: Annotated[int, typer.Option(min=1, help="prompts whose pictures are shown")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs after one warm-up")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+) -> None:
+    """One page with bundles side by side: pictures, quality, size, latency, memory, all measured anew."""
+    from export.compare import write_compare
+
+    write_compare(folders, out, prompts, runs, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="an onnx bundle: OUT/export/onnx")],
     out: Annotated[Path, typer.Option(help="folder to write; serve it by any web server")] = Path("demo"),

@@ -66,6 +66,10 @@ def verify_bundle(
             f"there is no {missing[0]} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
         )
     target = found["target"] = facts["target"]
+    if target not in OPENERS:
+        raise EdgeFusionError(
+            f"no {target} bundle runs on this machine", where=str(folder), remedy=f"Verified here: {', '.join(OPENERS)}"
+        )
     library = "onnxruntime" if target == "onnx" else target
     found["measured_on"] = f"{platform.machine()} CPU, {threads} threads, {library} {metadata.version(library)}"
     found["built_with"] = facts["runtime"]
