@@ -6,16 +6,16 @@ let facts = null;
 let asked = 0;
 const worker = new Worker("./worker.js", { type: "module" });
 
-/** A picture from the worker: {pixels, width, height, timings}. */
-function draw(prompt, seed) {
+/** A picture from the worker: {pixels, width, height, timings}. `where` is the element that tells of the steps. */
+function draw(prompt, seed, where) {
   const id = ++asked;
   worker.postMessage({ kind: "draw", id, prompt, seed });
-  return new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
+  return new Promise((resolve, reject) => waiting.set(id, { resolve, reject, where }));
 }
 
 worker.onmessage = ({ data }) => {
   if (data.kind === "progress") progress(data.what, data.share);
-  if (data.kind === "step") at("caption").textContent = `step ${data.done} of ${data.steps}`;
+  if (data.kind === "step") waiting.get(data.id).where.textContent = `step ${data.done} of ${data.steps}`;
   if (data.kind === "ready") ready(data);
   if (data.kind === "picture") settle(data.id, (one) => one.resolve(data));
   if (data.kind === "error") {
@@ -99,7 +99,7 @@ at("form").onsubmit = async (event) => {
   busy(true);
   at("trouble").hidden = true;
   try {
-    const picture = await draw(prompt, seed);
+    const picture = await draw(prompt, seed, at("caption"));
     const label = `${prompt} (seed ${seed})`;
     paint(at("picture"), picture, label);
     at("caption").textContent = label;
@@ -129,8 +129,8 @@ at("prove").onclick = async () => {
   const found = [];
   try {
     for (const [i, one] of facts.references.entries()) {
-      const picture = await draw(one.prompt, one.seed);
       const figure = at("pairs").children[i];
+      const picture = await draw(one.prompt, one.seed, figure.querySelector("figcaption"));
       const wanted = new OffscreenCanvas(picture.width, picture.height).getContext("2d");
       wanted.drawImage(figure.querySelector("img"), 0, 0);
       found.push(psnr(picture.pixels, wanted.getImageData(0, 0, picture.width, picture.height).data));

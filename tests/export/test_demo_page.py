@@ -145,6 +145,10 @@ def test_same_prompt_and_seed_give_pythons_picture(browser: webdriver.Chrome, ur
     script(browser, "document.getElementById('prove').click()")
     assert until(lambda: script(browser, "return Number(document.body.dataset.least ?? 0)"), "the proof") >= 35
     assert "Yes" in script(browser, "return document.getElementById('verdict').textContent")
+    assert (
+        script(browser, "return document.getElementById('caption').textContent")
+        == f"a flat icon of a fox (seed {2**40 + 3})"
+    )
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
     loaded = script(browser, "return performance.getEntriesByType('resource').map((one) => one.name)")
