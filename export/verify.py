@@ -71,7 +71,10 @@ def verify_bundle(
             f"no {target} bundle runs on this machine", where=str(folder), remedy=f"Verified here: {', '.join(OPENERS)}"
         )
     library = "onnxruntime" if target == "onnx" else target
-    found["measured_on"] = f"{platform.machine()} CPU, {threads} threads, {library} {metadata.version(library)}"
+    found["measured_on"] = (
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {library} {metadata.version(library)}"
+    )
+    found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)
     judged = _judged(folder, facts, reference, prompts or len(reference["pictures"]), threads)
@@ -109,6 +112,12 @@ def _judged(folder: Path, facts: dict[str, Any], reference: dict[str, np.ndarray
     more = [build.picture(tokens[i], i) for i in range(len(pictures), count)]
     source = f"PyTorch fp32 for {len(pictures)}, stored in the bundle; its own fp32 build for {len(more)}"
     return Judged(tokens, pictures + more, source)
+
+
+def _busy() -> str:
+    """A warning where other work holds the cores, for it makes every time too long; empty where none does."""
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores when measuring began: the times are too long" if load > cores else ""
 
 
 def _open(folder: Path, facts: dict[str, Any], name: str, threads: int) -> Build:

@@ -43,7 +43,7 @@ def speed_table(found: dict[str, Any]) -> Table:
         "cold start s",
         "peak MiB",
         "size MiB",
-        title=f"measured on {found['measured_on']}",
+        title=". ".join(filter(None, [f"measured on {found['measured_on']}", found["busy"]])),
     )
     for name, build in found["builds"].items():
         if "cold" not in build:
