@@ -18,11 +18,13 @@ import numpy as np
 from cluster.errors import CorruptShard, EdgeFusionError, ParityError
 from cluster.storage import digest_file, publish_folder
 from export import parity
-from export.graph import GRAPHS, Graph, graphs_of, to_onnx
+from export.graph import Graph, graphs_of, to_onnx
+from export.noise import GENERATOR
 from export.profile import load_profile
+from export.proof import BUNDLE, broken_files, write_reference, write_sample, write_sums
 from export.quantise import compress_openvino, quantise_onnx, to_openvino
 from export.recipe import ExportRecipe, Target
-from export.runtime import OPENERS, Build, scheduler_constants
+from export.runtime import GRAPHS, OPENERS, Build, scheduler_constants
 from export.solve import Plan
 from export.targets.judge import compile_plan
 from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_facts
@@ -30,7 +32,6 @@ from export.tiling import check_tiles
 from trainer.loop import open_pipeline
 from trainer.sample import contact_sheet
 
-BUNDLE = "bundle.json"
 _SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 _SUPPORTED = {"onnx": ("fp32", "w8a16"), "openvino": ("fp32", "w8")}
 
@@ -52,9 +53,8 @@ def export_student(
     scheduler = scheduler_constants(pipeline, recipe.steps)
     shape = tuple(graphs[1].inputs["latent"].shape)
     reference = Build(parity.torch_calls(graphs), scheduler, shape)
-    tokens = _tokenize(
-        pipeline, [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
-    )
+    lines = [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
+    tokens = _tokenize(pipeline, lines)
     calibration: list[dict[str, np.ndarray]] = []
     for i, row in enumerate(tokens[: recipe.calibration_prompts]):
         reference.denoise(row, 1000 + i, calibration.append)
@@ -87,6 +87,7 @@ def export_student(
                 reference,
                 calibration,
                 judged,
+                lines[recipe.calibration_prompts :],
                 wanted,
                 torch_ms,
                 recipe,
@@ -104,9 +105,8 @@ def open_bundle(folder: Path, precision: str, threads: int = 2) -> tuple[Build, 
         raise EdgeFusionError(
             f"there is no {precision} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
         )
-    for name, digest in facts["files"].items():
-        if not (folder / name).exists() or digest_file(folder / name) != digest:
-            raise CorruptShard("is not what bundle.json says", where=str(folder / name), remedy="Export again")
+    if broken := broken_files(folder):
+        raise CorruptShard("; ".join(broken), where=str(folder), remedy="Export again")
     calls = OPENERS[facts["target"]](folder, facts["builds"][precision]["graphs"], threads)
     return Build(calls, facts["scheduler"], facts["latent_shape"]), facts
 
@@ -130,6 +130,7 @@ def _build_target(
     reference: Build,
     calibration: Sequence[dict[str, np.ndarray]],
     judged: Sequence[np.ndarray],
+    prompts: Sequence[str],
     wanted: Sequence[np.ndarray],
     torch_ms: dict[str, float],
     recipe: ExportRecipe,
@@ -152,7 +153,7 @@ def _build_target(
             "graph_snr_db": parity.graph_parity(reference.calls, build.calls, _arrays(graphs)),
             **parity.picture_parity(wanted, pictures),
         }
-        missed = parity.failures(precision, proof, pictures, recipe)
+        missed = parity.failures(precision, proof, pictures, recipe.gates)
         if missed:
             raise ParityError(
                 f"the {precision}{variant} build is too far from full precision: {'; '.join(missed)}",
@@ -173,6 +174,8 @@ def _build_target(
 
     Image.fromarray(contact_sheet(sheet)).save(place / "parity.png")
     pipeline.tokenizer.save_pretrained(place / "tokenizer")
+    write_reference(place, reference.calls, _arrays(graphs), judged, wanted)
+    write_sample(place, target)
     facts = {
         "target": target,
         "runtime": f"{'onnxruntime' if target == 'onnx' else 'openvino'} {metadata.version('onnxruntime' if target == 'onnx' else 'openvino')}",
@@ -180,6 +183,10 @@ def _build_target(
         "steps": recipe.steps,
         "latent_shape": list(reference.shape),
         "scheduler": reference.scheduler,
+        "noise": GENERATOR,
+        "tokenizer": {"length": pipeline.tokenizer.model_max_length, "pad": pipeline.tokenizer.pad_token_id},
+        "prompts": list(prompts),
+        "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": torch_ms,
         "tiling": None if plan is None else {"profile": plan.profile, "blocks_tiled": len(plan.tiled)},
         "builds": builds,
@@ -190,6 +197,7 @@ def _build_target(
         },
     }
     (place / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n")
+    write_sums(place)
 
 
 def _lower(

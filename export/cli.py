@@ -34,6 +34,29 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
     Console().print(table)
 
 
+@app.command()
+def student(
+    model: Annotated[str, typer.Argument(help="a student folder, or zoo:NAME")] = "zoo:student-fewstep",
+    out: Annotated[Path, typer.Option(help="folder of the bundles; finished ones are left alone")] = Path("bundles"),
+    prompts: Annotated[Path | None, typer.Option(help="text file, a prompt a line, to calibrate and prove on")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a key of the recipe's export part: --set steps=4 (repeatable)")
+    ] = None,
+) -> None:
+    """Build and prove bundles of a finished student, without a run."""
+    from cluster.recipe import load_recipe
+    from export.bundle import export_student
+    from export.prompts import read_prompts
+    from export.recipe import ExportRecipe
+    from factory.models import quiet, resolve
+
+    recipe = load_recipe(ExportRecipe, None, overrides or [])
+    quiet()
+    export_student(Path(resolve(model)), read_prompts(prompts), recipe, out, typer.echo)
+    for target in recipe.targets:
+        typer.echo(f"built {out / target}")
+
+
 @app.command("try")
 def try_build(
     folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
@@ -43,19 +66,70 @@ def try_build(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw a picture with a build, through its own runtime and without PyTorch."""
-    import numpy as np
     from PIL import Image
-    from transformers import CLIPTokenizer
 
     from export.bundle import open_bundle
+    from export.words import tokenize
 
-    build, _ = open_bundle(folder, precision)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=tokenizer.model_max_length)[
-        "input_ids"
-    ]
-    Image.fromarray(build.picture(np.array(tokens, dtype=np.int64), seed)).save(out)
+    build, facts = open_bundle(folder, precision)
+    Image.fromarray(build.picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed)).save(out)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
+    build: Annotated[list[str] | None, typer.Option(help="only this build (repeatable)")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="pictures to compare; default: all stored ones")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs after one warm-up")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write what was found to this file")] = None,
+) -> None:
+    """Repeat a bundle's proof from the bundle alone. Exit code 4: a damaged file; 6: a gate is missed; 0: all hold."""
+    import json
+
+    from cluster.storage import publish_bytes
+    from export.verify import raise_failed, verify_bundle
+    from export.verify_view import gates_table, speed_table
+
+    found = verify_bundle(folder, build or (), prompts, runs, threads, lambda what: typer.echo(what, err=True))
+    if json_file is not None:
+        publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
+    if found["builds"]:
+        Console().print(gates_table(found), speed_table(found))
+    raise_failed(found)
+    typer.echo(f"{folder}: every file and every gate holds")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="bundle folders: OUT/export/onnx OUT/export/openvino ...")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("compare.html"),
+    prompts: Annotated[int, typer.Option(min=1, help="prompts whose pictures are shown")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs after one warm-up")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+) -> None:
+    """One page with bundles side by side: pictures, quality, size, latency, memory, all measured anew."""
+    from export.compare import write_compare
+
+    write_compare(folders, out, prompts, runs, threads, lambda what: typer.echo(what, err=True))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="an onnx bundle: OUT/export/onnx")],
+    out: Annotated[Path, typer.Option(help="folder to write; serve it by any web server")] = Path("demo"),
+    precision: Annotated[str, typer.Option(help="which build: fp32, w8a16, ...")] = "fp32",
+    ort_web: Annotated[
+        Path | None, typer.Option("--ort-web", help="onnxruntime-web as npm packs it, where there is no network")
+    ] = None,
+) -> None:
+    """A page that draws pictures on the visitor's own device, by WebGPU or WebAssembly; works without the network."""
+    from export.demo import write_demo
+
+    write_demo(folder, out, precision, ort_web)
+    typer.echo(f"wrote {out}. Look: python3 -m http.server --directory {out}, then http://localhost:8000")
 
 
 @app.command()

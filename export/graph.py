@@ -13,8 +13,6 @@ from torch import nn
 
 from cluster.errors import StageError
 
-GRAPHS = ("text_encoder", "unet", "vae_decoder")
-
 
 class _TextEncoder(nn.Module):
     """Token ids 1 T (int64) to text states 1 T D."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.graph import GRAPHS, Graph
-from export.recipe import ExportRecipe
-from export.runtime import Build, Call
+from export.graph import Graph
+from export.recipe import GateRecipe
+from export.runtime import GRAPHS, Build, Call
+from export.ssim import ssim
 
 _CEILING_DB = 200.0
 """Stands for `equal`: decibels of no difference are infinite, which JSON cannot hold."""
@@ -51,20 +52,32 @@ def graph_parity(
 
 
 def picture_parity(wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> dict[str, float]:
-    values = [psnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
-    return {"psnr_db_mean": round(float(np.mean(values)), 2), "psnr_db_min": min(values)}
+    """PSNR and SSIM of uint8 pictures: mean and worst."""
+    psnr = [psnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
+    alike = [ssim(a, b) for a, b in zip(wanted, got, strict=True)]
+    return {
+        "psnr_db_mean": round(float(np.mean(psnr)), 2),
+        "psnr_db_min": min(psnr),
+        "ssim_mean": round(float(np.mean(alike)), 4),
+        "ssim_min": min(alike),
+    }
 
 
-def failures(precision: str, parity: dict[str, Any], pictures: Sequence[np.ndarray], recipe: ExportRecipe) -> list[str]:
+def is_blank(picture: np.ndarray) -> bool:
+    """One colour all over, as a broken build draws."""
+    return float(picture.std()) < 1.0
+
+
+def failures(precision: str, parity: dict[str, Any], pictures: Sequence[np.ndarray], gates: GateRecipe) -> list[str]:
     """Which gates a build misses, in words; empty for a build that passes."""
     found: list[str] = []
-    if any(float(picture.std()) < 1.0 for picture in pictures):
+    if any(is_blank(picture) for picture in pictures):
         found.append("a picture is blank")
     if precision == "fp32":
-        low = {name: db for name, db in parity["graph_snr_db"].items() if db < recipe.gates.fp32_snr_db}
-        found += [f"{name}: SNR {db} dB is under {recipe.gates.fp32_snr_db}" for name, db in low.items()]
-    elif parity["psnr_db_mean"] < recipe.gates.quantised_psnr_db:
-        found.append(f"pictures: PSNR {parity['psnr_db_mean']} dB is under {recipe.gates.quantised_psnr_db}")
+        low = {name: db for name, db in parity["graph_snr_db"].items() if not db >= gates.fp32_snr_db}
+        found += [f"{name}: SNR {db} dB is under {gates.fp32_snr_db}" for name, db in low.items()]
+    elif not parity["psnr_db_mean"] >= gates.quantised_psnr_db:
+        found.append(f"pictures: PSNR {parity['psnr_db_mean']} dB is under {gates.quantised_psnr_db}")
     return found
 
 
@@ -72,7 +85,14 @@ def latency_ms(
     build: Build, tokens: np.ndarray, inputs: dict[str, dict[str, np.ndarray]], runs: int
 ) -> dict[str, float]:
     """Median milliseconds of each graph and of a whole picture, after one warm-up, on this machine."""
-    found: dict[str, float] = {}
+    return {name: found["median"] for name, found in latency_spread_ms(build, tokens, inputs, runs).items()}
+
+
+def latency_spread_ms(
+    build: Build, tokens: np.ndarray, inputs: dict[str, dict[str, np.ndarray]], runs: int
+) -> dict[str, dict[str, float]]:
+    """As `latency_ms`, with the 10th and the 90th percentile of the runs: `median`, `low`, `high`."""
+    found: dict[str, dict[str, float]] = {}
     work: dict[str, Any] = {name: lambda n=name: build.calls[n](inputs[n]) for name in GRAPHS}
     work["picture"] = lambda: build.picture(tokens, 0)
     for name, run in work.items():
@@ -81,6 +101,7 @@ def latency_ms(
         for _ in range(runs):
             began = time.perf_counter()
             run()
-            times.append(time.perf_counter() - began)
-        found[name] = round(float(np.median(times)) * 1000, 3)
+            times.append((time.perf_counter() - began) * 1000)
+        low, median, high = (round(float(v), 3) for v in np.percentile(times, [10, 50, 90]))
+        found[name] = {"median": median, "low": low, "high": high}
     return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from cluster.storage import publish_bytes
 from export.bundle import read_bundle
+from export.pages import png_url
 from factory.ledger import planned_units, read_entries, read_pictures
 from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
@@ -61,7 +62,7 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
     def card(row: dict[str, Any]) -> dict[str, Any]:
         return {
-            "picture": _png(decode_picture(pictures[row["id"]])) if row["id"] in pictures else "",
+            "picture": png_url(decode_picture(pictures[row["id"]])) if row["id"] in pictures else "",
             "prompt": row["prompt"],
             "score": row["clip_score"],
             "reason": verdict[row["id"]]["reason"],
@@ -146,12 +147,6 @@ def _plot(draw: Callable[[Any], None]) -> str:
     sink = io.BytesIO()
     figure.savefig(sink, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(sink.getvalue()).decode()
-
-
-def _png(picture: np.ndarray) -> str:
-    from factory.stages import encode_picture
-
-    return "data:image/png;base64," + base64.b64encode(encode_picture(picture, "png")).decode()
 
 
 def _inline(path: Path) -> str:

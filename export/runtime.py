@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from export.graph import GRAPHS
+from cluster.errors import ParityError
+from export.noise import noise
+
+GRAPHS = ("text_encoder", "unet", "vae_decoder")
 
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Named inputs to the graph's one output."""
@@ -55,9 +58,8 @@ class Build:
     ) -> np.ndarray:
         """The final latent for token ids 1 T; `seen` is shown the inputs of each UNet call (for calibration)."""
         text = self.calls["text_encoder"]({"input_ids": tokens})
-        rng = np.random.default_rng(seed)
-        latent = rng.standard_normal(self.shape).astype(np.float32)
-        for row in self.scheduler["steps"]:
+        latent = noise(seed, 0, self.shape)
+        for step, row in enumerate(self.scheduler["steps"], start=1):
             inputs = {"latent": latent, "timestep": np.array([row["t"]], np.float32), "text": text}
             seen(inputs)
             said = self.calls["unet"](inputs)
@@ -67,14 +69,17 @@ class Build:
                 clean = row["alpha"] * latent - row["sigma"] * said
             latent = (row["c_skip"] * latent + row["c_out"] * clean).astype(np.float32)
             if "next_alpha" in row:
-                noise = rng.standard_normal(self.shape).astype(np.float32)
-                latent = row["next_alpha"] * latent + row["next_sigma"] * noise
+                latent = row["next_alpha"] * latent + row["next_sigma"] * noise(seed, step, self.shape)
                 latent = latent.astype(np.float32)
         return latent
 
     def picture(self, tokens: np.ndarray, seed: int) -> np.ndarray:
-        """H x W x 3 uint8."""
+        """H x W x 3 uint8. Raises ParityError for a picture that is not a number."""
         found = self.calls["vae_decoder"]({"latent": self.denoise(tokens, seed)})
+        if not np.isfinite(found).all():
+            raise ParityError(
+                "the build drew a picture that is not a number", remedy="Keep more of it in full precision"
+            )
         return (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
 

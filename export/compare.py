@@ -1,0 +1,150 @@
+"""One page with bundles side by side: the same prompts and seeds, quality, size, latency and memory, all measured anew in one go.
+
+What was measured here, what the CPU only emulates, and what was predicted or estimated for other hardware stand apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import EdgeFusionError
+from cluster.storage import publish_bytes
+from export.bundle import open_bundle, read_bundle
+from export.pages import png_url
+from export.proof import read_reference
+from export.runtime import GRAPHS
+from export.tiled_build import TILED
+from export.verify import raise_failed, verify_bundle
+from export.words import tokenize
+
+EMULATED = ("w8a16",)
+"""Precisions whose integer arithmetic the CPU plays: pictures are true, times say nothing of an NPU."""
+
+
+def write_compare(
+    folders: Sequence[Path],
+    out: Path,
+    prompts: int = 4,
+    runs: int = 7,
+    threads: int = 2,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Path:
+    """Write the page `out`. Raises CorruptShard for a damaged bundle; one that misses a gate is shown as such."""
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise EdgeFusionError("a bundle is named twice", remedy="Name each bundle once")
+    facts = [read_bundle(folder) for folder in folders]
+    labels = _labels(folders)
+    found: list[dict[str, Any]] = []
+    for folder, label in zip(folders, labels, strict=True):
+        one = verify_bundle(
+            folder, runs=runs, threads=threads, progress=lambda what, label=label: progress(f"{label}: {what}")
+        )
+        if one["broken_files"]:
+            raise_failed(one)
+        found.append(one)
+    lines = facts[0]["prompts"][:prompts]
+    references = [read_reference(folder)["pictures"] for folder in folders]
+    rows = [
+        _row(label, name, one, fact)
+        for label, one, fact in zip(labels, found, facts, strict=True)
+        for name in one["builds"]
+    ]
+    slowest = max((sum(ms for _, ms in row["parts"]) for row in rows), default=1)
+    page = (
+        Environment(
+            loader=FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent / "cluster"]),
+            autoescape=select_autoescape(default=True),
+        )
+        .get_template("compare.html.j2")
+        .render(
+            bundles=[dict(one, label=label, facts=fact) for label, one, fact in zip(labels, found, facts, strict=True)],
+            rows=rows,
+            slowest=slowest,
+            graphs=GRAPHS,
+            prompts=lines,
+            columns=_pictures(folders, labels, facts, lines, references[0], threads),
+            forecasts=[row for row in rows if row["forecast"]],
+            same_reference=all(np.array_equal(references[0], one) for one in references),
+        )
+    )
+    publish_bytes(out, page.encode())
+    return out
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart."""
+    if len(folders) == 1:
+        return [folders[0].resolve().name]
+    shared = os.path.commonpath([folder.resolve() for folder in folders])
+    return [folder.resolve().relative_to(shared).as_posix() for folder in folders]
+
+
+def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """One build: what was measured, and apart from it what was forecast."""
+    build, steps = found["builds"][name], facts["steps"]
+    spread = build.get("measured_ms")
+    times = {"text_encoder": 1, "unet": steps, "vae_decoder": 1}
+    return {
+        "label": label,
+        "name": name,
+        "emulated": name.removesuffix(TILED) in EMULATED,
+        "missed": build["missed"],
+        "parity": build.get("parity"),
+        "mib": sum(build["bytes"].values()) / 2**20,
+        "ms": spread,
+        "parts": [(graph, spread[graph]["median"] * count) for graph, count in times.items()] if spread else [],
+        "steps": steps,
+        "cold": build.get("cold"),
+        "forecast": _forecast(facts["builds"][name].get("tiling")),
+    }
+
+
+def _forecast(tiling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Sums over the attention blocks of a tiled build; what was not obtained is None."""
+    if tiling is None:
+        return None
+    estimated = [one for one in (tiling["compiler_estimated"] or {}).values() if isinstance(one["untiled"], dict)]
+    told: dict[str, Any] = {"profile": tiling["profile"], "emulated": tiling["emulated"]}
+    for kind, blocks in (("predicted", list(tiling["predicted"].values())), ("compiler_estimated", estimated)):
+        told[kind] = None
+        if blocks:
+            told[kind] = {
+                when: {
+                    "dram_mb": sum(one[when]["dram_bytes"] for one in blocks) / 1e6,
+                    "ms": sum(one[when]["latency_s"] for one in blocks) * 1e3,
+                }
+                for when in ("untiled", "chosen")
+            }
+    return told
+
+
+def _pictures(
+    folders: Sequence[Path],
+    labels: Sequence[str],
+    facts: Sequence[dict[str, Any]],
+    lines: Sequence[str],
+    wanted: np.ndarray,
+    threads: int,
+) -> list[dict[str, Any]]:
+    """A column a build, and first what full precision draws; prompt i has seed i."""
+    columns: list[dict[str, Any]] = [
+        {
+            "title": "PyTorch fp32",
+            "under": f"stored in {labels[0]}",
+            "pictures": [png_url(p) for p in wanted[: len(lines)]],
+        }
+    ]
+    for folder, label, fact in zip(folders, labels, facts, strict=True):
+        tokens = tokenize(folder, fact["tokenizer"], lines)
+        for name in fact["builds"]:
+            build, _ = open_bundle(folder, name, threads)
+            drawn = [png_url(build.picture(row, seed)) for seed, row in enumerate(tokens)]
+            columns.append({"title": name, "under": label, "pictures": drawn})
+    return columns

@@ -1,0 +1,174 @@
+"""Repeats the proof of a bundle from the bundle alone: digests, signal-to-noise, pictures, blank and NaN check, cold start, latency, memory.
+
+The references are PyTorch's in float32, kept in the bundle. Where more prompts are asked for than it has pictures of, the bundle's own
+fp32 build stands in, and the result says so. Gates are those of the recipe that built it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import CorruptShard, EdgeFusionError, ParityError
+from export import parity
+from export.bundle import read_bundle
+from export.proof import SUMS, broken_files, read_reference, reference_inputs
+from export.recipe import GateRecipe
+from export.runtime import GRAPHS, OPENERS, Build
+from export.tiled_build import TILED
+from export.words import tokenize
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Prompts as token rows 1 T, the pictures that a build should draw of them (picture i: seed i), and who drew those."""
+
+    tokens: list[np.ndarray]
+    pictures: list[np.ndarray]
+    source: str
+
+
+def verify_bundle(
+    folder: Path,
+    builds: Sequence[str] = (),
+    prompts: int | None = None,
+    runs: int = 7,
+    threads: int = 2,
+    progress: Progress = lambda what: None,
+) -> dict[str, Any]:
+    """What was found, as JSON would hold it; `ok` says whether every gate holds. Raises EdgeFusionError for no bundle.
+
+    A file that is not what its digest says ends it there: nothing of a damaged bundle is run.
+    """
+    progress("digests")
+    # Digests first: a bundle.json with a flipped bit may be no JSON any more, and that is damage, not a wrong folder.
+    broken = broken_files(folder) if (folder / SUMS).exists() else []
+    found: dict[str, Any] = {"bundle": str(folder), "ok": False, "broken_files": broken, "builds": {}}
+    if broken:
+        return found
+    facts = read_bundle(folder)
+    broken_files(folder)
+    missing = [name for name in builds if name not in facts["builds"]]
+    if missing:
+        raise EdgeFusionError(
+            f"there is no {missing[0]} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
+        )
+    target = found["target"] = facts["target"]
+    if target not in OPENERS:
+        raise EdgeFusionError(
+            f"no {target} bundle runs on this machine", where=str(folder), remedy=f"Verified here: {', '.join(OPENERS)}"
+        )
+    library = "onnxruntime" if target == "onnx" else target
+    found["measured_on"] = (
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {library} {metadata.version(library)}"
+    )
+    found["busy"] = _busy()
+    found["built_with"] = facts["runtime"]
+    reference = read_reference(folder)
+    judged = _judged(folder, facts, reference, prompts or len(reference["pictures"]), threads)
+    found |= {"prompts": len(judged.pictures), "reference": judged.source}
+    for name in builds or facts["builds"]:
+        progress(f"{name}: gates")
+        found["builds"][name] = _verify_build(folder, facts, name, reference, judged, runs, threads, progress)
+    found["ok"] = all(not build["missed"] for build in found["builds"].values())
+    return found
+
+
+def raise_failed(found: dict[str, Any]) -> None:
+    """The error, with its exit code, of a verification that is not ok."""
+    if found["broken_files"]:
+        raise CorruptShard("; ".join(found["broken_files"]), where=found["bundle"], remedy="Export again")
+    missed = [f"{name}: {what}" for name, build in found["builds"].items() for what in build["missed"]]
+    if missed:
+        raise ParityError("; ".join(missed), where=found["bundle"], remedy="Do not ship it; export again")
+
+
+def _judged(folder: Path, facts: dict[str, Any], reference: dict[str, np.ndarray], count: int, threads: int) -> Judged:
+    pictures = list(reference["pictures"][:count])
+    tokens = [row[None] for row in reference["tokens"][:count]]
+    if count <= len(pictures):
+        return Judged(tokens, pictures, "PyTorch fp32, stored in the bundle")
+    if "fp32" not in facts["builds"]:
+        raise EdgeFusionError(
+            f"holds {len(pictures)} reference pictures and no fp32 build to draw more",
+            where=str(folder),
+            remedy=f"Ask for --prompts {len(pictures)} at most, or export with precision fp32",
+        )
+    lines = [facts["prompts"][i % len(facts["prompts"])] for i in range(count)]
+    tokens = tokenize(folder, facts["tokenizer"], lines)
+    build = _open(folder, facts, "fp32", threads)
+    more = [build.picture(tokens[i], i) for i in range(len(pictures), count)]
+    source = f"PyTorch fp32 for {len(pictures)}, stored in the bundle; its own fp32 build for {len(more)}"
+    return Judged(tokens, pictures + more, source)
+
+
+def _busy() -> str:
+    """A warning where other work holds the cores, for it makes every time too long; empty where none does."""
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores when measuring began: the times are too long" if load > cores else ""
+
+
+def _open(folder: Path, facts: dict[str, Any], name: str, threads: int) -> Build:
+    calls = OPENERS[facts["target"]](folder, facts["builds"][name]["graphs"], threads)
+    return Build(calls, facts["scheduler"], facts["latent_shape"])
+
+
+def _verify_build(
+    folder: Path,
+    facts: dict[str, Any],
+    name: str,
+    reference: dict[str, np.ndarray],
+    judged: Judged,
+    runs: int,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    build = _open(folder, facts, name, threads)
+    inputs = {graph: reference_inputs(reference, graph) for graph in GRAPHS}
+    answers = {graph: build.calls[graph](inputs[graph]) for graph in GRAPHS}
+    missed = [f"{graph}: gives what is not a number" for graph in GRAPHS if not np.isfinite(answers[graph]).all()]
+    told: dict[str, Any] = {"missed": missed, "recorded": facts["builds"][name]["parity"]}
+    told["bytes"] = facts["builds"][name]["bytes"]
+    if missed:
+        return told
+    try:
+        pictures = [build.picture(row, seed) for seed, row in enumerate(judged.tokens)]
+    except ParityError as error:
+        missed.append(error.what)
+        return told
+    told["blank_pictures"] = sum(parity.is_blank(picture) for picture in pictures)
+    told["parity"] = {
+        "graph_snr_db": {graph: parity.snr_db(reference[f"{graph}.out"], answers[graph]) for graph in GRAPHS},
+        **parity.picture_parity(judged.pictures, pictures),
+    }
+    missed += parity.failures(name.removesuffix(TILED), told["parity"], pictures, GateRecipe(**facts["gates"]))
+    progress(f"{name}: latency")
+    told["measured_ms"] = parity.latency_spread_ms(build, judged.tokens[0], inputs, runs)
+    told["cold"] = _cold_start(folder, name, threads)
+    return told
+
+
+def _cold_start(folder: Path, name: str, threads: int) -> dict[str, float]:
+    """`export.probe` in a fresh process; the system's file cache is warm."""
+    home = str(Path(__file__).parent.parent)
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "export.probe", str(folder.resolve()), name, str(threads)]
+    said = subprocess.run(
+        command, capture_output=True, text=True, cwd=home, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    if said.returncode:
+        reason = (said.stderr.strip().splitlines() or ["no word"])[-1]
+        raise EdgeFusionError(f"the {name} build does not start by itself: {reason}", where=str(folder))
+    return json.loads(said.stdout.splitlines()[-1])

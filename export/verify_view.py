@@ -1,0 +1,59 @@
+"""A verification as plain tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from export.runtime import GRAPHS
+
+
+def gates_table(found: dict[str, Any]) -> Table:
+    """Every gate and figure of quality, a row a build."""
+    table = Table(
+        "build",
+        *[f"{graph} SNR dB" for graph in GRAPHS],
+        "PSNR dB mean, min",
+        "SSIM mean, min",
+        "blank",
+        "verdict",
+        title=f"{found['bundle']}: {found['prompts']} prompts against {found['reference']}",
+    )
+    for name, build in found["builds"].items():
+        proof = build.get("parity")
+        cells = ["-"] * 6
+        if proof:
+            cells = [
+                *[f"{proof['graph_snr_db'][graph]:.1f}" for graph in GRAPHS],
+                f"{proof['psnr_db_mean']:.1f}, {proof['psnr_db_min']:.1f}",
+                f"{proof['ssim_mean']:.3f}, {proof['ssim_min']:.3f}",
+                str(build["blank_pictures"]),
+            ]
+        table.add_row(name, *cells, "MISSED: " + "; ".join(build["missed"]) if build["missed"] else "passed")
+    return table
+
+
+def speed_table(found: dict[str, Any]) -> Table:
+    """Measured here: milliseconds as median (10th to 90th percentile), cold start, peak memory, size."""
+    table = Table(
+        "build",
+        *[f"{graph} ms" for graph in GRAPHS],
+        "picture ms",
+        "cold start s",
+        "peak MiB",
+        "size MiB",
+        title=". ".join(filter(None, [f"measured on {found['measured_on']}", found["busy"]])),
+    )
+    for name, build in found["builds"].items():
+        if "cold" not in build:
+            continue
+        spread = [build["measured_ms"][what] for what in (*GRAPHS, "picture")]
+        table.add_row(
+            name,
+            *[f"{one['median']:.1f} ({one['low']:.1f}-{one['high']:.1f})" for one in spread],
+            f"{build['cold']['cold_start_s']:.2f}",
+            f"{build['cold']['peak_memory_bytes'] / 2**20:.0f}",
+            f"{sum(build['bytes'].values()) / 2**20:.1f}",
+        )
+    return table

@@ -1,0 +1,32 @@
+// The few-step loop of export/runtime.py: constants come from the bundle, one UNet call a step.
+
+import { noise } from "./noise.js";
+
+/** The final latent. `unet(latent, t)` answers with the prediction; `onStep(done)` hears of each step. */
+export async function denoise(unet, scheduler, count, seed, onStep) {
+  let latent = noise(seed, 0, count);
+  for (const [i, row] of scheduler.steps.entries()) {
+    const said = await unet(latent, row.t);
+    const fresh = "next_alpha" in row ? noise(seed, i + 1, count) : null;
+    latent = latent.map((x, at) => {
+      const clean = scheduler.prediction_type === "epsilon" ? (x - row.sigma * said[at]) / row.alpha : row.alpha * x - row.sigma * said[at];
+      const mixed = row.c_skip * x + row.c_out * clean;
+      return fresh ? row.next_alpha * mixed + row.next_sigma * fresh[at] : mixed;
+    });
+    onStep(i + 1);
+  }
+  return latent;
+}
+
+/** Planes 3 H W in [0, 1] to RGBA bytes. Throws for what is not a number. */
+export function toPixels(planes, width, height) {
+  const pixels = new Uint8ClampedArray(width * height * 4).fill(255);
+  for (let at = 0; at < width * height; at++) {
+    for (let c = 0; c < 3; c++) {
+      const value = planes[c * width * height + at];
+      if (!Number.isFinite(value)) throw new Error("the model drew a picture that is not a number");
+      pixels[at * 4 + c] = value * 255;
+    }
+  }
+  return pixels;
+}
