@@ -75,7 +75,7 @@ def _data(recipe: TablesRecipe, data: Mapping[str, Mapping[str, Any]]) -> list[s
     how = {
         "L-orig": "raw pictures, centre crop, raw texts; only a file that is there twice is left out",
         "L-pp": "duplicates and small pictures out, crop chosen of three by CLIP, raw texts (no text: left out); no manual removal",
-        "L-pps": "the same with captions written anew after the crop",
+        "L-pps": "the same with captions written anew after the crop (pictures without a text stay; which of two duplicates stays may differ)",
         "synt": "prompts by the pocket writer, pictures by the teacher, duplicates out",
         "synt-cur": f"stand-in for the paper's people: the top {recipe.curated_share:.0%} of synt by the filter CLIP. Captions are not corrected",
     }
