@@ -8,13 +8,16 @@ from rich.table import Table
 
 from export.runtime import GRAPHS
 
+_SHORT = {"text_encoder": "text", "unet": "UNet", "vae_decoder": "decoder"}
+"""So that the figures fit 80 columns."""
+
 
 def gates_table(found: dict[str, Any]) -> Table:
-    """Every gate and figure of quality, a row a build."""
+    """Every gate and figure of quality (dB, but for SSIM), a row a build."""
     table = Table(
         "build",
-        *[f"{graph} SNR dB" for graph in GRAPHS],
-        "PSNR dB mean, min",
+        *[f"{_SHORT[graph]} SNR" for graph in GRAPHS],
+        "PSNR mean, min",
         "SSIM mean, min",
         "blank",
         "verdict",
@@ -35,12 +38,12 @@ def gates_table(found: dict[str, Any]) -> Table:
 
 
 def speed_table(found: dict[str, Any]) -> Table:
-    """Measured here: milliseconds as median (10th to 90th percentile), cold start, peak memory, size."""
+    """Measured here: milliseconds as median and 10th to 90th percentile, cold start, peak memory, size."""
     table = Table(
         "build",
-        *[f"{graph} ms" for graph in GRAPHS],
+        *[f"{_SHORT[graph]} ms" for graph in GRAPHS],
         "picture ms",
-        "cold start s",
+        "cold s",
         "peak MiB",
         "size MiB",
         title=". ".join(filter(None, [f"measured on {found['measured_on']}", found["busy"]])),
@@ -51,7 +54,7 @@ def speed_table(found: dict[str, Any]) -> Table:
         spread = [build["measured_ms"][what] for what in (*GRAPHS, "picture")]
         table.add_row(
             name,
-            *[f"{one['median']:.1f} ({one['low']:.1f}-{one['high']:.1f})" for one in spread],
+            *[f"{one['median']:.1f}\n{one['low']:.1f}-{one['high']:.1f}" for one in spread],
             f"{build['cold']['cold_start_s']:.2f}",
             f"{build['cold']['peak_memory_bytes'] / 2**20:.0f}",
             f"{sum(build['bytes'].values()) / 2**20:.1f}",
