@@ -8,6 +8,7 @@ stage does. Knows no images.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from cluster.errors import StageError
+from cluster.metrics import WorkerMetrics
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import Stage, Unit, Worker, apply
@@ -156,16 +158,17 @@ class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
     def __init__(self, stage: Stage, attempts: Attempts | None) -> None:
-        self.stage, self.attempts = stage, attempts
-        with attempts.opening(stage) if attempts else nullcontext():
+        self.stage, self.attempts, self.metrics = stage, attempts, WorkerMetrics(stage.name)
+        with attempts.opening(stage) if attempts else nullcontext(), self.metrics.opening():
             self.worker = stage.open()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = Unit.from_bytes(row["unit"], row["payload"])
+        unit, began = Unit.from_bytes(row["unit"], row["payload"]), time.perf_counter()
         done = _work(self.stage, self.worker, unit, self.attempts)
         answer = {"unit": done.id, "payload": done.to_bytes()}
         if self.attempts:
             self.attempts.end(self.stage, unit)
+        self.metrics.worked(unit, done, time.perf_counter() - began)
         return answer
 
 
