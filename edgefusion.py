@@ -190,12 +190,12 @@ class Chain:
         make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
 
     def _make(self, bars: Progress) -> None:
-        from factory.ledger import is_committed, planned_units
+        from factory.ledger import planned_rows, units_left
         from factory.make import make
 
-        units = planned_units(self.data, self.recipe.factory.make.unit_images)
-        done = sum(len(unit.rows) for unit in units if is_committed(self.data, unit.id))
-        task = bars.add_task("make: pictures", total=sum(len(unit.rows) for unit in units), completed=done)
+        total, each = planned_rows(self.data), self.recipe.factory.make.unit_images
+        left = sum(min(each, total - number * each) for number in units_left(self.data, each))
+        task = bars.add_task("make: pictures", total=total, completed=total - left)
         runner = make_runner(self.recipe.cluster)
         try:
             make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -23,6 +24,9 @@ from cluster.metrics import WorkerMetrics
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import Stage, Unit, Worker, apply
+
+_WINDOW_UNITS = 2048
+"""Units that Ray Data holds at once."""
 
 
 class ClusterRecipe(Settings):
@@ -116,9 +120,17 @@ class OnRay:
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
         # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
         restarts = -1 if attempts else self.recipe.max_failures
-        rows = [{"unit": unit.id, "payload": unit.to_bytes()} for unit in units]
-        if not rows:
-            return
+        rest = iter(units)
+        # Ray Data keeps something of every unit in the driver, so it is given a bounded number at a time: memory stays flat, and
+        # opening the stages anew costs little beside the work of so many units.
+        while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, _WINDOW_UNITS)]:
+            yield from self._window(stages, rows, attempts, restarts)
+        if attempts:
+            attempts.clear()
+
+    def _window(
+        self, stages: Sequence[Stage], rows: list[dict[str, Any]], attempts: Attempts | None, restarts: int
+    ) -> Iterator[Unit]:
         start_ray(self.recipe)
         import ray.data
         from ray.exceptions import RayError
@@ -147,8 +159,6 @@ class OnRay:
                 yield Unit.from_bytes(row["unit"], row["payload"])
         except RayError as error:
             raise _stage_error(error) from error
-        if attempts:
-            attempts.clear()
 
     def close(self) -> None:
         stop_ray()

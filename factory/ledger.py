@@ -7,7 +7,8 @@ a worker that outlives its driver can commit again without harm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,61 @@ def planned_units(folder: Path, unit_images: int) -> list[Unit]:
     return [
         Unit(name, [{**row, "unit": name} for row in rows[start : start + unit_images]])
         for start in range(0, len(rows), unit_images)
-        for name in [f"unit-{start // unit_images:05d}"]
+        for name in [_name(start // unit_images)]
     ]
 
 
-def is_committed(folder: Path, unit: str) -> bool:
-    return (folder / "ledger" / f"{unit}.parquet").exists()
+def units_left(folder: Path, unit_images: int) -> list[int]:
+    """Numbers of the planned units that the ledger lacks: from the plan's row count and one listing, no file of the ledger is opened."""
+    units = -(-planned_rows(folder) // unit_images)
+    try:
+        with os.scandir(folder / "ledger") as listing:
+            there = {entry.name for entry in listing}
+    except FileNotFoundError:
+        there = set[str]()
+    return [number for number in range(units) if f"{_name(number)}.parquet" not in there]
+
+
+def read_units(folder: Path, unit_images: int, numbers: Iterable[int]) -> Iterator[Unit]:
+    """The units of these ascending numbers, read from the plan as they are asked for: a plan of millions is never in memory whole."""
+    wanted = iter(numbers)
+    number, rows = next(wanted, None), list[dict[str, Any]]()
+    start = 0
+    for batch in _plan_file(folder).iter_batches(batch_size=4096):
+        if number is None:
+            return
+        if start + len(rows) + batch.num_rows <= number * unit_images:
+            # Nothing of this batch is wanted, nor what is left of those before it.
+            start, rows = start + len(rows) + batch.num_rows, []
+            continue
+        rows += batch.to_pylist()
+        while number is not None and start + len(rows) >= (number + 1) * unit_images:
+            first = number * unit_images - start
+            yield _unit(number, rows[first : first + unit_images])
+            rows, start = rows[first + unit_images :], start + first + unit_images
+            number = next(wanted, None)
+    if number is not None:  # the last one may be short
+        yield _unit(number, rows[number * unit_images - start :])
+
+
+def planned_rows(folder: Path) -> int:
+    """Samples of the plan."""
+    return int(_plan_file(folder).metadata.num_rows)
+
+
+def _plan_file(folder: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(folder / PLAN)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(folder / PLAN, error) from error
+
+
+def _unit(number: int, rows: list[dict[str, Any]]) -> Unit:
+    return Unit(_name(number), [{**row, "unit": _name(number)} for row in rows])
+
+
+def _name(number: int) -> str:
+    return f"unit-{number:05d}"
 
 
 def commit_unit(folder: Path, rows: list[Row]) -> None:
@@ -122,8 +172,12 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptShard(
-            f"cannot be read ({str(error).splitlines()[0]})",
-            where=str(path),
-            remedy="Delete it and run the same command again",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptShard:
+    return CorruptShard(
+        f"cannot be read ({str(error).splitlines()[0]})",
+        where=str(path),
+        remedy="Delete it and run the same command again",
+    )

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.runner import Runner
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
-from factory.ledger import is_committed, planned_units, read_entries, read_pictures
+from factory.ledger import planned_units, read_entries, read_pictures, read_units, units_left
 from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
 from factory.recipe import FactoryRecipe
@@ -24,8 +24,9 @@ NOTES = "attempts"
 def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress = lambda n: None) -> int:
     """Make every planned unit that the ledger lacks; returns how many were made now."""
     sweep_partials(folder)
-    todo = [unit for unit in planned_units(folder, recipe.make.unit_images) if not is_committed(folder, unit.id)]
-    for unit in runner.run(make_stages(recipe.make, folder), todo, notes=folder / NOTES):
+    todo = units_left(folder, recipe.make.unit_images)
+    units = read_units(folder, recipe.make.unit_images, todo)
+    for unit in runner.run(make_stages(recipe.make, folder), units, notes=folder / NOTES):
         progress(len(unit.rows))
     return len(todo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -181,10 +182,11 @@ def test_ray_exports_what_the_workers_count() -> None:
     assert driver.stdout and driver.stdin
     try:
         assert driver.stdout.readline() == b"READY 5\n"
-        text, end = "", time.monotonic() + 60
+        text, end = "", time.monotonic() + 200
         while "ray_edgefusion_rows_dead_total{" not in text and time.monotonic() < end:
             time.sleep(1)
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+            with contextlib.suppress(OSError):  # the exporter comes up last
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     finally:
         driver.stdin.close()
         driver.wait()
