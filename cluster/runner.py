@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
+from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import StageError
 from cluster.metrics import WorkerMetrics
 from cluster.quarantine import Attempts, apply_noted
@@ -132,6 +133,8 @@ class OnRay:
         self, stages: Sequence[Stage], rows: list[dict[str, Any]], attempts: Attempts | None, restarts: int
     ) -> Iterator[Unit]:
         start_ray(self.recipe)
+        memory = {stage.name: self.recipe.memory_bytes(stage.name) for stage in stages}
+        see_that_it_fits(stages, memory, self.recipe.address == "local")
         import ray.data
         from ray.exceptions import RayError
 
@@ -206,6 +209,7 @@ def start_ray(recipe: ClusterRecipe) -> None:
 
     if ray.is_initialized():
         return
+    knock(recipe.address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "address": recipe.address}
     if recipe.address == "local":
         options |= {
@@ -216,12 +220,8 @@ def start_ray(recipe: ClusterRecipe) -> None:
     try:
         with _hushed():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, OSError) as error:
-        raise StageError(
-            f"Ray at {recipe.address} cannot be reached ({str(error).splitlines()[0]})",
-            where="cluster.address",
-            remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
-        ) from error
+    except Exception as error:  # Ray raises whatever it has at hand, a bare Exception among them
+        raise explain(recipe.address, error) from error
     for quiet in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
         for handler in logging.getLogger(quiet).handlers:
