@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test check bench format
+.PHONY: setup demo test test-cluster check bench format
 
 setup: .venv/ready
 
@@ -19,6 +19,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Several real Ray nodes in network namespaces: root only, minutes.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster/test_nodes.py -m cluster
 
 check: setup
 	$(BIN)/ruff format --check .

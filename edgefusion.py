@@ -197,12 +197,13 @@ class Chain:
         make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
 
     def _make(self, bars: Progress) -> None:
-        from factory.ledger import is_committed, planned_units
         from factory.make import make
+        from factory.units import unit_sizes, units_left
 
-        units = planned_units(self.data, self.recipe.factory.make.unit_images)
-        done = sum(len(unit.rows) for unit in units if is_committed(self.data, unit.id))
-        task = bars.add_task("make: pictures", total=sum(len(unit.rows) for unit in units), completed=done)
+        each = self.recipe.factory.make.unit_images
+        sizes = unit_sizes(self.data, each)
+        left = sum(sizes[number] for number in units_left(self.data, each))
+        task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
         runner = make_runner(self.recipe.cluster)
         try:
             make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))

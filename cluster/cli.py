@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.dashboard import dashboard
 from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
 from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
+from cluster.storage import publish_bytes
 
 app = typer.Typer(no_args_is_help=True, help="Where work runs.")
 
@@ -81,7 +84,7 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
     @app.command("render")
     def render_files(
         recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/edgefusion.yaml")],
-        on: Annotated[str, typer.Option(help="kuberay, slurm, aws or gcp")],
+        on: Annotated[str, typer.Option(help="kuberay, slurm, aws, gcp; or grafana for a dashboard of every run")],
         out: Annotated[Path, typer.Option(help="folder for the files")],
         overrides: Annotated[list[str] | None, SET] = None,
         images: Annotated[str, typer.Option(help="image names up to their role")] = Options.images,
@@ -93,9 +96,14 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         cpus_per_node: Annotated[int, typer.Option(min=1, help="of nodes without GPUs")] = Options.cpus_per_node,
     ) -> None:
         """Write what a cluster needs to run the recipe: launch files, Dockerfiles, the resolved recipe. Starts nothing."""
+        if on == "grafana":
+            path = out / "edgefusion-grafana.json"
+            publish_bytes(path, (json.dumps(dashboard(), indent=2) + "\n").encode())
+            typer.echo(f"wrote {path}")
+            return
         places: dict[str, Place] = {name: name for name in PLACES}
         if on not in places:
-            raise EdgeFusionError(f"--on {on} is not known", remedy=f"Use one of {', '.join(PLACES)}")
+            raise EdgeFusionError(f"--on {on} is not known", remedy=f"Use one of {', '.join(PLACES)}, grafana")
         options = Options(images, storage, secret, gpus_per_node, cpus_per_node)
         for path in render(view_of(recipe, overrides or []), places[on], options, out):
             typer.echo(f"wrote {path}")

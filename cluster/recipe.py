@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import RecipeError
+
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 class Settings(BaseModel):
@@ -55,10 +58,27 @@ def _read(path: Path) -> dict[str, Any]:
 
 def build_recipe(schema: type[AnySettings], tree: dict[str, Any], where: str) -> AnySettings:
     """Validate `tree`; raises RecipeError that names the first bad key, `where` it stands and the nearest valid name."""
+    _refuse_passwords(tree, "", where)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise _explain(schema, error, where) from None
+
+
+def _refuse_passwords(value: Any, key: str, where: str) -> None:
+    """A recipe is copied into every output folder, so no secret may stand in one."""
+    if isinstance(value, dict):
+        for name, inner in cast(dict[Any, Any], value).items():
+            _refuse_passwords(inner, f"{key}.{name}" if key else str(name), where)
+    elif isinstance(value, list):
+        for inner in cast(list[Any], value):
+            _refuse_passwords(inner, key, where)
+    elif isinstance(value, str) and _PASSWORD.search(value):
+        raise RecipeError(
+            f"{key} holds a password in its URL, and recipes are written into every output folder",
+            where=where,
+            remedy="Take it out; keys come from the environment (OPENAI_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY)",
+        )
 
 
 def recipe_digest(recipe: Settings) -> str:

@@ -8,19 +8,26 @@ stage does. Knows no images.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
+from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import StageError
+from cluster.metrics import WorkerMetrics
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import Stage, Unit, Worker, apply
+
+_WINDOW_UNITS = 2048
+"""Units that Ray Data holds at once."""
 
 
 class ClusterRecipe(Settings):
@@ -114,10 +121,20 @@ class OnRay:
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
         # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
         restarts = -1 if attempts else self.recipe.max_failures
-        rows = [{"unit": unit.id, "payload": unit.to_bytes()} for unit in units]
-        if not rows:
-            return
+        rest = iter(units)
+        # Ray Data keeps something of every unit in the driver, so it is given a bounded number at a time: memory stays flat, and
+        # opening the stages anew costs little beside the work of so many units.
+        while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, _WINDOW_UNITS)]:
+            yield from self._window(stages, rows, attempts, restarts)
+        if attempts:
+            attempts.clear()
+
+    def _window(
+        self, stages: Sequence[Stage], rows: list[dict[str, Any]], attempts: Attempts | None, restarts: int
+    ) -> Iterator[Unit]:
         start_ray(self.recipe)
+        memory = {stage.name: self.recipe.memory_bytes(stage.name) for stage in stages}
+        see_that_it_fits(stages, memory, self.recipe.address == "local")
         import ray.data
         from ray.exceptions import RayError
 
@@ -145,8 +162,6 @@ class OnRay:
                 yield Unit.from_bytes(row["unit"], row["payload"])
         except RayError as error:
             raise _stage_error(error) from error
-        if attempts:
-            attempts.clear()
 
     def close(self) -> None:
         stop_ray()
@@ -156,16 +171,17 @@ class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
     def __init__(self, stage: Stage, attempts: Attempts | None) -> None:
-        self.stage, self.attempts = stage, attempts
-        with attempts.opening(stage) if attempts else nullcontext():
+        self.stage, self.attempts, self.metrics = stage, attempts, WorkerMetrics(stage.name)
+        with attempts.opening(stage) if attempts else nullcontext(), self.metrics.opening():
             self.worker = stage.open()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = Unit.from_bytes(row["unit"], row["payload"])
+        unit, began = Unit.from_bytes(row["unit"], row["payload"]), time.perf_counter()
         done = _work(self.stage, self.worker, unit, self.attempts)
         answer = {"unit": done.id, "payload": done.to_bytes()}
         if self.attempts:
             self.attempts.end(self.stage, unit)
+        self.metrics.worked(unit, done, time.perf_counter() - began)
         return answer
 
 
@@ -193,6 +209,7 @@ def start_ray(recipe: ClusterRecipe) -> None:
 
     if ray.is_initialized():
         return
+    knock(recipe.address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "address": recipe.address}
     if recipe.address == "local":
         options |= {
@@ -203,12 +220,8 @@ def start_ray(recipe: ClusterRecipe) -> None:
     try:
         with _hushed():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, OSError) as error:
-        raise StageError(
-            f"Ray at {recipe.address} cannot be reached ({str(error).splitlines()[0]})",
-            where="cluster.address",
-            remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
-        ) from error
+    except Exception as error:  # Ray raises whatever it has at hand, a bare Exception among them
+        raise explain(recipe.address, error) from error
     for quiet in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
         for handler in logging.getLogger(quiet).handlers:

@@ -70,6 +70,7 @@ def read_status(out: Path) -> Facts:
         "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
         "stages": stages,
         "samples": outcomes,
+        "units": sum(1 for _ in (out / "dataset" / "ledger").glob("unit-*.parquet")),
         "kept_share": _share(outcomes, "kept"),
         "reasons": reasons,
         "suspects": _suspects(out / "dataset" / "attempts"),
@@ -136,6 +137,7 @@ def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
         per_s=per_s and round(per_s, 3),
         eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
         loss=last.get("loss"),
+        images_per_s=last.get("images_per_s"),
     )
 
 

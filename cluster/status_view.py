@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.metrics import prometheus_text
 from cluster.status import read_status
+from cluster.storage import publish_bytes
 
 _WATCH_S = 2.0
 
@@ -22,9 +24,15 @@ def status(
     out: Annotated[Path, typer.Argument(help="output folder of a run")],
     watch: Annotated[bool, typer.Option("--watch", help="look again every 2 s until the run ends")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            help="also write them to this file for Prometheus (node_exporter's textfile folder, name ending in .prom)"
+        ),
+    ] = None,
 ) -> None:
     """Say how far a run is, how fast, what died and why. Reads files only: from any terminal, also after the run died."""
-    facts = read_status(out)
+    facts = _look(out, prometheus)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -35,8 +43,15 @@ def status(
     with Live(view(facts), console=console, auto_refresh=False) as live:
         while facts["state"] == "running":
             time.sleep(_WATCH_S)
-            facts = read_status(out)
+            facts = _look(out, prometheus)
             live.update(view(facts), refresh=True)
+
+
+def _look(out: Path, prometheus: Path | None) -> dict[str, Any]:
+    facts = read_status(out)
+    if prometheus:
+        publish_bytes(prometheus, prometheus_text(facts).encode())
+    return facts
 
 
 def view(facts: dict[str, Any]) -> Group:

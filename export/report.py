@@ -14,9 +14,10 @@ import numpy as np
 from cluster.storage import publish_bytes
 from export.bundle import read_bundle
 from export.pages import png_url
-from factory.ledger import planned_units, read_entries, read_pictures
+from factory.ledger import read_entries, read_pictures
 from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
+from factory.units import planned_units
 from factory.views import list_views
 from trainer.state import read_log
 

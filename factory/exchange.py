@@ -13,8 +13,8 @@ import pyarrow as pa
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_bytes
 from factory.decisions import FIELDS, Decision, Overlay, read_decisions
-from factory.ledger import plan_files, read_table
 from factory.plan import table_bytes
+from factory.units import plan_files, read_table
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in FIELDS])
 

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, LedgerConflict
 from cluster.storage import publish_bytes
-from factory.ledger import digest_pictures, plan_units, read_table
+from factory.ledger import digest_pictures
 from factory.plan import table_bytes
+from factory.units import plan_units, read_table
 
 INDEX = "index"
 pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them

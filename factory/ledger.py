@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, LedgerConflict
 from cluster.stage import PENDING, Row, Unit
 from cluster.storage import digest_file, publish_bytes
-from factory.plan import PLAN, table_bytes
+from factory.plan import table_bytes
+from factory.units import read_table
 
 MADE = "made"
-REFILLS = "plan-refill-*.parquet"
 _ENTRY = pa.schema(
     [
         ("id", pa.string()),
@@ -47,40 +46,6 @@ _ENTRY = pa.schema(
     ]
 )
 _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
-
-
-def plan_files(folder: Path) -> list[Path]:
-    """The plan, and the plans of refills after it (factory/refill.py), in order; each begins a work unit of its own."""
-    return [folder / PLAN, *sorted(folder.glob(REFILLS))]
-
-
-def planned_units(folder: Path, unit_images: int) -> list[Unit]:
-    """All units of the plan in `folder`, in order."""
-    found: list[Unit] = []
-    for path in plan_files(folder):
-        rows = read_table(path).to_pylist()
-        for start in range(0, len(rows), unit_images):
-            name = _unit_name(len(found))
-            found.append(Unit(name, [{**row, "unit": name} for row in rows[start : start + unit_images]]))
-    return found
-
-
-def plan_units(folder: Path, unit_images: int) -> list[tuple[str, pa.Array]]:
-    """(name, ids) of all units of the plan, in order: what is cheap to know of a million rows."""
-    found: list[tuple[str, pa.Array]] = []
-    for path in plan_files(folder):
-        ids = read_table(path, ["id"])["id"].combine_chunks()
-        for start in range(0, len(ids), unit_images):
-            found.append((_unit_name(len(found)), ids.slice(start, unit_images)))
-    return found
-
-
-def _unit_name(number: int) -> str:
-    return f"unit-{number:05d}"
-
-
-def is_committed(folder: Path, unit: str) -> bool:
-    return (folder / "ledger" / f"{unit}.parquet").exists()
 
 
 def commit_unit(folder: Path, rows: list[Row]) -> None:
@@ -147,15 +112,3 @@ def digest_pictures(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str,
     """(id, SHA-256 in hex) of every picture file of a unit, for ledgers that did not note it; raises CorruptShard."""
     for key, data in read_pictures(folder, unit, sha256):
         yield key, hashlib.sha256(data).hexdigest()
-
-
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file of ours, or some of its columns; raises CorruptShard."""
-    try:
-        return pq.read_table(path, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptShard(
-            f"cannot be read ({str(error).splitlines()[0]})",
-            where=str(path),
-            remedy="Delete it and run the same command again",
-        ) from error

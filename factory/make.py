@@ -13,12 +13,13 @@ from cluster.runner import Runner
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
-from factory.ledger import is_committed, plan_units, planned_units, read_entry, read_pictures
+from factory.ledger import read_entry, read_pictures
 from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import select, summarise, write_selection
 from factory.stages import make_stages
+from factory.units import plan_units, read_units, units_left
 
 NOTES = "attempts"
 """Folder of the data set that holds what workers are about to try (cluster/quarantine.py); gone when all are through."""
@@ -27,8 +28,9 @@ NOTES = "attempts"
 def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress = lambda n: None) -> int:
     """Make every planned unit that the ledger lacks; returns how many were made now."""
     sweep_partials(folder)
-    todo = [unit for unit in planned_units(folder, recipe.make.unit_images) if not is_committed(folder, unit.id)]
-    for unit in runner.run(make_stages(recipe.make, folder), todo, notes=folder / NOTES):
+    todo = units_left(folder, recipe.make.unit_images)
+    units = read_units(folder, recipe.make.unit_images, todo)
+    for unit in runner.run(make_stages(recipe.make, folder), units, notes=folder / NOTES):
         progress(len(unit.rows))
     return len(todo)
 

@@ -19,7 +19,6 @@ from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD
 from cluster.storage import publish_bytes
-from factory.ledger import REFILLS, plan_files, read_table
 from factory.models.text import PromptWriter, open_writer
 from factory.pack import MANIFEST
 from factory.plan import (
@@ -36,6 +35,7 @@ from factory.plan import (
 )
 from factory.recipe import FactoryRecipe
 from factory.retry import refuse_if_built
+from factory.units import REFILLS, plan_files, read_table
 
 _LIST = b"refill_list_sha256"
 

@@ -14,11 +14,12 @@ from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.recipe import build_recipe
 from cluster.storage import digest_file, publish_bytes
 from factory.card import CARD, CROISSANT, GRID, write_card
-from factory.ledger import plan_units, read_entry, read_pictures
+from factory.ledger import read_entry, read_pictures
 from factory.make import packed_samples, select_and_pack
 from factory.pack import MANIFEST, find_damage, read_manifest, shard_bytes
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import KEPT, SELECTION, SUMMARY
+from factory.units import plan_units
 from factory.views import MAIN, VIEWS, view_folder, view_rules
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
-from factory.ledger import plan_files, read_table
 from factory.pack import MANIFEST
 from factory.plan import PLAN
+from factory.units import plan_files, read_table
 
 _BUILT_ON = ("training", "student", "samples", "export", "report.html")
 

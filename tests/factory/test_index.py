@@ -12,8 +12,8 @@ from cluster.errors import CorruptShard, LedgerConflict
 from cluster.storage import publish_bytes
 from factory import index
 from factory.index import load_columns
-from factory.ledger import read_table
 from factory.plan import PLAN, table_bytes
+from factory.units import read_table
 
 UNIT_IMAGES = 8
 

@@ -17,10 +17,11 @@ from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, InProcess, OnRay
 from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
-from factory.ledger import commit_unit, planned_units, read_entries
+from factory.ledger import commit_unit, read_entries
 from factory.make import make as factory_make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.retry import reopen_dead
+from factory.units import planned_units
 
 UNIT_IMAGES = 8
 

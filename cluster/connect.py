@@ -1,0 +1,79 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Plain words for a Ray that cannot be joined, and for a stage that no node has room for: never a wait without a message."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.errors import StageError
+from cluster.stage import Stage
+
+_KNOCK_S = 10.0
+_WHERE = "cluster.address"
+log = logging.getLogger("edgefusion")
+
+
+def knock(address: str) -> None:
+    """Raises StageError if nothing answers at host:port; Ray itself would try for minutes. Other spellings are left to Ray."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise StageError(
+            f"nothing answers at {address} ({error})",
+            where=_WHERE,
+            remedy="Start the cluster, open the port, or use --set cluster.address=local or --set cluster.runner=in-process",
+        ) from None
+
+
+def explain(address: str, error: Exception) -> StageError:
+    """What `ray.init` raised, in words that a user can act on."""
+    text = str(error) or type(error).__name__
+    if re.search(r"version mismatch", text, re.IGNORECASE):
+        versions = " ".join(text.split())
+        return StageError(
+            f"Ray or Python here is of another version than the cluster's: {versions[:300]}",
+            where=_WHERE,
+            remedy="Install the cluster's versions where the run is started, or start the cluster from this environment",
+        )
+    if re.search(r"auth.*token|token.*auth|Unauthenticated|unauthenticated|InvalidAuthToken", text):
+        return StageError(
+            f"the cluster at {address} refuses the token of this process",
+            where=_WHERE,
+            remedy="Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own token",
+        )
+    if address == "local" and "timed out" in text:
+        return StageError(
+            "Ray did not start in time on this machine",
+            where=_WHERE,
+            remedy="It may be too busy: run the same command again, or use --set cluster.runner=in-process",
+        )
+    return StageError(
+        f"Ray at {address} cannot be reached ({text.splitlines()[0]})",
+        where=_WHERE,
+        remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
+    )
+
+
+def see_that_it_fits(stages: Sequence[Stage], memory_bytes: dict[str, int], local: bool) -> None:
+    """Raises StageError if a local Ray can never hold a worker; on a cluster, where nodes may still join, says what is waited for."""
+    import ray
+
+    nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for stage in stages:
+        wants = {"CPU": stage.cpus, "GPU": stage.gpus, "memory": float(memory_bytes.get(stage.name, 0))}
+        if any(all(node.get(key, 0) >= want for key, want in wants.items()) for node in nodes):
+            continue
+        words = [f"{stage.cpus:g} CPU", *([f"{stage.gpus:g} GPU"] if stage.gpus else [])]
+        words += [f"{wants['memory'] / 2**30:g} GiB"] if wants["memory"] else []
+        what = f"a worker of stage {stage.name} needs {', '.join(words)}, and no node has that"
+        remedy = "edgefusion cluster check RECIPE shows what fits where"
+        if local:
+            raise StageError(what, where="cluster", remedy=f"Change the recipe or use a larger machine; {remedy}")
+        log.warning("%s now; waiting for one to join. %s", what, remedy)

@@ -1,0 +1,68 @@
+"""A Ray that cannot be joined, and a stage without a place, end in plain words and at once."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from cluster.connect import explain, knock
+from cluster.errors import RecipeError, StageError
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe, OnRay, start_ray
+from cluster.stage import PENDING, Stage, Unit
+
+
+def recipe(**settings: object) -> ClusterRecipe:
+    return build_recipe(ClusterRecipe, settings, "test")
+
+
+def test_an_address_where_nothing_listens() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(StageError, match=f"nothing answers at {address}"):
+        start_ray(recipe(address=address))
+    with pytest.raises(StageError, match=r"nothing answers at no-such-host\.invalid:6379"):
+        start_ray(recipe(address="no-such-host.invalid:6379"))
+    knock("auto")
+    knock("ray://head:10001")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Version mismatch: The cluster was started with: Ray: 2.59.0 Python: 3.12.1", "another version.*2.59.0"),
+        ("InvalidAuthToken: bad", "refuses the token"),
+        ("The current node timed out during startup.", "did not start in time"),
+        ("first line\nsecond line", r"cannot be reached \(first line\)"),
+    ],
+)
+def test_what_ray_says_in_words_of_ours(said: str, words: str) -> None:
+    error = explain("local", Exception(said))
+    assert error.remedy
+    with pytest.raises(StageError, match=words):
+        raise error
+
+
+@pytest.mark.ray
+def test_a_stage_that_no_node_can_hold_ends_a_local_run() -> None:
+    unit = Unit("unit-0", [{"id": "a", "outcome": PENDING, "reason": ""}])
+    ray = OnRay(recipe(cpus=2))
+    try:
+        for stage, words in (
+            (Stage("wide", lambda: list, cpus=3), "a worker of stage wide needs 3 CPU, and no node has that"),
+            (Stage("render", lambda: list, gpus=64), "needs 1 CPU, 64 GPU"),
+        ):
+            with pytest.raises(StageError, match=words):
+                list(ray.run([stage], [unit]))
+    finally:
+        ray.close()
+
+
+def test_a_recipe_with_a_password_is_refused_without_repeating_it() -> None:
+    for url in ("s3://me:hunter2@bucket/x", "http://:hunter2@host/v1"):
+        with pytest.raises(RecipeError, match="address holds a password") as caught:
+            recipe(address=url)
+        assert "hunter2" not in str(caught.value)
+    assert recipe(address="ray://head:10001").address == "ray://head:10001"
