@@ -250,7 +250,7 @@ def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
             if row is not None and whole:
                 raise _wrong_row(manifest, row, f"has another checksum than in {path.name}")
             raise _corrupt(path, f"sample {key} is damaged, doubled or not in {MANIFEST}")
-        if row["prompt"].encode() != members.get("txt") or row["picture_kind"] not in members:
+        if (row["prompt"] or "").encode() != members.get("txt") or row["picture_kind"] not in members:
             raise _wrong_row(manifest, row, f"has another prompt or kind of picture than in {path.name}")
     if left:
         raise _corrupt(path, f"lacks sample {min(left)}")

@@ -109,13 +109,13 @@ def test_a_missing_member_and_a_disagreeing_manifest_are_refused(two: tuple[Path
     table = pq.read_table(path)
     kinds = ["webp", *table["picture_kind"].to_pylist()[1:]]
     pq.write_table(table.set_column(3, "picture_kind", [kinds]), path)
-    with pytest.raises(CorruptShard, match=r"no member .*\.webp"):
+    with pytest.raises(CorruptShard, match="another prompt or kind of picture"):
         MixedStream([Source(two[0]), Source(two[1])])
     pq.write_table(table.set_column(2, "prompt", [[None] * 10]), path)
     with pytest.raises(CorruptShard, match="has no prompt"):
         MixedStream([Source(two[0]), Source(two[1])])
     pq.write_table(table.slice(0, 8), path)
-    with pytest.raises(CorruptShard, match="is not in"):
+    with pytest.raises(CorruptShard, match=r"not in manifest\.parquet"):
         MixedStream([Source(two[0]), Source(two[1])])
 
 
