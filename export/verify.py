@@ -54,12 +54,13 @@ def verify_bundle(
     """
     progress("digests")
     # Digests first: a bundle.json with a flipped bit may be no JSON any more, and that is damage, not a wrong folder.
-    broken = broken_files(folder) if (folder / SUMS).exists() else []
+    if not (folder / SUMS).exists():
+        read_bundle(folder)  # says so of a folder that is no bundle; a bundle without its list is refused next
+    broken = broken_files(folder)
     found: dict[str, Any] = {"bundle": str(folder), "ok": False, "broken_files": broken, "builds": {}}
     if broken:
         return found
     facts = read_bundle(folder)
-    broken_files(folder)
     missing = [name for name in builds if name not in facts["builds"]]
     if missing:
         raise EdgeFusionError(
