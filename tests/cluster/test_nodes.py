@@ -20,7 +20,9 @@ def words(folder: Path, where: str) -> list[str]:
 
 
 def data_bytes(data: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(data)): p.read_bytes() for p in sorted(data.rglob("*")) if p.is_file()}
+    """Every file of the data set but the index, a copy of the ledger's columns that notes when each entry was written."""
+    files = [p for p in sorted(data.rglob("*")) if p.is_file() and p.parent.name != "index"]
+    return {str(p.relative_to(data)): p.read_bytes() for p in files}
 
 
 class Run:

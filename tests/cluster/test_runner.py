@@ -52,7 +52,10 @@ def answers(runner: Runner, stages: list[Stage]) -> dict[str, list[Row]]:
 
 
 @pytest.mark.ray
-def test_ray_answers_as_this_process_does_even_when_a_worker_dies(tmp_path: Path) -> None:
+def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.runner._WINDOW_UNITS", 2)  # five units: two full windows and a short one
     ray = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
     try:
         (tmp_path / "died").touch()
