@@ -87,7 +87,7 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="students, teachers: diffusers folders, hub names or zoo:NAME")],
     data: Annotated[str | None, typer.Option(help="packed data set: prompts and reference pictures")] = None,
     prompts: Annotated[str | None, typer.Option(help="prompts, one a line, or COCO's captions file")] = None,
-    judge: Annotated[str, typer.Option(help="open_clip folder, zoo:NAME or model name")] = "zoo:clip",
+    judge: Annotated[str, typer.Option(help="open_clip folder, zoo:NAME or model name")] = "zoo:judge",
     judge_pretrained: Annotated[str | None, typer.Option(help="weight tag of a judge that is a model name")] = None,
     steps: Annotated[str, typer.Option(help="denoising steps of few-step students")] = "4,2,1",
     count: Annotated[int, typer.Option(min=2, help="prompts, one picture each")] = 512,

@@ -194,7 +194,7 @@ class EvaluateRecipe(Settings):
         default=None, description="prompts, one a line, or COCO's captions file; instead of the data set's"
     )
     judge: str = Field(
-        default="zoo:clip", description="open_clip folder, zoo:NAME, or model name; not the one that filtered the data"
+        default="zoo:judge", description="open_clip folder, zoo:NAME, or model name; not the one that filtered the data"
     )
     judge_pretrained: str | None = Field(
         default=None, description="open_clip's weight tag when `judge` is a model name"
