@@ -98,9 +98,8 @@ class Chain:
         from trainer.mix import sources_of
 
         if "train" in todo:
-            sources_of(
-                self.recipe.trainer, self.data
-            )  # a data set that is not there is told now, not after hours of making
+            # A data set that is not there is told now, not after hours of making.
+            sources_of(self.recipe.trainer, self.data)
         resolve_models(self.recipe.factory)
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)

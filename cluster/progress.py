@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
 console = Console(stderr=True)
@@ -18,6 +18,18 @@ def progress_bars() -> Generator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console) as bars:
         yield bars
+
+
+def bar_each(bars: Progress) -> Callable[[str, int, int], None]:
+    """(what, done, of) -> None: keeps a bar for each `what` it is told of."""
+    tasks: dict[str, TaskID] = {}
+
+    def tick(what: str, done: int, of: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=of)
+        bars.update(tasks[what], completed=done)
+
+    return tick
 
 
 class _Rate(TextColumn):

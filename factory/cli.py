@@ -47,11 +47,8 @@ def repair(
     ] = None,
 ) -> None:
     """Write anew, byte for byte, what is missing or damaged of the shards and manifests, from the ledger. A whole data set is left alone."""
-    from factory.plan import PLAN
     from factory.repair import repair as mend
 
-    if not (folder / PLAN).exists():
-        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
     part = _factory_part(folder, recipe, [])
     done = mend(part.factory, folder, part.name)
     for name in done.rebuilt:
@@ -97,11 +94,8 @@ def select_again(
 ) -> None:
     """Select and pack a made data set again: after people decided, by other rules, or as a further selection. No model runs."""
     from factory.decisions import read_decisions
-    from factory.plan import PLAN
     from factory.views import pack_all, pack_view, view_folder
 
-    if not (folder / PLAN).exists():
-        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
     if rules and not name:
         raise RecipeError(
             "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
@@ -135,11 +129,8 @@ def plan_more(
     ] = None,
 ) -> None:
     """Plan prompts for the combinations that lack; the next run of the recipe makes their pictures, selects and packs."""
-    from factory.plan import PLAN
     from factory.refill import plan_refill
 
-    if not (folder / PLAN).exists():
-        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
     part = _factory_part(folder, recipe, [])
     written, samples = plan_refill(part.factory, part.seed, folder, refill)
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
@@ -214,6 +205,11 @@ def import_(
 
 
 def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _FactoryPart:
+    """The recipe of the data set in `folder`; raises EdgeFusionError if there is none, RecipeError if nothing says its recipe."""
+    from factory.plan import PLAN
+
+    if not (folder / PLAN).exists():
+        raise EdgeFusionError("holds no plan", where=str(folder), remedy="Give the dataset folder of a run")
     if recipe is not None:
         return load_recipe(_FactoryPart, recipe, overrides)
     record = folder.resolve().parent / "run.json"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.progress import progress_bars
+from cluster.progress import bar_each, progress_bars
 from cluster.recipe import load_recipe
 from trainer.progress import follow
 from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
@@ -106,14 +106,7 @@ def evaluate(
     from trainer.measure import evaluate as compare
 
     with progress_bars() as bars:
-        tasks: dict[str, Any] = {}
-
-        def tick(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done)
-
-        report = compare(settings, out, tick)
+        report = compare(settings, out, bar_each(bars))
     Console().print(table(report))
     typer.echo(f"wrote {out / REPORT}")
 
@@ -144,14 +137,7 @@ def prefer(
     from trainer.prefer.study import RESULT, open_study
 
     with progress_bars() as bars:
-        tasks: dict[str, Any] = {}
-
-        def tick(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done)
-
-        study = open_study(settings, out, tick)
+        study = open_study(settings, out, bar_each(bars))
     if not report:
         with PreferServer(study, port) as server:
             typer.echo(f"Open {server.url} (the address is the key: whoever has it may vote)")
