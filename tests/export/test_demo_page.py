@@ -6,12 +6,10 @@ Needs Chromium and its driver (`CHROMIUM`, `CHROMEDRIVER`, or on the PATH), npm 
 from __future__ import annotations
 
 import base64
-import os
 import random
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,16 +29,18 @@ pytestmark = pytest.mark.browser
 selenium = pytest.importorskip("selenium")
 
 from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 
+from tests.chromium import open_browser  # noqa: E402
+from tests.chromium import until as soon  # noqa: E402
+
+until = partial(soon, seconds=120)  # models load, and a CPU plays the GPU
+TALL = "1100,1400"
 WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 
 class Handler(SimpleHTTPRequestHandler):
-    seen: list[str] = []  # noqa: RUF012
-
     def log_message(self, format: str, *args: Any) -> None:
-        self.seen.append(self.path)
+        """The terminal is pytest's."""
 
 
 @pytest.fixture(scope="module")
@@ -64,40 +64,11 @@ def url(folder: Path) -> Iterator[str]:
         thread.join()
 
 
-def open_browser(*more: str) -> webdriver.Chrome:
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium with its driver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1100,1400",
-        offline,
-        *more,
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(driver))
-
-
 @pytest.fixture
 def browser() -> Iterator[webdriver.Chrome]:
-    with open_browser("--disable-gpu") as chrome:
+    with open_browser("--disable-gpu", size=TALL) as chrome:
         chrome.set_script_timeout(120)
         yield chrome
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    for _ in range(int(seconds * 10)):
-        if found := true():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"never came: {what}")
 
 
 def script(browser: webdriver.Chrome, code: str, *more: Any) -> Any:
@@ -157,7 +128,7 @@ def test_same_prompt_and_seed_give_pythons_picture(browser: webdriver.Chrome, ur
 
 @pytest.mark.timeout(900)  # a GPU played by the CPU
 def test_webgpu_draws_pythons_picture(url: str, student_bundles: Path) -> None:
-    with open_browser(*WEBGPU) as chrome:
+    with open_browser(*WEBGPU, size=TALL) as chrome:
         chrome.set_script_timeout(120)
         chrome.get(f"{url}/?backend=webgpu")
         if (said := until(lambda: is_ready(chrome), "the models")) != "webgpu":

@@ -6,13 +6,9 @@ Needs Chromium and its driver (`CHROMIUM`, `CHROMEDRIVER`, or on the PATH) and `
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,9 +23,10 @@ pytestmark = pytest.mark.browser
 selenium = pytest.importorskip("selenium")
 
 from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from tests.chromium import open_browser, until  # noqa: E402
 
 
 @pytest.fixture
@@ -45,37 +42,13 @@ def server(dataset: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def browser() -> Iterator[webdriver.Chrome]:
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium with its driver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1280,860",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
+    with open_browser("--disable-gpu") as chrome:
         yield chrome
 
 
 def press(browser: webdriver.Chrome, *keys: str) -> None:
     for key in keys:
         ActionChains(browser).send_keys(key).perform()
-
-
-def until(true: Callable[[], Any], what: str) -> Any:
-    """Wait, for the page saves in its own time."""
-    for _ in range(200):
-        if found := true():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"never came: {what}")
 
 
 def text(browser: webdriver.Chrome, id: str) -> str:
