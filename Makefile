@@ -17,8 +17,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/edgefusion run recipes/pocket.yaml --out runs/pocket
 
+# Two files of tests at a time: much of a test's time is waiting for processes that it starts.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Several real Ray nodes in network namespaces: root only, minutes.
 test-cluster: setup

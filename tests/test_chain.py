@@ -224,21 +224,3 @@ def test_a_build_that_misses_its_gate_is_not_called_built(copy: tuple[Path, Path
     with pytest.raises(ParityError, match="w8 build is too far"):
         export_student(copy[1] / "student", ["a fox"], strict, tmp_path / "export")
     assert not (tmp_path / "export" / "openvino").exists()
-
-
-def test_the_shipped_pocket_recipe_runs_at_reduced_counts(tmp_path: Path) -> None:
-    recipe = FRONT_DOOR.parent / "recipes" / "pocket.yaml"
-    small = {
-        "cluster.runner": "in-process",
-        "factory.plan.prompts": 24,
-        "factory.make.unit_images": 12,
-        "factory.make.teacher.batch_images": 12,
-        "trainer.adapt.steps": 2,
-        "trainer.distill.steps": 2,
-        "export.parity_prompts": 2,
-        "export.calibration_prompts": 2,
-    }
-    chain = Chain(load_recipe(Recipe, recipe, [f"{key}={value}" for key, value in small.items()]), tmp_path / "out")
-    assert chain.run()
-    assert chain.facts["funnel"]["kept"] >= 12
-    assert (tmp_path / "out" / "report.html").exists()

@@ -149,7 +149,8 @@ def ask_server(base_url: str, body: Mapping[str, Any], wait_s: float = 1.0) -> s
             failure = error
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             failure = ValueError(f"its answer is no chat completion ({error})")
-        time.sleep(wait_s * 2**attempt)
+        if attempt + 1 < _TRIES:
+            time.sleep(wait_s * 2**attempt)
     raise StageError(
         f"the model server did not answer: {failure}",
         where=base_url,
