@@ -1,8 +1,9 @@
 """One distillation step of ours beside one by the formulas of diffusers' published LCM script: samples per CPU-second.
 
 The script (examples/consistency_distillation/train_lcm_distill_sd_wds.py of diffusers) is not on this machine and is not run: its
-step is written out below from what it computes. It encodes pictures and prompts at every step, steps AdamW and the moving average
-tensor by tensor, and asks the teacher twice; its guidance embedding is left out, for our student has none. Ratios come from one run.
+step is written out below from what it computes, its student as large as its teacher. It encodes pictures and prompts at every step,
+steps AdamW and the moving average tensor by tensor, and asks the teacher twice; its guidance embedding is left out, for our student
+has none. Ours is the loop as it runs, its log and its watch included, memory format as in training. Ratios come from one run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +46,52 @@ WARM, RUNS = 3, 8
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
+@dataclass(frozen=True)
+class Ours:
+    """How a row of ours trains."""
+
+    student: str
+    """`equal` to the teacher, or a BK-SDM size."""
+    data: str
+    """`plain`, or `encoded`: with encodings beside the shards."""
+    cache: bool = False
+    teacher_dtype: torch.dtype = torch.float32
+
+
+ROWS = {
+    "equal student, encodings beside the shards": Ours("equal", "encoded"),
+    "equal student, encodings, bfloat16 teacher": Ours("equal", "encoded", teacher_dtype=torch.bfloat16),
+    "BK-SDM-Tiny, encoding each time": Ours("tiny", "plain"),
+    "BK-SDM-Tiny, latents and texts kept": Ours("tiny", "plain", cache=True),
+    "BK-SDM-Tiny, encodings beside the shards": Ours("tiny", "encoded"),
+    "BK-SDM-Tiny, encodings, bfloat16 teacher": Ours("tiny", "encoded", teacher_dtype=torch.bfloat16),
+}
+
+
 def main() -> None:
     quiet()
     torch.set_num_threads(THREADS)
     pipeline = open_pipeline(TEACHER)
     pipeline.unet.requires_grad_(False).eval()
-    student = build_student(pipeline.unet, "tiny").float()
+    tiny = build_student(pipeline.unet, "tiny").float()
     with tempfile.TemporaryDirectory() as scratch:
-        data, encoded = write_data(Path(scratch) / "data"), write_data(Path(scratch) / "encoded")
-        settings = {"data": str(encoded), "teacher": TEACHER, "size_px": SIZE_PX, "threads": THREADS}
+        data = {kind: write_data(Path(scratch) / kind) for kind in ("plain", "encoded")}
+        settings = {"data": str(data["encoded"]), "teacher": TEACHER, "size_px": SIZE_PX, "threads": THREADS}
         began = time.process_time()
         encode(EncodeRecipe.model_validate(settings), InProcess())
         once = time.process_time() - began
-        rows = [
-            ("edgefusion, latents and texts kept", ours(pipeline, student, data, Path(scratch) / "a", cache=True)),
-            (
-                "edgefusion, encodings beside the shards",
-                ours(pipeline, student, encoded, Path(scratch) / "c", cache=False),
-            ),
-            ("edgefusion, encoding each time", ours(pipeline, student, data, Path(scratch) / "b", cache=False)),
-            ("the published script's formulas", theirs(pipeline, student, data)),
-        ]
+        steps = {
+            what: ours(
+                row, pipeline, pipeline.unet if row.student == "equal" else tiny, data[row.data], Path(scratch) / what
+            )
+            for what, row in ROWS.items()
+        }
+        steps["published formulas, BK-SDM-Tiny"] = theirs(pipeline, tiny, data["plain"])
+        steps["published formulas, equal student"] = theirs(pipeline, pipeline.unet, data["plain"])
         # Turn by turn, so that what else the machine does falls on all alike.
-        times: dict[str, list[float]] = {what: [] for what, _ in rows}
+        times: dict[str, list[float]] = {what: [] for what in steps}
         for turn in range(WARM + RUNS):
-            for what, step in rows:
+            for what, step in steps.items():
                 began = time.process_time()
                 step()
                 if turn >= WARM:
@@ -82,7 +105,7 @@ def main() -> None:
         "ratio",
         title=f"{sizes} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores",
     )
-    base = statistics.median(times[rows[-1][0]])
+    base = statistics.median(times["published formulas, equal student"])
     for what, found in times.items():
         rates = [BATCH / t for t in found]
         ratio = f"{base / statistics.median(found):.2f} x"
@@ -103,20 +126,22 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def ours(pipeline: Any, student: UNet2DConditionModel, data: Path, folder: Path, cache: bool) -> Callable[[], None]:
-    """The loop as it runs, its log and its watch included."""
+def ours(row: Ours, pipeline: Any, student: UNet2DConditionModel, data: Path, folder: Path) -> Callable[[], None]:
+    """A step of the loop as it runs."""
     settings = DistillRecipe(steps=10_000, batch_images=BATCH, learning_rate=1e-6, checkpoint_s=1e9)
-    encoder = Encoder(pipeline, SIZE_PX, torch.device("cpu"), cache)
+    encoder = Encoder(pipeline, SIZE_PX, torch.device("cpu"), row.cache)
     encoders = encoders_digest(pipeline, SIZE_PX) if has_encodings(data) else None
     stream = MixedStream([Source(data)], encoders=encoders)
-    loss_at = _distill_loss(settings, pipeline.unet, encoder, stream, schedule_of(pipeline), seed=0)
-    run = _Run("distill", settings, "", copy.deepcopy(student), folder, new_accelerator("no"))
+    copies: Any = [copy.deepcopy(model).to(memory_format=torch.channels_last) for model in (pipeline.unet, student)]
+    teacher, own = copies[0].to(row.teacher_dtype), copies[1].requires_grad_(True).train()
+    loss_at = _distill_loss(settings, teacher, encoder, stream, schedule_of(pipeline), seed=0)
+    run = _Run("distill", settings, "", own, folder, new_accelerator("no"))
     return lambda: run.one_step(loss_at)
 
 
 def theirs(pipeline: Any, student: UNet2DConditionModel, data: Path) -> Callable[[], None]:
     """A step as the published script computes it, in float32 on one process."""
-    online, target = copy.deepcopy(student).train(), copy.deepcopy(student).requires_grad_(False)
+    online, target = copy.deepcopy(student).requires_grad_(True).train(), copy.deepcopy(student).requires_grad_(False)
     optimiser = torch.optim.AdamW(online.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
     stream, schedule, encoder = ShardStream(data), schedule_of(pipeline), pipeline.text_encoder
     tokens = pipeline.tokenizer
