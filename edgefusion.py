@@ -294,12 +294,15 @@ class Chain:
 
 
 _RECIPE = typer.Argument(help="a recipe, such as recipes/pocket.yaml")
-_OUT = typer.Option(help="output folder; the same command again goes on from what is there")
+_OUT = typer.Option(
+    help="output folder, runs/NAME for NAME.yaml if left out; the same command again goes on from what is there"
+)
 _SET = typer.Option("--set", help="override a key: --set trainer.adapt.steps=20 (repeatable)")
 
 
-def _run(recipe: Path, out: Path, overrides: list[str] | None, until: str) -> None:
+def _run(recipe: Path, out: Path | None, overrides: list[str] | None, until: str) -> None:
     began = time.monotonic()
+    out = out or Path("runs") / recipe.stem
     chain = Chain(load_recipe(Recipe, recipe, overrides or []), out)
     if not chain.run(until):
         typer.echo(f"{out}: nothing to do, the run is complete. Look at {out / 'report.html'}")
@@ -314,7 +317,7 @@ def _run(recipe: Path, out: Path, overrides: list[str] | None, until: str) -> No
 @app.command()
 def run(
     recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE,
-    out: Annotated[Path, _OUT] = Path("runs/pocket"),
+    out: Annotated[Path | None, _OUT] = None,
     overrides: Annotated[list[str] | None, _SET] = None,
 ) -> None:
     """Run the whole chain: plan, make, select, pack, adapt, distill, export, report. Kill it anywhere; run it again to go on."""
@@ -325,7 +328,7 @@ def _mount(wing: typer.Typer, until: str, what: str) -> None:
     @wing.command("run", help=f"{what} Rerun to go on after a kill.")
     def run_wing(
         recipe: Annotated[Path, _RECIPE] = DEFAULT_RECIPE,
-        out: Annotated[Path, _OUT] = Path("runs/pocket"),
+        out: Annotated[Path | None, _OUT] = None,
         overrides: Annotated[list[str] | None, _SET] = None,
     ) -> None:
         _run(recipe, out, overrides, until)
