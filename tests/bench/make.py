@@ -1,0 +1,82 @@
+"""How near making comes to a bare loop of the same models: PYTHONPATH=. python tests/bench/make.py [SAMPLES] [--runner ray|in-process]
+
+The bare loop holds the pocket teacher and the filter CLIP in this process, paints and scores batch by batch, and keeps nothing:
+no encoding, hashes, ledger or digests. Making does the whole of `factory make`. Its rate is taken between the first unit done and the last; what
+comes before is start-up, reported apart. Both see the same prompts, batches and threads, in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.recipe import load_recipe
+from cluster.runner import make_runner
+from edgefusion import DEFAULT_RECIPE, Recipe
+from factory.make import make
+from factory.models import quiet, set_threads
+from factory.models.clip import Clip
+from factory.models.image import Painter
+from factory.plan import make_plan
+from factory.recipe import FactoryRecipe
+from factory.units import plan_files, read_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("samples", type=int, nargs="?", default=1000)
+    parser.add_argument("--runner", default="ray")
+    asked = parser.parse_args()
+    load = os.getloadavg()[0]
+    quiet()
+    recipe = load_recipe(
+        Recipe, DEFAULT_RECIPE, [f"factory.plan.prompts={asked.samples}", f"cluster.runner={asked.runner}"]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        make_plan(recipe.factory, recipe.seed, Path(scratch), lambda n: None)
+        began, done = time.monotonic(), []
+        runner = make_runner(recipe.cluster)
+        make(recipe.factory, Path(scratch), runner, lambda n: done.append((time.monotonic() - began, n)))
+        runner.close()
+        bare = bare_loop(recipe.factory, Path(scratch))
+    rate = sum(n for _, n in done[1:]) / (done[-1][0] - done[0][0])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    table = Table(
+        "what",
+        "pictures/s",
+        "ratio",
+        title=f"{asked.samples} samples · {asked.runner} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
+        caption=f"first unit of {recipe.factory.make.unit_images} out after {done[0][0]:.1f} s",
+    )
+    table.add_row("factory make", f"{rate:.2f}", f"{rate / bare:.3f}")
+    table.add_row("bare loop", f"{bare:.2f}", "1.000")
+    Console(width=120).print(table)
+
+
+def bare_loop(recipe: FactoryRecipe, folder: Path) -> float:
+    """Pictures a second; models' loading and the first batch are left out."""
+    assert recipe.make.teacher is not None
+    set_threads(recipe.make.threads)
+    painter, clip, each = Painter(recipe.make.teacher), Clip(recipe.make.scorer), recipe.make.teacher.batch_images
+    rows = [row for path in plan_files(folder) for row in read_table(path).to_pylist() if row["outcome"] == "pending"]
+    batches = [rows[i : i + each] for i in range(0, len(rows) // each * each, each)]
+    began = time.monotonic()
+    for number, batch in enumerate(batches):
+        if number == 1:
+            began = time.monotonic()
+        prompts = [row["prompt"] for row in batch]
+        pictures = painter.paint(prompts, [row["seed"] for row in batch])
+        (clip.pictures(pictures) * clip.texts(prompts)).sum(axis=1)
+    return (len(batches) - 1) * each / (time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
