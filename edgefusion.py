@@ -14,9 +14,9 @@ from rich.progress import Progress
 
 from cluster.cli import app as cluster_app
 from cluster.cli import doctor, mount_cluster
-from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.errors import EdgeFusionError, LedgerConflict, StageError
 from cluster.heartbeat import heartbeat
-from cluster.machine import NEEDED, commit, machine_facts, version_of, watch_memory
+from cluster.machine import NEEDED, commit, machine_facts, other_load, version_of, watch_memory
 from cluster.needs import RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
@@ -42,6 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="From prompts and GPUs to a small, fast, on-device text-to-image model.",
+    epilog="Any command takes --debug, which shows the traceback of an error.",
 )
 for name, wing in (
     ("factory", factory_app),
@@ -52,6 +53,23 @@ for name, wing in (
     ("reproduce", reproduce_app),
 ):
     app.add_typer(wing, name=name)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgefusion {version_of('edgefusion')}, commit {commit()[:10]}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Options of the front door itself."""
+
+
 app.command()(doctor)
 app.command()(status)
 
@@ -104,11 +122,13 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
+        self._save()
         sweep_partials(self.out)
         with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
             for step in todo:
                 begin(step)
                 began = time.monotonic()
+                self.facts.setdefault("load", {})[step] = round(other_load(), 1)
                 result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
@@ -117,7 +137,10 @@ class Chain:
         return True
 
     def _claim(self) -> dict[str, Any]:
-        """Take the output folder, or refuse one that holds another recipe's run."""
+        """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
+
+        Nothing is written yet: a recipe whose models are not there must not take the folder.
+        """
         path, digest = self.out / RUN, recipe_digest(self.recipe)
         if path.exists():
             try:
@@ -127,7 +150,7 @@ class Chain:
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
             if not same:
                 raise LedgerConflict(
-                    f"the folder holds a run of another recipe ({facts['recipe']['name']}, or the same with other values)",
+                    f"the folder holds a run of another recipe: {_first_difference(facts['recipe'], self.recipe)}",
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
@@ -143,8 +166,8 @@ class Chain:
             "commit": commit(),
             "machine": machine_facts(),
             "seconds": {},
+            "load": {},
         }
-        publish_bytes(path, (json.dumps(facts, indent=2) + "\n").encode())
         return facts
 
     def _save(self) -> None:
@@ -216,6 +239,13 @@ class Chain:
         task = bars.add_task("select and pack", total=1)
         funnel = pack_all(self.recipe.factory, self.data, self.recipe.name)
         bars.advance(task)
+        if not funnel["kept"]:
+            why = ", ".join(f"{count} {reason}" for reason, count in funnel["reasons"].items())
+            raise StageError(
+                f"the data set is empty: of {funnel['planned']} planned samples none was kept ({why})",
+                where=str(self.data),
+                remedy="Look at what came in, or loosen factory.select in a run of its own (another --out)",
+            )
         return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
 
     def _train(self, bars: Progress) -> None:
@@ -293,6 +323,18 @@ class Chain:
         return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
 
 
+def _first_difference(there: dict[str, Any], here: Recipe) -> str:
+    """The first key with another value, in words."""
+
+    def walk(one: Any, other: Any, key: str) -> str:
+        if isinstance(one, dict) and isinstance(other, dict):
+            pairs = ((name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]))
+            return next((walk(a, b, f"{key}.{name}" if key else name) for name, a, b in pairs if a != b), "")
+        return f"{key} is {json.dumps(one)} there and {json.dumps(other)} now"
+
+    return walk(there, here.model_dump(mode="json"), "")
+
+
 _RECIPE = typer.Argument(help="a recipe, such as recipes/pocket.yaml")
 _OUT = typer.Option(
     help="output folder, runs/NAME for NAME.yaml if left out; the same command again goes on from what is there"
@@ -305,7 +347,8 @@ def _run(recipe: Path, out: Path | None, overrides: list[str] | None, until: str
     out = out or Path("runs") / recipe.stem
     chain = Chain(load_recipe(Recipe, recipe, overrides or []), out)
     if not chain.run(until):
-        typer.echo(f"{out}: nothing to do, the run is complete. Look at {out / 'report.html'}")
+        look = f" Look at {out / 'report.html'}" if until == "report" else ""
+        typer.echo(f"{out}: nothing to do, the run is complete.{look}")
         return
     typer.echo(f"{out}: done in {time.monotonic() - began:.0f} s")
     if funnel := chain.facts.get("funnel"):
@@ -349,17 +392,17 @@ def generate(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw one picture."""
-    from PIL import Image
-
     from factory.models import quiet
+    from factory.picture_file import check_picture_path, write_picture
     from trainer.loop import open_pipeline
     from trainer.sample import generate as draw
 
+    check_picture_path(out)
     quiet()
     pipeline = open_pipeline(model)
     began = time.perf_counter()
     picture = draw(pipeline, [prompt], [seed], steps, guidance)[0]
-    Image.fromarray(picture).save(out)
+    write_picture(out, picture)
     typer.echo(
         f"wrote {out}: {picture.shape[1]} x {picture.shape[0]}, {steps} steps, {time.perf_counter() - began:.2f} s"
     )

@@ -60,6 +60,11 @@ def machine_facts() -> dict[str, str]:
     }
 
 
+def other_load() -> float:
+    """Processes that wanted a core in the last minute, for each core there is: far above 1, times taken now are too long."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+
+
 def version_of(package: str) -> str | None:
     """Of an installed distribution."""
     try:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
+from cluster.machine import every
+
 console = Console(stderr=True)
+_LINE_S = 10.0
 
 
 @contextmanager
 def progress_bars() -> Generator[Progress]:
+    """Bars in a terminal; in a file or a pipe a line now and then, so that a log shows that work goes on."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console) as bars:
+    plain = not console.is_terminal
+    with (
+        Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console, disable=plain) as bars,
+        every(_LINE_S, _lines_of(bars)) if plain else nullcontext(),
+    ):
         yield bars
+
+
+def _lines_of(bars: Progress) -> Callable[[], None]:
+    """Prints what has changed since it was last called."""
+    told: dict[TaskID, str] = {}
+
+    def tell() -> None:
+        for task in list(bars.tasks):
+            count = f" {task.completed:.0f} of {task.total:.0f}" if task.total and task.total > 1 else ""
+            line = f"{task.description}{count}{', done' if task.finished else ''}"
+            if told.get(task.id) != line and (task.started or task.completed):
+                told[task.id] = line
+                console.print(f"{time.strftime('%H:%M:%S')} {line}", soft_wrap=True, markup=False, highlight=False)
+
+    return tell
 
 
 def bar_each(bars: Progress) -> Callable[[str, int, int], None]:

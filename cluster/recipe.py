@@ -121,6 +121,9 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> Rec
     if first["type"] == "missing":
         return RecipeError(f"{key} is missing", where=where, remedy=_describe(schema, path) or "Add it")
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = f"needs keys of its own, such as {', '.join(_fields_at(schema, path)[:4])}"
+        return RecipeError(f"{key} {message}, not {first['input']!r}", where=where, remedy=_describe(schema, path))
     got = (
         "" if isinstance(first["input"], dict | list) or first["type"] == "value_error" else f", not {first['input']!r}"
     )

@@ -179,13 +179,18 @@ def _outcomes(data: Path) -> tuple[Facts, dict[str, int], int]:
             unreadable += 1
             continue
         found.update(row["outcome"] for row in rows)
-        # Six words tell reasons apart; what follows names the one sample.
-        reasons.update(f"{row['outcome']}: {' '.join(row['reason'].split()[:6])}" for row in rows if row["reason"])
+        reasons.update(f"{row['outcome']}: {_kind_of(row['reason'])}" for row in rows if row["reason"])
     refills = sorted(data.glob("plan-refill-*.parquet"))
     planned = sum(_rows(path) for path in [plan, *refills]) if plan.exists() else 0
     in_ledger = sum(found.values()) if not chosen else sum(_rows(path) for path in ledger)
     named = {name: found[name] for name in ("made", "kept", "rejected", "dead")}
     return {"planned": planned, "in_ledger": in_ledger, **named}, dict(reasons.most_common(20)), unreadable
+
+
+def _kind_of(reason: str) -> str:
+    """Seven words tell reasons apart; what follows, and what stands in brackets, is about the one sample."""
+    words = reason.split(" (")[0].split()
+    return " ".join(words[:7]) + (" ..." if len(words) > 7 else "")
 
 
 def _share(outcomes: Facts, name: str) -> float | None:

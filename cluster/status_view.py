@@ -91,6 +91,9 @@ def _state_line(facts: dict[str, Any]) -> str:
         return f"Died at {facts['step']} ({where}, last sign of life {clock(facts['heartbeat_age_s'])} ago). {again}"
     if state == "stopped":
         return f"Stopped at {facts['step']}: {facts['why']}. {again}"
+    waiting = [stage["stage"] for stage in facts["stages"] if stage["state"] == "waiting"]
+    if waiting:
+        return f"Finished what was asked for; {waiting[0]} and what follows were not. edgefusion run goes on from here."
     return "Finished."
 
 

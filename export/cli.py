@@ -66,13 +66,16 @@ def try_build(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw a picture with a build, through its own runtime and without PyTorch."""
-    from PIL import Image
-
+    from cluster.errors import EdgeFusionError
     from export.bundle import open_bundle
     from export.words import tokenize
+    from factory.picture_file import check_picture_path, write_picture
 
+    if not prompt.strip():
+        raise EdgeFusionError("the prompt is empty", remedy="Say what to draw")
+    check_picture_path(out)
     build, facts = open_bundle(folder, precision)
-    Image.fromarray(build.picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed)).save(out)
+    write_picture(out, build.picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed))
     typer.echo(f"wrote {out}")
 
 

@@ -54,7 +54,7 @@ def speed_table(found: dict[str, Any]) -> Table:
         spread = [build["measured_ms"][what] for what in (*GRAPHS, "picture")]
         table.add_row(
             name,
-            *[f"{one['median']:.1f}\n{one['low']:.1f}-{one['high']:.1f}" for one in spread],
+            *[f"{one['median']:.1f}\n{one['low']:.1f}\nto {one['high']:.1f}" for one in spread],
             f"{build['cold']['cold_start_s']:.2f}",
             f"{build['cold']['peak_memory_bytes'] / 2**20:.0f}",
             f"{sum(build['bytes'].values()) / 2**20:.1f}",

@@ -111,7 +111,7 @@ def _readme(
         "",
         "```python",
         "import webdataset",
-        f'samples = webdataset.WebDataset("shard-{{000000..{shards - 1:06d}}}.tar", shardshuffle=False).decode("pil")',
+        f'samples = webdataset.WebDataset("shard-{{000000..{max(0, shards - 1):06d}}}.tar", shardshuffle=False).decode("pil")',
         "",
         "from datasets import load_dataset",
         'samples = load_dataset("webdataset", data_files="shard-*.tar", split="train")',

@@ -216,7 +216,11 @@ def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _F
     try:
         tree = json.loads(record.read_text())["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError("holds no recipe", where=str(record), remedy="Give one with --recipe") from None
+        raise RecipeError(
+            f"nothing says by which recipe it was made: {record} is not there",
+            where=str(folder),
+            remedy="Give the recipe with --recipe",
+        ) from None
     if overrides:
         raise RecipeError("--set needs --recipe", remedy="Give the recipe that the overrides change")
     return build_recipe(_FactoryPart, tree, str(record))

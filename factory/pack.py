@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.errors import CorruptShard
+from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file, publish_bytes
 
 MANIFEST = "manifest.parquet"
@@ -191,7 +191,10 @@ def _by_shard(rows: list[dict[str, str]], manifest: Path) -> dict[str, list[dict
 
 
 def _wrong_row(manifest: Path, row: Mapping[str, str], what: str) -> CorruptShard:
-    where, remedy = str(manifest), "Run `edgefusion factory repair`, or pack the data set again"
+    where, remedy = (
+        str(manifest),
+        "Run `edgefusion factory repair` (with --recipe on a copy), or pack the data set again",
+    )
     return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy)
 
 
@@ -199,11 +202,25 @@ def read_manifest(folder: Path) -> list[dict[str, str]]:
     """The manifest's rows, in the order of the shards."""
     path = folder / MANIFEST
     if not path.exists():
-        raise CorruptShard("there is no manifest", where=str(path), remedy="Packing did not finish: run it again")
+        raise _no_manifest(folder)
     try:
         return pq.read_table(path, schema=_SCHEMA).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+
+
+def _no_manifest(folder: Path) -> EdgeFusionError:
+    if (folder / "dataset" / MANIFEST).exists():
+        return EdgeFusionError(
+            "is a run, not a data set", where=str(folder), remedy=f"Did you mean {folder / 'dataset'}?"
+        )
+    if not (folder / "plan.parquet").exists() and not any(folder.glob("shard-*.tar")):
+        return EdgeFusionError(
+            "is no data set folder", where=str(folder), remedy="Give the folder that holds shards and manifest.parquet"
+        )
+    return CorruptShard(
+        "there is no manifest", where=str(folder / MANIFEST), remedy="Packing did not finish: run it again"
+    )
 
 
 def packed_decisions(folder: Path) -> str | None:
@@ -259,7 +276,11 @@ def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
 
 
 def _corrupt(path: Path, what: str) -> CorruptShard:
-    return CorruptShard(what, where=str(path), remedy="Run `edgefusion factory repair`, or copy the shard again")
+    return CorruptShard(
+        what,
+        where=str(path),
+        remedy="Run `edgefusion factory repair` (with --recipe on a copy), or copy the shard again",
+    )
 
 
 def _digest(members: Mapping[str, bytes]) -> str:

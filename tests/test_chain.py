@@ -156,11 +156,13 @@ def test_a_run_that_cannot_work_says_why(
     undisturbed: tuple[Path, Path], tmp_path: Path, override: str, words: str
 ) -> None:
     assert words in fails(undisturbed[0], tmp_path / "out", override)
+    if "select" not in override:
+        assert not (tmp_path / "out").exists(), "a recipe that cannot run took the folder"
 
 
 def test_a_folder_of_another_recipe_or_of_someone_else_is_refused(copy: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, out = copy
-    assert "another recipe" in fails(recipe, out, "seed=8")
+    assert "another recipe: seed is 7 there and 8 now" in fails(recipe, out, "seed=8")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "holds no run" in fails(recipe, tmp_path / "mine")

@@ -36,6 +36,23 @@ def test_generate_refuses_an_empty_prompt_and_an_unknown_model(tiny_models, tmp_
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("x", "which kind of picture"), ("x.gif", "which kind"), (".", "a folder")]
+)
+def test_a_picture_that_could_not_be_written_is_not_drawn(tiny_models, tmp_path, name: str, words: str) -> None:
+    asked = ["generate", "a fox", "--model", "./no-such-folder", "--out", str(tmp_path / name)]
+    with pytest.raises(EdgeFusionError, match=words):
+        CliRunner().invoke(app, asked, catch_exceptions=False)
+
+
+def test_verify_says_what_a_folder_is(tmp_path) -> None:
+    (tmp_path / "run" / "dataset").mkdir(parents=True)
+    (tmp_path / "run" / "dataset" / "manifest.parquet").write_bytes(b"")
+    for folder, words in ((tmp_path, "is no data set folder"), (tmp_path / "run", r"Did you mean .*run/dataset\?")):
+        with pytest.raises(EdgeFusionError, match=words):
+            CliRunner().invoke(app, ["factory", "verify", str(folder)], catch_exceptions=False)
+
+
 def test_generate_writes_the_same_picture_for_the_same_seed(tiny_models, tmp_path) -> None:
     files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
     for path, seed in zip(files, ("1", "1", "2"), strict=True):

@@ -27,11 +27,14 @@ def follow(bars: Progress, runs: Mapping[str, tuple[Path, int]]) -> Generator[No
     """Bars of (folder, steps) by name, fed from each folder's metrics.jsonl, which any worker anywhere writes."""
     from trainer.state import METRICS, read_log
 
-    tasks = {name: bars.add_task(name, total=steps) for name, (_, steps) in runs.items()}
+    # A bar's clock runs from the first step on: the second phase must not count the first one's time, nor Ray's start.
+    tasks = {name: bars.add_task(name, total=steps, start=False) for name, (_, steps) in runs.items()}
 
     def look() -> None:
         for name, task in tasks.items():
             rows = read_log(runs[name][0] / METRICS)
+            if rows:
+                bars.start_task(task)
             bars.update(task, completed=rows[-1]["step"] if rows else 0)
 
     with every(1.0, look):
