@@ -31,11 +31,12 @@ from cluster.runner import InProcess
 from factory.models import quiet
 from factory.pack import Sample, pack
 from factory.stages import encode_picture
+from trainer.distill import Distillation
 from trainer.encode import encode
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.fit import _Run, new_accelerator
 from trainer.latents import Encoder
-from trainer.loop import _distill_loss, open_pipeline, schedule_of
+from trainer.loop import open_pipeline, schedule_of
 from trainer.mix import MixedStream, Source
 from trainer.recipe import DistillRecipe, EncodeRecipe
 from trainer.stream import ShardStream
@@ -134,7 +135,7 @@ def ours(row: Ours, pipeline: Any, student: UNet2DConditionModel, data: Path, fo
     stream = MixedStream([Source(data)], encoders=encoders)
     copies: Any = [copy.deepcopy(model).to(memory_format=torch.channels_last) for model in (pipeline.unet, student)]
     teacher, own = copies[0].to(row.teacher_dtype), copies[1].requires_grad_(True).train()
-    loss_at = _distill_loss(settings, teacher, encoder, stream, schedule_of(pipeline), seed=0)
+    loss_at = Distillation(settings, teacher, encoder, stream, schedule_of(pipeline), seed=0)
     run = _Run("distill", settings, "", own, folder, new_accelerator("no"))
     return lambda: run.one_step(loss_at)
 
