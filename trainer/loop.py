@@ -31,7 +31,7 @@ from trainer.features import Features, feature_names
 from trainer.fit import STATE, LossAt, Partner, fit, new_accelerator
 from trainer.guidance import add_guidance_input, takes_guidance
 from trainer.latents import Encoder
-from trainer.lora import add_lora, merge_lora, save_lora
+from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
 from trainer.mix import MixedStream, Source, as_sources
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
@@ -52,6 +52,8 @@ def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, se
     """
     torch.set_num_threads(recipe.threads)
     quiet()
+    if recipe.distill.steps and recipe.distill.lora:
+        require_peft()  # before the hours of phase 1
     accelerator = new_accelerator(recipe.mixed_precision, recipe.trackers)
     pipeline = open_pipeline(recipe.teacher)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()

@@ -25,7 +25,7 @@ CUMULATIVE = (1 - BETAS).cumprod(0).float()
 
 def lcm_loss(*numbers) -> torch.Tensor:
     """LCM, eq. 17, with the distance that is the default."""
-    return pseudo_huber(*consistency_pair(*numbers))
+    return pseudo_huber(*consistency_pair(*numbers[:10]))
 
 
 def linear_model(seed: int):

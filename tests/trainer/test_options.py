@@ -30,8 +30,10 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 
 def recipe(models: Path, distill: dict, **changes: object) -> TrainerRecipe:
-    phase = {"batch_images": 4, "learning_rate": 1e-3, "steps": 3, "checkpoint_s": 1e-9}
-    tree = {"teacher": str(models / "teacher"), "size_px": 32, "threads": 1, "adapt": phase | {"steps": 1}}
+    phase = {"batch_images": 4, "learning_rate": 1e-3, "steps": 2, "checkpoint_s": 1e-9}
+    # Phase 1 is left out where nothing needs it: its tests are elsewhere.
+    adapt = phase | {"steps": 1 if "lora" in distill else 0}
+    tree = {"teacher": str(models / "teacher"), "size_px": 32, "threads": 1, "adapt": adapt}
     return build_recipe(TrainerRecipe, tree | {"distill": phase | distill} | changes, "test.yaml")
 
 
@@ -84,7 +86,7 @@ def test_an_option_trains_resumes_to_the_byte_and_draws(tiny_models, data, plain
     assert unet_bytes(whole) == unet_bytes(broken)
     logs = [read_log(folder / "distill" / "metrics.jsonl") for folder in (whole, broken)]
     kept = [[{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in log] for log in logs]
-    assert kept[0] == kept[1] and len(kept[0]) == 3
+    assert kept[0] == kept[1] and len(kept[0]) == 2
     if name == "accumulation":  # the same sums in another order
         theirs = load(plain)
         for tensor, ours in load(unet_bytes(whole)).items():
@@ -209,7 +211,7 @@ def test_heads_learn_to_tell_two_kinds_of_latents_apart(tiny_models) -> None:
         loss.backward()
         optimiser.step()
         found.append(float(loss.detach()))
-    assert sum(found[-5:]) / 5 < 0.5 * found[0]
+    assert sum(found[-5:]) / 5 < 0.75 * found[0], "heads that tell nothing stay at 2"
 
 
 REFUSED = {
