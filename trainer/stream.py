@@ -40,6 +40,9 @@ class CorruptSample(CorruptShard):
             remedy="Leave it out of the data set and pack again",
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CorruptSample, (self.reason, self.key, self.where)  # it may come from an actor
+
 
 @dataclass(frozen=True)
 class Example:

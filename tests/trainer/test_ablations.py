@@ -25,21 +25,32 @@ def recipe_of(protocol: Path, **changes: object) -> AblationsRecipe:
     return AblationsRecipe.model_validate(yaml.safe_load(protocol.read_text()) | small | changes)
 
 
-def rows(recipe: AblationsRecipe) -> list:
-    return [row for row in rows_of(recipe) if WITH_PEFT or "lora" not in row.changes]
+FEW = (BASE, "no-phase-1-same-compute", "phased-adversarial")
 
 
 @pytest.fixture(scope="module")
 def whole(protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of every row that can be trained here."""
+    """A finished run of a few rows."""
     recipe, out = recipe_of(protocol), tmp_path_factory.mktemp("ablations") / "out"
-    ablate(recipe, out, rows(recipe))
+    ablate(recipe, out, chosen(rows_of(recipe), FEW))
     return out
 
 
-def test_every_row_ends_in_figures_and_a_word(protocol: Path, whole: Path) -> None:
+def test_rows_end_in_figures_and_words(protocol: Path, whole: Path) -> None:
+    assert_whole(protocol, whole, list(FEW))
+
+
+@pytest.mark.slow
+def test_every_row_ends_in_figures_and_words(protocol: Path, tmp_path: Path) -> None:
+    """A minute; without peft the row with adapters is left out."""
+    recipe = recipe_of(protocol)
+    rows = [row for row in rows_of(recipe) if WITH_PEFT or "lora" not in row.changes]
+    ablate(recipe, tmp_path / "out", rows)
+    assert_whole(protocol, tmp_path / "out", [row.name for row in rows])
+
+
+def assert_whole(protocol: Path, whole: Path, names: list[str]) -> None:
     report = json.loads((whole / "ablations.json").read_text())
-    names = [row.name for row in rows(recipe_of(protocol))]
     assert {(row["row"], row["steps"]) for row in report["rows"]} == {(name, n) for name in names for n in (4, 2, 1)}
     assert {found["row"] for found in report["found"]} == set(names) - {BASE}
     assert len(report["found"]) == (len(names) - 1) * 3 * 4
@@ -56,9 +67,9 @@ def test_rows_are_what_they_are_called(protocol: Path, whole: Path) -> None:
         for path in (whole / "distill").glob("*/distill/metrics.jsonl")
     }
     first = {name: log[0]["loss"] for name, log in logs.items()}
-    assert len(set(first.values())) >= len(first) - 2, "each trains on another loss"
+    assert len(set(first.values())) == len(first), "each trains on another loss"
     assert len(logs["no-phase-1-same-compute"]) == 4 and len(logs[BASE]) == 2
-    assert {name for name, log in logs.items() if "discriminator" in log[0]} == {"adversarial", "phased-adversarial"}
+    assert {name for name, log in logs.items() if "discriminator" in log[0]} == {"phased-adversarial"}
 
 
 def test_it_goes_on_where_it_was_interrupted(protocol: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
@@ -71,17 +82,15 @@ def test_it_goes_on_where_it_was_interrupted(protocol: Path, whole: Path, tmp_pa
         train(*given)
 
     monkeypatch.setattr(runs_module, "train", die)
-    out, some = tmp_path / "out", chosen(rows_of(recipe), [BASE, "phased"])
+    out, some = tmp_path / "out", chosen(rows_of(recipe), [BASE])
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             ablate(recipe, out, some)
     ablate(recipe, out, some)
-    assert len(calls) == 5
-    for name in (BASE, "phased"):
-        ours, theirs = (
-            json.loads((folder / "results" / f"{name}-seed0.json").read_text())["figures"] for folder in (out, whole)
-        )
-        assert ours == theirs
+    assert len(calls) == 4
+    result = Path("results") / f"{BASE}-seed0.json"
+    ours, theirs = (json.loads((folder / result).read_text())["figures"] for folder in (out, whole))
+    assert ours == theirs
     with pytest.raises(LedgerConflict, match="another protocol"):
         ablate(recipe_of(protocol, phases=4), out, some)
 
@@ -100,7 +109,7 @@ def test_bad_wishes_are_refused_before_anything_runs(protocol: Path, tmp_path: P
 
 def test_the_command_says_what_it_found(protocol: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(recipe_of(protocol).model_dump(mode="json")))
-    words = ["ablations", "--recipe", str(tmp_path / "protocol.yaml"), "--out", str(whole), "--rows", "phased*"]
+    words = ["ablations", "--recipe", str(tmp_path / "protocol.yaml"), "--out", str(whole), "--rows", "phased-*"]
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0, said.output
     assert "figures better" in said.output and "ablations.md" in said.output
