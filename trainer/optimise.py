@@ -24,7 +24,7 @@ def new_optimiser(settings: PhaseRecipe, groups: list[dict[str, Any]], device: t
         return _eight_bit(device)(groups, **common)
     # One call for all tensors: with small ones, the calls are half of a step.
     how = "foreach" if settings.optimiser == "adamw-foreach" else "fused"
-    return torch.optim.AdamW(groups, **common, **{how: True})
+    return torch.optim.AdamW(groups, **common | {how: True})
 
 
 def _eight_bit(device: torch.device) -> Any:

@@ -155,13 +155,13 @@ def _trainer(recipe: TablesRecipe, phase: str, start: Path | None, changes: Mapp
         cache_latents=True,
         threads=recipe.threads,
         adapt=AdaptRecipe(learning_rate=recipe.adapt_rate, **each["adapt"]),
-        distill=_distill(recipe, each["distill"] | changes),
+        distill=_distill(recipe, each["distill"] | dict(changes)),
     )
 
 
 def _distill(recipe: TablesRecipe, more: Mapping[str, Any]) -> DistillRecipe:
     common = {"learning_rate": recipe.distill_rate, "guidance_min": recipe.guidance, "guidance_max": recipe.guidance}
-    return DistillRecipe(**common | more)
+    return DistillRecipe.model_validate(common | dict(more))
 
 
 def _assemble(recipe: TablesRecipe, row: Row, unet: Path, folder: Path) -> None:
