@@ -22,9 +22,10 @@ def new_optimiser(settings: PhaseRecipe, groups: list[dict[str, Any]], device: t
     }
     if settings.optimiser == "adamw-8bit":
         return _eight_bit(device)(groups, **common)
+    if settings.optimiser == "adamw-foreach":
+        return torch.optim.AdamW(groups, **common, foreach=True)
     # One call for all tensors: with small ones, the calls are half of a step.
-    how = "foreach" if settings.optimiser == "adamw-foreach" else "fused"
-    return torch.optim.AdamW(groups, **common | {how: True})
+    return torch.optim.AdamW(groups, **common, fused=True)
 
 
 def _eight_bit(device: torch.device) -> Any:
