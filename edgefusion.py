@@ -90,6 +90,17 @@ class Recipe(Settings):
     def _fits(self) -> Recipe:
         if self.trainer.adapt.steps == 0 and self.trainer.distill.steps == 0:
             raise ValueError("trainer.adapt.steps and trainer.distill.steps are both 0, so there is nothing to train")
+        distill, export = self.trainer.distill, self.export
+        if distill.steps and distill.phases and export.steps % distill.phases:
+            raise ValueError(
+                f"export.steps ({export.steps}) is no multiple of trainer.distill.phases ({distill.phases}), and the student learns to "
+                "step from edge to edge only; change one of the two"
+            )
+        if distill.steps and distill.guidance_input and export.guidance_scale is None:
+            raise ValueError(
+                "trainer.distill.guidance_input needs export.guidance_scale, which a build is fixed at; "
+                f"choose one from {distill.guidance_min + 1:g} to {distill.guidance_max + 1:g}"
+            )
         return self
 
 

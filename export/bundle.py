@@ -29,6 +29,7 @@ from export.solve import Plan
 from export.targets.judge import compile_plan
 from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_facts
 from export.tiling import check_tiles
+from trainer.guidance import fix_guidance, takes_guidance
 from trainer.loop import open_pipeline
 from trainer.sample import contact_sheet
 
@@ -49,6 +50,14 @@ def export_student(
 
     torch.set_num_threads(recipe.threads)
     pipeline = open_pipeline(str(student))
+    if takes_guidance(pipeline.unet):
+        if recipe.guidance_scale is None:
+            raise EdgeFusionError(
+                "the student takes guidance as an input, and a build has it fixed",
+                where=str(student),
+                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
+            )
+        pipeline.unet = fix_guidance(pipeline.unet, recipe.guidance_scale - 1)
     graphs = graphs_of(pipeline)
     scheduler = scheduler_constants(pipeline, recipe.steps)
     shape = tuple(graphs[1].inputs["latent"].shape)

@@ -42,6 +42,9 @@ class ExportRecipe(Settings):
         default=None, description="{profile: NAME}: also build with attention tiled for that NPU"
     )
     steps: int = Field(default=2, ge=1, le=8, description="denoising steps of the build")
+    guidance_scale: float | None = Field(
+        default=None, ge=0, description="what a student that takes guidance is fixed at; others have none"
+    )
     calibration_prompts: int = Field(
         default=8, ge=1, description="prompts whose few-step trajectories calibrate activations"
     )

@@ -40,6 +40,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
         busy=_busy(facts),
         **_data_part(out, facts),
         training=_training_part(out / "training"),
+        skipped=_skipped_part(out / "training"),
         samples=_samples_part(out / "samples"),
         bundles=_bundle_part(out / "export"),
     )
@@ -102,6 +103,13 @@ def _training_part(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _skipped_part(folder: Path) -> list[dict[str, Any]]:
+    """Samples that training could not read: data set, shard, key, reason."""
+    path = folder / "data.json"
+    facts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return [{"data": fact["data"], **row} for fact in facts for row in fact.get("skipped", [])]
 
 
 def _samples_part(folder: Path) -> dict[str, Any] | None:

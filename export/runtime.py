@@ -21,22 +21,26 @@ Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 def scheduler_constants(pipeline: Any, steps: int) -> dict[str, Any]:
-    """What one few-step loop needs: per step t, c_skip, c_out, alpha, sigma, and alpha, sigma of the step after it."""
+    """What one few-step loop needs: per step t, c_skip, c_out, alpha, sigma, and alpha, sigma of the step after it.
+
+    Deterministic steps (TCD's scheduler, students with phases) have the same form: the DDIM step to s is sigma_s / sigma x
+    + (alpha_s - sigma_s alpha / sigma) x0, and no noise follows.
+    """
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
     times = [int(t) for t in scheduler.timesteps]
-    cumulative = scheduler.alphas_cumprod
+    cumulative, phased = scheduler.alphas_cumprod, type(scheduler).__name__ == "TCDScheduler"
     table: list[dict[str, float]] = []
     for i, t in enumerate(times):
-        c_skip, c_out = (float(v) for v in scheduler.get_scalings_for_boundary_condition_discrete(t))
-        row = {
-            "t": t,
-            "c_skip": c_skip,
-            "c_out": c_out,
-            "alpha": _root(cumulative[t]),
-            "sigma": _root(1 - cumulative[t]),
-        }
-        if i + 1 < len(times):
+        alpha, sigma = _root(cumulative[t]), _root(1 - cumulative[t])
+        if phased:
+            to = cumulative[times[i + 1] if i + 1 < len(times) else 0]
+            c_skip = _root(1 - to) / sigma
+            c_out = _root(to) - c_skip * alpha
+        else:
+            c_skip, c_out = (float(v) for v in scheduler.get_scalings_for_boundary_condition_discrete(t))
+        row = {"t": t, "c_skip": c_skip, "c_out": c_out, "alpha": alpha, "sigma": sigma}
+        if i + 1 < len(times) and not phased:
             after = cumulative[times[i + 1]]
             row |= {"next_alpha": _root(after), "next_sigma": _root(1 - after)}
         table.append(row)

@@ -173,6 +173,29 @@ def find_damage(folder: Path) -> Iterator[CorruptShard]:
             yield error
 
 
+def find_bad_samples(folder: Path) -> dict[str, str]:
+    """Sample id to what is wrong with it, for every sample that cannot be trusted; empty for a whole data set.
+
+    Of a damaged shard the samples whose own checksums are right stay out of it. Raises CorruptShard for a manifest that is not true.
+    """
+    found: dict[str, str] = {}
+    rows = read_manifest(folder)
+    for name, listed in _by_shard(rows, folder / MANIFEST).items():
+        path, left = folder / name, {row["id"]: row["sample_sha256"] for row in listed}
+        reason = "its bytes are not what the manifest says"
+        if not path.exists():
+            reason = "its shard is missing"
+        else:
+            try:
+                for key, members in read_shard(path):
+                    if left.get(key) == _digest(members):
+                        del left[key]
+            except CorruptShard as error:
+                reason = f"its shard {error.what}"
+        found |= dict.fromkeys(left, reason)
+    return found
+
+
 def _by_shard(rows: list[dict[str, str]], manifest: Path) -> dict[str, list[dict[str, str]]]:
     """The manifest's rows by shard; raises CorruptShard for a row that cannot be true whatever the shards hold."""
     found: dict[str, list[dict[str, str]]] = {}

@@ -16,7 +16,7 @@ from cluster.storage import publish_folder
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
 from trainer.loop import open_pipeline
-from trainer.sample import contact_sheet, generate
+from trainer.sample import contact_sheet, generate, student_guidance
 
 STUDENT_STEPS = (4, 2, 1)
 TEACHER_STEPS = 25
@@ -72,6 +72,6 @@ def _fill(
     draw("teacher", large, TEACHER_STEPS, guidance)
     small = open_pipeline(str(student))
     for steps in STUDENT_STEPS:
-        draw(f"student-{steps}", small, steps, 1.0)
+        draw(f"student-{steps}", small, steps, student_guidance(small, guidance))
     facts = {"judge": judge.model, "prompts": list(prompts), "seeds": seeds, "rows": rows}
     (place / "samples.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -9,22 +9,41 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from cluster.errors import StageError
+from trainer.optimise import new_optimiser
+from trainer.options import Tracker
 from trainer.recipe import PhaseRecipe
 from trainer.state import Average, Log, load_state, save_state
+from trainer.track import require_trackers
 from trainer.watch import LossWatch
 
 Model = TypeVar("Model", bound=nn.Module)
 LossAt = Callable[[Any, Average, int, slice], torch.Tensor]
 """(model, its average, draw number, this rank's slice of the global batch) -> mean loss of the slice."""
+
+
+class HasHeads(Protocol):
+    """Where a second set of weights lies, prepared in place."""
+
+    heads: nn.Module
+
+
+@dataclass(frozen=True)
+class Partner:
+    """What learns beside the model from the same loss, at a rate of its own; it is saved with it and has no average."""
+
+    owner: HasHeads
+    learning_rate: float
+
 
 MAX_ROLLBACKS = 5
 STATE = "state.pt"
@@ -38,13 +57,14 @@ def fit(
     loss_at: LossAt,
     folder: Path,
     accelerator: Accelerator,
+    partner: Partner | None = None,
 ) -> Model:
     """Train `model` and return its average; `folder` keeps `state.pt`, `metrics.jsonl` and TensorBoard's event file.
 
     A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
     StageError for a batch that the workers cannot share and for a loss that spiked, after rolling back if the recipe says so.
     """
-    run = _Run(phase, settings, digest, model, folder, accelerator)
+    run = _Run(phase, settings, digest, model, folder, accelerator, partner)
     try:
         while run.step <= settings.steps:
             run.one_step(loss_at)
@@ -53,10 +73,13 @@ def fit(
     return run.average.model
 
 
-def new_accelerator(mixed_precision: str) -> Accelerator:
+def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> Accelerator:
     """This process's share of the training; raises StageError where workers would train on their own, unaware of each other."""
     # Accelerate looks for other CPU workers only if told that this is about CPUs.
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+    require_trackers(trackers)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(), log_with=list(trackers) or None
+    )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
         raise StageError(
@@ -72,7 +95,14 @@ class _Spike(Exception):
 
 class _Run:
     def __init__(
-        self, phase: str, settings: PhaseRecipe, digest: str, model: nn.Module, folder: Path, accelerator: Accelerator
+        self,
+        phase: str,
+        settings: PhaseRecipe,
+        digest: str,
+        model: nn.Module,
+        folder: Path,
+        accelerator: Accelerator,
+        partner: Partner | None = None,
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
         if batch % workers:
@@ -80,19 +110,27 @@ class _Run:
                 f"trainer.{phase}.batch_images ({batch}) cannot be shared by {workers} workers",
                 remedy="Choose a multiple",
             )
+        if batch // workers % settings.accumulation:
+            raise StageError(
+                f"trainer.{phase}.accumulation ({settings.accumulation}) does not divide a worker's {batch // workers} images of a batch",
+                remedy="Choose a divisor",
+            )
         own, rank = batch // workers, accelerator.process_index
         self.share = slice(rank * own, (rank + 1) * own)
         self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
         self.folder, self.state = folder, folder / STATE
         self.average = Average(model.train(), settings.ema_decay)
         self.average.model.to(accelerator.device)
-        optimiser = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(0.9, 0.99),
-            fused=True,  # one call for all tensors: with small ones, the calls are half of a step
-        )
+        groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        self.partner = partner.owner if partner else None
+        if partner:
+            heads = partner.owner.heads
+            groups.append({"params": list(heads.parameters()), "scale": partner.learning_rate / settings.learning_rate})
+            partner.owner.heads = accelerator.prepare(heads)
+        optimiser = new_optimiser(settings, groups, accelerator.device)
+        if settings.compile_backend:
+            model.compile(backend=settings.compile_backend)
+            self.average.model.compile(backend=settings.compile_backend)
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
         self.log: Log | None = None
         self._restore()
@@ -118,8 +156,21 @@ class _Run:
 
     def _loss(self, loss_at: LossAt) -> tuple[torch.Tensor, float]:
         """This rank's loss, and the mean over all ranks, of which all ranks therefore think the same."""
+        parts = self.settings.accumulation
+        draw, own = self.step + self.skipped, (self.share.stop - self.share.start) // parts
+        shares = [slice(at, at + own) for at in range(self.share.start, self.share.stop, own)]
+        total = torch.zeros((), device=self.accelerator.device)
+        for share in shares[:-1]:  # nothing but their gradients is kept
+            with self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                part = loss_at(self.model, self.average, draw, share) / parts
+            with self.accelerator.no_sync(self.model):
+                self.accelerator.backward(part)
+            total += part.detach().float()
         with self.accelerator.autocast():
-            loss = loss_at(self.model, self.average, self.step + self.skipped, self.share)
+            loss = loss_at(self.model, self.average, draw, shares[-1])
+        self.notes = dict(getattr(loss_at, "notes", {}))
+        if parts > 1:
+            loss = total + loss / parts
         mean = float(self.accelerator.reduce(loss.detach().float(), "mean"))  # pyright: ignore[reportArgumentType]
         if what := self.watch.trouble(mean):
             raise _Spike(f"the loss of {self.phase} at step {self.step} {what}")
@@ -131,9 +182,11 @@ class _Run:
         if settings.cosine:
             rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         self.accelerator.backward(loss)
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        if self.partner:  # by itself, or the louder one would quieten the other; its gradients are unscaled by now
+            norm = norm + nn.utils.clip_grad_norm_(self.partner.heads.parameters(), settings.max_grad_norm)
         # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.
         if self.accelerator.scaler is None and not torch.isfinite(norm):
             raise _Spike(
@@ -174,6 +227,8 @@ class _Run:
         self.step, more = found.step, found.more
         self.skipped, self.rollbacks = int(more.get("skipped", 0)), int(more.get("rollbacks", 0))
         self.watch = LossWatch(self.settings.spike_factor, more.get("losses", []))
+        if self.partner and "partner" in more:
+            self.accelerator.unwrap_model(self.partner.heads).load_state_dict(more["partner"])
         if self.accelerator.scaler is not None and "scaler" in more:
             self.accelerator.scaler.load_state_dict(more["scaler"])
         self.kept = self.began_step = self.step
@@ -194,6 +249,8 @@ class _Run:
                 "skipped": self.skipped,
                 "rollbacks": self.rollbacks,
             }
+            if self.partner:
+                more["partner"] = self.accelerator.unwrap_model(self.partner.heads).state_dict()
             if self.accelerator.scaler is not None:
                 more["scaler"] = self.accelerator.scaler.state_dict()
             model = self.accelerator.unwrap_model(self.model)
@@ -208,6 +265,12 @@ class _Run:
                 step=self.step + 1,
                 steps=self.settings.steps,
                 loss=round(loss, 6),
+                **self.notes,
                 images_per_s=round(rate, 2),
                 time_s=round(time.time(), 2),
+            )
+            values = {"loss": loss, **self.notes, "images_per_s": rate}
+            # Under a name of the phase's own: both phases count from 1.
+            self.accelerator.log(
+                {f"{self.phase}/{name}": v for name, v in values.items()} | {f"{self.phase}/step": self.step + 1}
             )

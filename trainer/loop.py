@@ -6,6 +6,7 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
@@ -20,20 +23,26 @@ from cluster.errors import EdgeFusionError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
+from trainer.adversary import Opponent
+from trainer.distill import Distillation, denoiser
+from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
-from trainer.fit import STATE, LossAt, fit, new_accelerator
+from trainer.fit import STATE, LossAt, Partner, fit, new_accelerator
+from trainer.guidance import add_guidance_input, takes_guidance
 from trainer.latents import Encoder
-from trainer.losses import Denoiser, NoiseSchedule, feature_loss, lcm_loss
+from trainer.lora import add_lora, merge_lora, require_peft, save_lora
+from trainer.losses import NoiseSchedule, feature_loss
 from trainer.mix import MixedStream, Source, as_sources
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 from trainer.state import Average
-from trainer.stream import Example
 from trainer.surgery import SurgeryError, build_student, student_config
+from trainer.track import end_trackers, start_trackers
 
 PHASES = ("adapt", "distill")
 DATA = "data.json"
-"""What a training draws from: data sets, shares, encodings."""
+"""What a training draws from: data sets, shares, encodings, samples that could not be read."""
+LORA = "lora"
 
 
 def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, seed: int) -> None:
@@ -43,41 +52,80 @@ def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, se
     """
     torch.set_num_threads(recipe.threads)
     quiet()
-    accelerator = new_accelerator(recipe.mixed_precision)
+    if recipe.distill.steps and recipe.distill.lora:
+        require_peft()  # before the hours of phase 1
+    accelerator = new_accelerator(recipe.mixed_precision, recipe.trackers)
     pipeline = open_pipeline(recipe.teacher)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
+    refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
-    sources = as_sources(data)
-    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
-    encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
-    stream = MixedStream(sources, seed, accelerator.is_main_process, encoders)
+    stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
     digest = hashlib.sha256(f"{recipe_digest(recipe)} {stream.digest()}".encode()).hexdigest()
-    if accelerator.is_main_process:
-        publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
     for told in stream.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
+    start_trackers(accelerator, recipe.trackers, folder, recipe.model_dump(mode="json"))
     for phase in PHASES:
         settings: AdaptRecipe | DistillRecipe = getattr(recipe, phase)
         done = folder / phase / "unet"
         if settings.steps == 0 or done.exists():
             continue
-        student: Any = _student_for(phase, recipe, teacher, folder)
+        student: Any = _student_for(phase, recipe, pipeline, folder)
+        if isinstance(settings, DistillRecipe) and settings.teacher:
+            teacher = _teacher_of(settings.teacher, student, pipeline)
+        if isinstance(settings, DistillRecipe) and settings.guidance_input:
+            student = add_guidance_input(student)
         # Cut first, halve then: the student gets the teacher's full numbers. Channels last is what convolutions are fastest with.
         student.to(memory_format=torch.channels_last)
         teacher.to(accelerator.device, getattr(torch, recipe.teacher_dtype), memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
+        partner, lora = None, None
         if isinstance(settings, AdaptRecipe):
-            loss_at = _adapt_loss(settings, recipe, teacher, student, encoder, stream, schedule, seed)
+            loss_at: LossAt = _adapt_loss(settings, recipe, teacher, student, encoder, stream, schedule, seed)
         else:
-            loss_at = _distill_loss(settings, teacher, encoder, stream, schedule, seed)
-        average: Any = fit(phase, settings, digest, student, loss_at, folder / phase, accelerator)
+            lora, opponent = settings.lora, None
+            if lora:
+                student = add_lora(student, lora, seed_of(seed, "lora", 0))
+            if settings.adversarial:
+                opponent = Opponent(settings.adversarial, teacher, schedule, seed_of(seed, "heads", 0))
+                partner = Partner(opponent, settings.adversarial.learning_rate)
+            loss_at = Distillation(settings, teacher, encoder, stream, schedule, seed, opponent)
+        average: Any = fit(phase, settings, digest, student, loss_at, folder / phase, accelerator, partner)
         if accelerator.is_main_process:
-            publish_folder(done, average.to(memory_format=torch.contiguous_format).save_pretrained)
+            average.to(memory_format=torch.contiguous_format)
+            if lora:
+                publish_folder(folder / phase / LORA, lambda place, unet=average: save_lora(unet, place))
+                merge_lora(average)
+            publish_folder(done, average.save_pretrained)
             (folder / phase / STATE).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
+    end_trackers(accelerator)
     stream.close()
+
+
+def _open_stream(
+    recipe: TrainerRecipe, sources: Sequence[Source], pipeline: Any, folder: Path, seed: int, accelerator: Accelerator
+) -> MixedStream:
+    """The samples of this training; `folder/data.json` says what they are and, from here on, which could not be read."""
+    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
+    encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
+    main = accelerator.is_main_process
+    stream = MixedStream(sources, seed, main, encoders, recipe.on_corrupt, recipe.max_corrupt_share)
+    if (folder / DATA).exists():
+        stream.recall(json.loads((folder / DATA).read_text()))
+    if accelerator.num_processes > 1:
+        stream.gather = gather_object
+
+    def publish() -> None:
+        if main:
+            publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
+
+    accelerator.wait_for_everyone()  # all have read the old file before there is a new one
+    publish()
+    stream.on_skip = publish
+    stream.settle()
+    return stream
 
 
 def open_pipeline(model: str) -> Any:
@@ -117,12 +165,29 @@ def final_unet(folder: Path) -> Path:
     )
 
 
-def _student_for(
-    phase: str, recipe: TrainerRecipe, teacher: UNet2DConditionModel, folder: Path
-) -> UNet2DConditionModel:
+def refuse_misfit(unet: Any, pipeline: Any, what: str, remedy: str) -> None:
+    """Raises StageError for a UNet that cannot read the pipeline's text states or draw its VAE's latents."""
+    config, text = unet.config, pipeline.text_encoder.config
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    widths = set(width) if isinstance(width, list | tuple) else {width}
+    if widths != {text.hidden_size}:
+        raise StageError(
+            f"{what} reads text states of width {', '.join(map(str, sorted(widths)))}, and the text encoder makes {text.hidden_size}",
+            remedy=remedy,
+        )
+    channels = pipeline.vae.config.latent_channels
+    if {config.in_channels, config.out_channels} != {channels}:
+        raise StageError(
+            f"{what} takes latents of {config.in_channels} channels and gives {config.out_channels}, and the VAE's have {channels}",
+            remedy=remedy,
+        )
+
+
+def _student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) -> UNet2DConditionModel:
     before = folder / "adapt" / "unet"
     if phase == "distill" and before.exists():
         return UNet2DConditionModel.from_pretrained(before)
+    teacher = pipeline.unet
     try:
         if recipe.start is None:
             return build_student(teacher, recipe.student).float()
@@ -131,13 +196,29 @@ def _student_for(
         raise StageError(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
         ) from error
-    student = open_unet(recipe.start)
+    student: Any = open_unet(recipe.start)
+    out = "Leave trainer.start out to cut the student from the teacher"
     if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
+        raise StageError(f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}", remedy=out)
+    refuse_misfit(student, pipeline, f"trainer.start {recipe.start}", out)
+    if phase == "distill" and takes_guidance(student) and not recipe.distill.guidance_input:
         raise StageError(
-            f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}",
-            remedy="Leave trainer.start out to cut the student from the teacher",
+            f"trainer.start {recipe.start} takes guidance as an input",
+            remedy="Set trainer.distill.guidance_input=true with guidance_min below guidance_max, or start from another",
         )
     return student.float()
+
+
+def _teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any) -> Any:
+    """The UNet that phase 2 learns from where the recipe names one."""
+    if name == "student":
+        teacher: Any = copy.deepcopy(student)
+    else:
+        teacher = open_unet(name)
+        refuse_misfit(
+            teacher, pipeline, f"trainer.distill.teacher {name}", "Leave it out to learn from trainer.teacher"
+        )
+    return teacher.requires_grad_(False).eval()
 
 
 def _adapt_loss(
@@ -154,15 +235,15 @@ def _adapt_loss(
     own, theirs = Features(student, names[0]), Features(teacher, names[1])
 
     def loss_at(model: UNet2DConditionModel, _average: Average, step: int, share: slice) -> torch.Tensor:
-        draw = _generator(seed, "adapt", step)
-        clean, examples = _batch(stream, encoder, step, settings.batch_images, share)
+        draw = generator(seed, "adapt", step)
+        clean, examples = read_batch(stream, encoder, step, settings.batch_images, share)
         empty = torch.rand(settings.batch_images, generator=draw)[share] < settings.empty_prompt_share
         text = encoder.texts_of(examples, empty.tolist())
         noise = torch.randn((settings.batch_images, *clean.shape[1:]), generator=draw)[share].to(clean.device)
         t = torch.randint(0, len(schedule.alpha), (settings.batch_images,), generator=draw)[share].to(clean.device)
         noisy = schedule.add_noise(clean, noise, t)
         with torch.no_grad():
-            wanted = _denoiser(teacher, teacher.dtype)(noisy, t, text)
+            wanted = denoiser(teacher, teacher.dtype)(noisy, t, text)
         said = model(noisy, t, text, return_dict=False)[0]
         task = F.mse_loss(said.float(), schedule.target(clean, noise, t).float())
         output = F.mse_loss(said.float(), wanted.float())
@@ -170,62 +251,3 @@ def _adapt_loss(
         return task + settings.output_weight * output + settings.feature_weight * features
 
     return loss_at
-
-
-def _distill_loss(
-    settings: DistillRecipe,
-    teacher: UNet2DConditionModel,
-    encoder: Encoder,
-    stream: MixedStream,
-    schedule: NoiseSchedule,
-    seed: int,
-) -> LossAt:
-    timesteps = len(schedule.alpha)
-    skip = timesteps // settings.ddim_steps
-
-    def loss_at(model: UNet2DConditionModel, average: Average, step: int, share: slice) -> torch.Tensor:
-        draw, batch = _generator(seed, "distill", step), settings.batch_images
-        clean, examples = _batch(stream, encoder, step, batch, share)
-        noise = torch.randn((batch, *clean.shape[1:]), generator=draw)[share].to(clean.device)
-        t = (torch.randint(1, settings.ddim_steps + 1, (batch,), generator=draw) * skip - 1)[share].to(clean.device)
-        spread = settings.guidance_max - settings.guidance_min
-        w = (settings.guidance_min + spread * torch.rand(batch, generator=draw))[share].to(clean.device)
-        return lcm_loss(
-            schedule,
-            _denoiser(model),
-            _denoiser(average.model),
-            _denoiser(teacher, teacher.dtype),
-            schedule.add_noise(clean, noise, t),
-            t,
-            skip,
-            w,
-            encoder.texts_of(examples),
-            encoder.texts([""] * len(examples)),
-            settings.huber_c,
-        )
-
-    return loss_at
-
-
-def _denoiser(unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> Denoiser:
-    """The UNet as the equations want it; `dtype` is its weights' where that is not the latents'."""
-
-    def predict(noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        said = unet(noisy.to(dtype or noisy.dtype), t, text.to(dtype or text.dtype), return_dict=False)[0]
-        return said.to(noisy.dtype)
-
-    return predict
-
-
-def _batch(
-    stream: MixedStream, encoder: Encoder, step: int, batch: int, share: slice
-) -> tuple[torch.Tensor, list[Example]]:
-    """Clean latents B C H W and the samples of this rank."""
-    examples = [stream.read(row) for row in stream.batch_rows(step, batch)[share]]
-    return encoder.latents(examples), examples
-
-
-def _generator(seed: int, phase: str, step: int) -> torch.Generator:
-    """Random numbers that depend on the seed, the phase and the step, and on nothing else."""
-    key = hashlib.sha256(f"{seed}/{phase}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))

@@ -1,6 +1,7 @@
 """The equations of both phases as pure functions: tensors in, tensors out.
 
-Source: LCM: Luo et al., arXiv 2310.04378; BK-SDM: Kim et al., arXiv 2305.15798; v-prediction: Salimans and Ho, arXiv 2202.00512.
+Source: LCM: Luo et al., arXiv 2310.04378; PCM: Wang et al., arXiv 2405.18407; BK-SDM: Kim et al., arXiv 2305.15798; v-prediction: Salimans
+and Ho, arXiv 2202.00512.
 Shapes: B C H W latents; timesteps and per-sample numbers are B, and broadcast over the rest.
 """
 
@@ -69,6 +70,12 @@ class NoiseSchedule:
         """The deterministic DDIM step to timesteps `to` of the point that `clean` and `noise` describe (LCM, eq. 15)."""
         return self.add_noise(clean, noise, to)
 
+    def travel(self, noisy: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """`noisy` at t with as much more noise as makes it one at `to`, which is not before t."""
+        (alpha, sigma), (alpha_to, sigma_to) = self.at(t), self.at(to)
+        ratio = alpha_to / alpha
+        return ratio * noisy + (sigma_to**2 - (ratio * sigma) ** 2).clamp(min=0).sqrt() * noise
+
 
 def boundary_scalings(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """c_skip and c_out of timesteps B, as B 1 1 1 in float64: f(x, 0) = x exactly (LCM, section 4.1 with s = 10 t)."""
@@ -96,7 +103,27 @@ def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float = 0.001) -> torch.Te
     return ((difference**2 + c**2).sqrt() - c).mean()
 
 
-def lcm_loss(
+def squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, in float32 or wider."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return F.mse_loss(a.to(wide), b.to(wide))
+
+
+def phase_edge(t: torch.Tensor, timesteps: int, phases: int) -> torch.Tensor:
+    """The edge below each t of B: phase m reaches from m T / N - 1, its edge, up to (m + 1) T / N - 1; the lowest edge is 0 (PCM, 3.1)."""
+    span = timesteps // phases
+    return (t // span * span - 1).clamp(min=0)
+
+
+def phased_consistency(
+    schedule: NoiseSchedule, output: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, edge: torch.Tensor
+) -> torch.Tensor:
+    """f(x_t, t): the deterministic DDIM step from t to its phase's edge. At the edge it is x itself, so no other boundary is
+    needed, and it is what sampling does (PCM, eq. 4)."""
+    return schedule.ddim_step(schedule.clean(output, noisy, t), schedule.noise(output, noisy, t), edge)
+
+
+def consistency_pair(
     schedule: NoiseSchedule,
     student: Denoiser,
     target: Denoiser,
@@ -107,21 +134,27 @@ def lcm_loss(
     w: torch.Tensor,
     text: torch.Tensor,
     empty_text: torch.Tensor,
-    c: float = 0.001,
-) -> torch.Tensor:
-    """Latent consistency distillation (LCM, eq. 17): the student at t against the target network at t - skip.
+    edge: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the student at t, the target network at t - skip), which a loss draws together: LCM, eq. 17; with an `edge` PCM's, eq. 5.
 
     The frozen `teacher` moves `noisy` (B C H W at t) one guided DDIM step back. Only `student` gets a gradient.
     """
-    to = (t - skip).clamp(min=0)
+    to = (t - skip).clamp(min=0) if edge is None else torch.maximum(t - skip, edge)
+
+    def f(output: torch.Tensor, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return (
+            consistency(schedule, output, x, at) if edge is None else phased_consistency(schedule, output, x, at, edge)
+        )
+
     with torch.no_grad():
         both = teacher(torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([text, empty_text]))
         conditional, unconditional = both.chunk(2)
         clean = guided(schedule.clean(conditional, noisy, t), schedule.clean(unconditional, noisy, t), w)
         noise = guided(schedule.noise(conditional, noisy, t), schedule.noise(unconditional, noisy, t), w)
         earlier = schedule.ddim_step(clean, noise, to)
-        wanted = consistency(schedule, target(earlier, to, text), earlier, to)
-    return pseudo_huber(consistency(schedule, student(noisy, t, text), noisy, t), wanted, c)
+        wanted = f(target(earlier, to, text), earlier, to)
+    return f(student(noisy, t, text), noisy, t), wanted
 
 
 def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

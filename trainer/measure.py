@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from rich.table import Table
 
@@ -30,7 +30,7 @@ from trainer.fidelity import fidelity, require_fidelity
 from trainer.loop import open_pipeline
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
 from trainer.recipe import EvaluateRecipe
-from trainer.sample import generate
+from trainer.sample import generate, is_few_step, student_guidance
 from trainer.stream import EndlessOrder, ShardStream
 
 REPORT = "evaluation.json"
@@ -238,8 +238,8 @@ def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, fl
     pipeline = open_pipeline(model)
     if torch.cuda.is_available():
         pipeline.to("cuda")
-    if isinstance(pipeline.scheduler, LCMScheduler):
-        return pipeline, [(steps, 1.0) for steps in recipe.steps]
+    if is_few_step(pipeline):
+        return pipeline, [(steps, student_guidance(pipeline, recipe.teacher_guidance)) for steps in recipe.steps]
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     return pipeline, [(recipe.teacher_steps, recipe.teacher_guidance)]
 

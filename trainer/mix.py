@@ -2,27 +2,31 @@
 
 Draws come in cycles of 1,024 slots; in every cycle each data set has its share of the slots, in a seeded order of the cycle's own. Within
 a data set the order is its own endless permutation, so each of its samples comes once before any comes twice. The state of the mixture is
-therefore still the step number: resume is exact and any number of workers sees the same global batches.
+therefore still the step number: resume is exact and any number of workers sees the same global batches. In the place of a sample that
+cannot be read comes another of its data set, chosen by the draw number and the number of tries alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.errors import RecipeError
+from cluster.errors import CorruptShard, RecipeError
 from factory.pack import MANIFEST
+from trainer.options import OnCorrupt
 from trainer.recipe import TrainerRecipe
-from trainer.stream import EndlessOrder, Example, ShardStream
+from trainer.stream import CorruptSample, EndlessOrder, Example, ShardStream
 
 CYCLE = 1024
 """Draws after which every data set had exactly its share; shares are rounded to 1 / 1,024."""
+_TRIES = 64
+"""Stand-ins that are tried for one draw; a data set in which so many fail has nothing to give."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,17 @@ class MixedStream:
     """`ShardStream`s behind one row number: row 0 of the second follows the last row of the first."""
 
     def __init__(
-        self, sources: Sequence[Source], seed: int = 0, check: bool = True, encoders: str | None = None
+        self,
+        sources: Sequence[Source],
+        seed: int = 0,
+        check: bool = True,
+        encoders: str | None = None,
+        on_corrupt: OnCorrupt = "stop",
+        max_corrupt_share: float = 0.05,
     ) -> None:
-        """`encoders` as in ShardStream. Raises CorruptShard for shards, members or encodings that are not what the manifest says,
-        RecipeError for a share that vanishes."""
-        self.parts = [ShardStream(source.folder, seed, check, encoders) for source in sources]
+        """`encoders` and `on_corrupt` as in ShardStream. Raises CorruptShard for shards, members or encodings that are not what the
+        manifest says, RecipeError for a share that vanishes."""
+        self.parts = [ShardStream(source.folder, seed, check, encoders, on_corrupt) for source in sources]
         sizes = [len(part) for part in self.parts]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         weights = [
@@ -78,6 +88,18 @@ class MixedStream:
         self._orders = [EndlessOrder(size, seed + 7919 * i) for i, size in enumerate(sizes)]
         self.seed = seed
         self._cycle: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.max_corrupt_share = max_corrupt_share
+        self.skipped: dict[int, str] = {}
+        """Row number to why the sample is left out: of all workers, as of the last `settle`."""
+        self.gather: Callable[[list[tuple[int, str]]], list[tuple[int, str]]] = lambda new: new
+        """Joins what the workers found since the last `settle`."""
+        self.on_skip: Callable[[], object] = lambda: None
+        self._sound: set[int] = set()
+        self._new = {
+            start + row: why
+            for start, part in zip(self.starts, self.parts, strict=True)
+            for row, why in part.damaged.items()
+        }
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -87,8 +109,65 @@ class MixedStream:
         return [self._row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
 
     def read(self, row: int) -> Example:
-        part = max(i for i, start in enumerate(self.starts) if start <= row)
+        part = self._part_of(row)
         return self.parts[part].read(row - self.starts[part])
+
+    def _part_of(self, row: int) -> int:
+        return max(i for i, start in enumerate(self.starts) if start <= row)
+
+    def read_draw(self, draw: int, size_px: int) -> Example:
+        """The sample of a draw, or its stand-in if it cannot be read. Raises CorruptShard if no stand-in can be read either.
+
+        A picture is decoded at `size_px` before it is handed out for the first time.
+        """
+        row = self._row_at(draw)
+        for attempt in range(1, _TRIES + 1):
+            if row not in self.skipped and row not in self._new:
+                try:
+                    example = self.read(row)
+                    if row not in self._sound and example.encoded is None:
+                        example.pixels(size_px)
+                        self._sound.add(row)
+                    return example
+                except CorruptSample as error:
+                    self._new[row] = error.reason
+            part = self._part_of(row)
+            rng = np.random.default_rng((self.seed, 2, draw, attempt))
+            row = self.starts[part] + int(rng.integers(len(self.parts[part])))
+        raise CorruptShard(
+            f"{_TRIES} samples in a row cannot be read",
+            where=str(self.parts[self._part_of(row)].folder),
+            remedy="Run `edgefusion factory repair`, or leave the data set out",
+        )
+
+    def settle(self) -> None:
+        """Tell all workers what each could not read. Raises CorruptShard, in all of them, when it is too much."""
+        new = {row: why for row, why in self.gather(sorted(self._new.items())) if row not in self.skipped}
+        self._new = {}
+        if not new:
+            return
+        self.skipped |= new
+        self.on_skip()
+        share = len(self.skipped) / len(self)
+        if share > self.max_corrupt_share:
+            row = min(new)
+            part = self._part_of(row)
+            entry = self.parts[part].rows[row - self.starts[part]]
+            raise CorruptShard(
+                f"{len(self.skipped)} of {len(self)} samples cannot be read ({share:.1%}, above trainer.max_corrupt_share "
+                f"{self.max_corrupt_share:.1%}); one is {entry['id']}: {new[row]}",
+                where=str(self.parts[part].folder / entry["shard"]),
+                remedy="Run `edgefusion factory repair` or copy the shards again; or raise trainer.max_corrupt_share",
+            )
+
+    def recall(self, facts: Sequence[dict[str, Any]]) -> None:
+        """Leave out at once what an earlier part of this training left out, as its `facts` say."""
+        for fact, part, start in zip(facts, self.parts, self.starts, strict=False):
+            told = {(row["shard"], row["key"]): row["reason"] for row in fact.get("skipped", [])}
+            if told and fact.get("data") == str(part.folder):
+                for row, entry in enumerate(part.rows):
+                    if why := told.get((entry["shard"], entry["id"])):
+                        self._new.setdefault(start + row, why)
 
     def digest(self) -> str:
         """What makes this mixture this mixture."""
@@ -96,16 +175,22 @@ class MixedStream:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def facts(self) -> list[dict[str, Any]]:
-        """A row a data set, for the log: folder, samples, share of the draws, and whether encodings are read."""
-        return [
-            {
+        """A row a data set, for the log: folder, samples, share of the draws, whether encodings are read, and what was left out."""
+        found: list[dict[str, Any]] = []
+        for part, start, quota in zip(self.parts, self.starts, self.quotas, strict=True):
+            fact: dict[str, Any] = {
                 "data": str(part.folder),
                 "samples": len(part),
                 "share": round(quota / CYCLE, 4),
                 "encodings": None if part.encodings is None else part.encodings.facts,
             }
-            for part, quota in zip(self.parts, self.quotas, strict=True)
-        ]
+            skipped = [
+                {"shard": part.rows[row - start]["shard"], "key": part.rows[row - start]["id"], "reason": why}
+                for row, why in sorted(self.skipped.items())
+                if start <= row < start + len(part)
+            ]
+            found.append(fact | ({"skipped": skipped} if skipped else {}))
+        return found
 
     def told(self) -> list[str]:
         """The same for people, where there is something to say."""

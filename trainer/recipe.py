@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
 from factory.recipe import OpenClipScorer
+from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Tracker
 
 
 class PhaseRecipe(Settings):
@@ -26,6 +27,19 @@ class PhaseRecipe(Settings):
         default=0.95, ge=0, lt=1, description="decay of the moving average that is saved as the student"
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
+    accumulation: int = Field(
+        default=1,
+        ge=1,
+        description="parts in which a worker's share of a batch is computed, one after the other: less memory",
+    )
+    optimiser: Literal["adamw", "adamw-foreach", "adamw-8bit"] = Field(
+        default="adamw",
+        description="`adamw` (fused), `adamw-foreach`, or `adamw-8bit` (bitsandbytes, extra `eight-bit`: a quarter of the state's memory)",
+    )
+    compile_backend: str | None = Field(
+        default=None,
+        description="torch.compile the student with this backend, such as inductor; not compiled if left out",
+    )
     checkpoint_s: float = Field(default=60.0, gt=0, description="seconds between checkpoints: what a crash can cost")
     spike_factor: float = Field(
         default=10.0, gt=1, description="a loss this many times the median of the last 100 is a spike"
@@ -56,12 +70,47 @@ class DistillRecipe(PhaseRecipe):
     guidance_max: float = Field(
         default=5.0, ge=0, description="largest w; a student without guidance input wants it fixed"
     )
-    huber_c: float = Field(default=0.001, gt=0, description="pseudo-Huber constant")
+    guidance_input: bool = Field(
+        default=False,
+        description="give the student w as an input, by a projection that starts at zero; pipelines then take guidance_scale = w + 1",
+    )
+    loss: Literal["pseudo-huber", "l2"] = Field(default="pseudo-huber", description="distance of student and target")
+    huber_c: float = Field(default=0.001, gt=0, description="pseudo-Huber constant; `l2` has none")
+    target: Literal["average", "student"] = Field(
+        default="average",
+        description="the network at the earlier timestep: the moving average (`ema_decay`), or the student itself without gradient",
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="UNet or pipeline folder that this phase learns from; `student` is a frozen copy of the student as the phase begins; "
+        "trainer.teacher's large UNet if left out",
+    )
+    phases: int | None = Field(
+        default=None,
+        ge=1,
+        description="phased consistency (PCM): sub-intervals of the trajectory, each with its own boundary; draw with as many steps or a "
+        "multiple. One interval down to the clean picture (LCM) if left out",
+    )
+    adversarial: AdversarialRecipe | None = Field(
+        default=None, description="adversarial consistency on the frozen teacher's features; none if left out"
+    )
+    lora: LoraRecipe | None = Field(default=None, description="train low-rank adapters; full weights if left out")
 
     @model_validator(mode="after")
-    def _ordered(self) -> DistillRecipe:
+    def _fits(self) -> DistillRecipe:
         if self.guidance_max < self.guidance_min:
             raise ValueError(f"guidance_max ({self.guidance_max}) is below guidance_min ({self.guidance_min})")
+        if self.phases and self.ddim_steps % self.phases:
+            raise ValueError(
+                f"phases ({self.phases}) does not divide ddim_steps ({self.ddim_steps}), so edges would lie between steps; "
+                "for 4 or 8 phases choose ddim_steps 40"
+            )
+        if self.guidance_input and self.guidance_max == self.guidance_min:
+            raise ValueError(
+                f"guidance_input is on and w is always {self.guidance_min}; raise guidance_max or leave guidance_input out"
+            )
+        if self.guidance_input and self.lora:
+            raise ValueError("lora trains no new layer, and guidance_input needs one; leave one of the two out")
         return self
 
 
@@ -103,7 +152,19 @@ class TrainerRecipe(Settings):
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the frozen teacher's weights; a half type halves their memory and its time"
     )
+    on_corrupt: OnCorrupt = Field(
+        default="stop",
+        description="at a missing or damaged shard: `stop`, or `skip` its damaged samples. A sample of a sound shard that is no picture is "
+        "skipped either way",
+    )
+    max_corrupt_share: float = Field(
+        default=0.05, ge=0, le=1, description="share of all samples that may be skipped; more ends the training"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    trackers: list[Tracker] = Field(
+        default=[],
+        description="also log to `mlflow` or `wandb`, into files below the training; TensorBoard is always there",
+    )
     cache_latents: bool = Field(
         default=False, description="keep encoded pictures and prompts in memory after first use"
     )
@@ -119,6 +180,14 @@ class TrainerRecipe(Settings):
         description="scores the grid; name one that did not filter the data: a student takes after its filter, so the filter, "
         "used if this is left out, flatters it",
     )
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TrainerRecipe:
+        if self.distill.lora and self.distill.steps and not self.adapt.steps and self.start is None:
+            raise ValueError(
+                "distill.lora needs a student to sit on, and the bare cut is none; set adapt.steps or name a `start`"
+            )
+        return self
 
 
 class DecoderFit(PhaseRecipe):
@@ -201,9 +270,11 @@ class EvaluateRecipe(Settings):
     )
     steps: list[int] = Field(default=[4, 2, 1], min_length=1, description="denoising steps of few-step students")
     teacher_steps: int = Field(
-        default=25, ge=1, description="denoising steps of models without an LCM scheduler, by DPM++"
+        default=25, ge=1, description="denoising steps of models without a few-step scheduler (LCM's, TCD's), by DPM++"
     )
-    teacher_guidance: float = Field(default=7.5, ge=0, description="their guidance scale")
+    teacher_guidance: float = Field(
+        default=7.5, ge=0, description="their guidance scale, and that of students that take guidance"
+    )
     count: int = Field(default=512, ge=2, description="prompts, one picture each")
     among: int = Field(default=256, ge=2, description="texts that a picture's own competes with, itself included")
     references: int = Field(default=2048, ge=2, description="reference pictures, from the data set")

@@ -2,45 +2,73 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2DConditionModel
 
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_folder
-from trainer.loop import final_unet, open_pipeline
+from trainer.guidance import takes_guidance
+from trainer.loop import LORA, final_unet, open_pipeline
 from trainer.recipe import TrainerRecipe
 
 
 def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
-    """Write `folder`: the trained UNet with the teacher's encoders and an LCM scheduler, as a diffusers pipeline folder."""
-    teacher = open_pipeline(recipe.teacher)
-    unet = UNet2DConditionModel.from_pretrained(final_unet(training))
-    student = as_student(teacher, unet, recipe.distill.ddim_steps)
-    publish_folder(folder, lambda partial: student.to(torch.float16).save_pretrained(partial))
+    """Write `folder`: the trained UNet with the teacher's encoders and its few-step scheduler, as a diffusers pipeline folder.
 
-
-def as_student(teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50) -> StableDiffusionPipeline:
-    """The pipeline of a few-step student. Guidance is distilled into the weights: call it with `guidance_scale=1.0`.
-
-    (diffusers' LatentConsistencyModelPipeline cannot hold it: it insists on a guidance input of the UNet.)
+    Adapters are in the UNet's weights already; as a LoRA of their own they lie in `folder/lora`.
     """
+    teacher = open_pipeline(recipe.teacher)
+    place = final_unet(training)
+    unet = UNet2DConditionModel.from_pretrained(place)
+    phases = recipe.distill.phases if place.parent.name == "distill" else None
+    student = as_student(teacher, unet, recipe.distill.ddim_steps, phases)
+
+    def write(partial: Path) -> None:
+        student.to(torch.float16).save_pretrained(partial)
+        if (place.parent / LORA).exists():
+            shutil.copytree(place.parent / LORA, partial / LORA)
+
+    publish_folder(folder, write)
+
+
+def as_student(
+    teacher: Any, unet: UNet2DConditionModel, ddim_steps: int = 50, phases: int | None = None
+) -> StableDiffusionPipeline:
+    """The pipeline of a few-step student. Guidance is distilled into the weights: call it with `guidance_scale=1.0`, unless the
+    UNet takes guidance.
+
+    With `phases` the scheduler is TCD's, which a pipeline runs with eta 0: deterministic steps from edge to edge, as PCM's students
+    learned them. (diffusers' LatentConsistencyModelPipeline cannot hold a student without a guidance input of the UNet.)
+    """
+    kind = TCDScheduler if phases else LCMScheduler
     return StableDiffusionPipeline(
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer,
         unet=unet,
-        scheduler=LCMScheduler.from_config(  # pyright: ignore[reportArgumentType]
+        scheduler=kind.from_config(  # pyright: ignore[reportArgumentType]
             teacher.scheduler.config, original_inference_steps=ddim_steps, clip_sample=False
         ),
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
+
+
+def is_few_step(pipeline: Any) -> bool:
+    """Whether the pipeline is a student's, by its scheduler."""
+    return isinstance(pipeline.scheduler, LCMScheduler | TCDScheduler)
+
+
+def student_guidance(pipeline: Any, guidance: float) -> float:
+    """The guidance scale to call a student with where a teacher would be called with `guidance`."""
+    return guidance if takes_guidance(pipeline.unet) else 1.0
 
 
 def generate(

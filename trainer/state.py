@@ -19,6 +19,8 @@ from cluster.errors import CorruptShard
 from cluster.storage import publish_bytes, publish_file
 
 METRICS = "metrics.jsonl"
+VERSION = 2
+"""Of the state's layout; raised when an older program could misread it."""
 
 
 class Average:
@@ -54,6 +56,7 @@ def save_state(
 ) -> None:
     """Write `path`, replacing the older state only when the new one is whole."""
     state = {
+        "version": VERSION,
         "step": step,
         "model": model.state_dict(),
         "average": average.state_dict(),
@@ -70,6 +73,12 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
         return Found()
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if state.get("version", 1) > VERSION:
+            raise CorruptShard(
+                f"was written by a newer version (layout {state['version']}; this one reads up to {VERSION})",
+                where=str(path),
+                remedy="Go on with the newer version, or delete it to train this phase anew",
+            )
         if state["recipe"] != recipe_digest:
             raise CorruptShard(
                 "is of another recipe or data set",

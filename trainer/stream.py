@@ -22,10 +22,26 @@ from PIL import Image
 
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file
-from factory.pack import MANIFEST, read_manifest, verify
+from factory.pack import MANIFEST, find_bad_samples, read_manifest, verify
 from trainer.encodings import Encoded, Encodings
+from trainer.options import OnCorrupt
 
 _OPEN_SHARDS = 16
+
+
+class CorruptSample(CorruptShard):
+    """One sample whose bytes are as they were packed, or lie where they should, and still are no picture with a prompt."""
+
+    def __init__(self, reason: str, key: str, where: str = "") -> None:
+        self.reason, self.key = reason, key
+        super().__init__(
+            f"sample {key} cannot be read ({reason})",
+            where=where,
+            remedy="Leave it out of the data set and pack again",
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CorruptSample, (self.reason, self.key, self.where)  # it may come from an actor
 
 
 @dataclass(frozen=True)
@@ -38,9 +54,18 @@ class Example:
     facts: dict[str, Any] = field(default_factory=dict)
     encoded: Encoded | None = field(default=None, repr=False)
     """Its latents and text states where the data set has them; `picture` is then empty."""
+    _decoded: dict[int | None, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def pixels(self, size_px: int | None = None) -> np.ndarray:
-        """size x size x 3 uint8: the centre square, resized if another size is asked for."""
+        """size x size x 3 uint8: the centre square, resized if another size is asked for. Decoded once; raises CorruptSample."""
+        if size_px not in self._decoded:
+            try:
+                self._decoded[size_px] = self._decode(size_px)
+            except Exception as error:  # decoders raise whatever they like at bytes that are no picture
+                raise CorruptSample(f"its picture cannot be decoded: {type(error).__name__}", self.id) from error
+        return self._decoded[size_px]
+
+    def _decode(self, size_px: int | None) -> np.ndarray:
         with Image.open(io.BytesIO(self.picture), formats=("PNG", "JPEG", "WEBP")) as image:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -72,13 +97,23 @@ class EndlessOrder:
 class ShardStream:
     """Random access to the samples of a verified data set, and its endless seeded order."""
 
-    def __init__(self, folder: Path, seed: int = 0, check: bool = True, encoders: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int = 0,
+        check: bool = True,
+        encoders: str | None = None,
+        on_corrupt: OnCorrupt = "stop",
+    ) -> None:
         """With `encoders` (`trainer.encodings.encoders_digest`), encodings beside the shards are read instead of pictures.
 
         Raises CorruptShard if `check` finds that shards, members or encodings are not what the manifest says, and for encodings by
-        other encoders or of another packing.
+        other encoders or of another packing. With `on_corrupt=skip` samples of missing or damaged shards are named in `damaged` instead;
+        a manifest that is not true is refused all the same.
         """
-        if check:
+        self.damaged: dict[int, str] = {}
+        """Row number to what is wrong with it."""
+        if check and on_corrupt == "stop":
             verify(folder)
         self.folder, self.seed = folder, seed
         self.rows = read_manifest(folder)
@@ -89,13 +124,17 @@ class ShardStream:
                 remedy="Loosen factory.select (min_clip) or plan more prompts",
             )
         _refuse_gaps(self.rows, folder)
+        if check and on_corrupt == "skip":
+            reasons = find_bad_samples(folder)
+            self.damaged = {i: reasons[row["id"]] for i, row in enumerate(self.rows) if row["id"] in reasons}
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._order = EndlessOrder(len(self.rows), seed)
         self.encodings = Encodings.find(folder, self.rows, encoders, check) if encoders else None
         if check and self.encodings is None:
             for row in range(len(self.rows)):
-                self._places(row)
+                if row not in self.damaged:
+                    self._places(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,7 +152,11 @@ class ShardStream:
             data = {kind: self._bytes(entry["shard"], *place) for kind, place in places.items()}
         except OSError as error:
             raise self._unreadable(row, str(error)) from error
-        return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
+        try:
+            return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
+        except ValueError as error:
+            what = f"its text is no text: {type(error).__name__}"
+            raise CorruptSample(what, entry["id"], str(self.folder / entry["shard"])) from error
 
     def digest(self) -> str:
         """What makes this data set this data set: its manifest vouches for every byte."""
@@ -150,8 +193,15 @@ class ShardStream:
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
         if shard not in self._members:
+            found: dict[str, tuple[int, int]] = {}
             with tarfile.open(self.folder / shard, "r:") as archive:
-                self._members[shard] = {entry.name: (entry.offset_data, entry.size) for entry in archive}
+                try:
+                    for entry in archive:
+                        found[entry.name] = (entry.offset_data, entry.size)
+                except tarfile.TarError:
+                    if not self.damaged:  # with samples left out, those before the damage are known to be whole
+                        raise
+            self._members[shard] = found
         return self._members[shard]
 
     def _bytes(self, shard: str, offset: int, size: int) -> bytes:

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from cluster.runner import InProcess
 from factory.models import quiet
 from factory.pack import Sample, pack
 from factory.stages import encode_picture
+from trainer.adversary import Opponent
+from trainer.distill import Distillation
 from trainer.encode import encode
 from trainer.encodings import encoders_digest, has_encodings
-from trainer.fit import _Run, new_accelerator
+from trainer.fit import Partner, _Run, new_accelerator
 from trainer.latents import Encoder
-from trainer.loop import _distill_loss, open_pipeline, schedule_of
+from trainer.loop import open_pipeline, schedule_of
 from trainer.mix import MixedStream, Source
 from trainer.recipe import DistillRecipe, EncodeRecipe
 from trainer.stream import ShardStream
@@ -56,6 +58,8 @@ class Ours:
     """`plain`, or `encoded`: with encodings beside the shards."""
     cache: bool = False
     teacher_dtype: torch.dtype = torch.float32
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of trainer.distill."""
 
 
 ROWS = {
@@ -65,6 +69,9 @@ ROWS = {
     "BK-SDM-Tiny, latents and texts kept": Ours("tiny", "plain", cache=True),
     "BK-SDM-Tiny, encodings beside the shards": Ours("tiny", "encoded"),
     "BK-SDM-Tiny, encodings, bfloat16 teacher": Ours("tiny", "encoded", teacher_dtype=torch.bfloat16),
+    "BK-SDM-Tiny, encodings, phased": Ours("tiny", "encoded", changes={"phases": 4, "ddim_steps": 40}),
+    "BK-SDM-Tiny, encodings, adversarial": Ours("tiny", "encoded", changes={"adversarial": {}}),
+    "BK-SDM-Tiny, encodings, teacher as small": Ours("tiny", "encoded", changes={"teacher": "student"}),
 }
 
 
@@ -128,14 +135,22 @@ def write_data(folder: Path) -> Path:
 
 def ours(row: Ours, pipeline: Any, student: UNet2DConditionModel, data: Path, folder: Path) -> Callable[[], None]:
     """A step of the loop as it runs."""
-    settings = DistillRecipe(steps=10_000, batch_images=BATCH, learning_rate=1e-6, checkpoint_s=1e9)
+    common = {"steps": 10_000, "batch_images": BATCH, "learning_rate": 1e-6, "checkpoint_s": 1e9}
+    settings = DistillRecipe.model_validate(common | row.changes)
     encoder = Encoder(pipeline, SIZE_PX, torch.device("cpu"), row.cache)
     encoders = encoders_digest(pipeline, SIZE_PX) if has_encodings(data) else None
     stream = MixedStream([Source(data)], encoders=encoders)
-    copies: Any = [copy.deepcopy(model).to(memory_format=torch.channels_last) for model in (pipeline.unet, student)]
+    copies: Any = [
+        copy.deepcopy(model).to(memory_format=torch.channels_last)
+        for model in (student if settings.teacher else pipeline.unet, student)
+    ]
     teacher, own = copies[0].to(row.teacher_dtype), copies[1].requires_grad_(True).train()
-    loss_at = _distill_loss(settings, teacher, encoder, stream, schedule_of(pipeline), seed=0)
-    run = _Run("distill", settings, "", own, folder, new_accelerator("no"))
+    schedule, opponent, partner = schedule_of(pipeline), None, None
+    if settings.adversarial:
+        opponent = Opponent(settings.adversarial, teacher.requires_grad_(False), schedule, 0)
+        partner = Partner(opponent, 1e-6)
+    loss_at = Distillation(settings, teacher, encoder, stream, schedule, 0, opponent)
+    run = _Run("distill", settings, "", own, folder, new_accelerator("no"), partner)
     return lambda: run.one_step(loss_at)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import trainer.fit as fit_module
-from cluster.errors import CorruptShard, StageError
+from cluster.errors import CorruptShard, StageError, TargetUnavailable
 from trainer.fit import MAX_ROLLBACKS, fit
 from trainer.recipe import PhaseRecipe
 from trainer.state import METRICS, read_log
@@ -148,3 +149,50 @@ def test_bytes_that_are_no_state_are_refused(tmp_path) -> None:
     (tmp_path / "state.pt").write_bytes(b"not a state at all")
     with pytest.raises(CorruptShard, match=r"state\.pt"):
         train(tmp_path)
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(tmp_path) -> None:
+    whole = train(tmp_path / "whole")
+    parts = train(tmp_path / "parts", accumulation=2)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-5, atol=1e-6)
+    logs = [[row["loss"] for row in read_log(tmp_path / name / METRICS)] for name in ("whole", "parts")]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    with pytest.raises(StageError, match=r"accumulation \(3\) does not divide a worker's 4 images"):
+        train(tmp_path / "odd", accumulation=3)
+
+
+def test_foreach_learns_what_fused_does_and_a_compiled_model_what_a_plain_one_does(tmp_path) -> None:
+    whole = train(tmp_path / "whole")
+    for name, change in {"foreach": {"optimiser": "adamw-foreach"}, "eager": {"compile_backend": "eager"}}.items():
+        other = train(tmp_path / name, **change)
+        torch.testing.assert_close(other.weight, whole.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_an_eight_bit_optimiser_that_cannot_run_here_is_refused_in_words(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(TargetUnavailable, match=r"pip install 'edgefusion\[eight-bit\]'"):
+        train(tmp_path, optimiser="adamw-8bit")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_in_words(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TargetUnavailable, match="pip install wandb"):
+        fit_module.new_accelerator("no", ["wandb"])
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_write_files_below_the_training(tmp_path, monkeypatch, name) -> None:
+    pytest.importorskip(name)
+    from trainer.track import end_trackers, start_trackers
+
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "WANDB_MODE"):
+        monkeypatch.delenv(key, raising=False)
+    accelerator = fit_module.new_accelerator("no", [name])
+    start_trackers(accelerator, [name], tmp_path / "run" / "training", {"size_px": 32, "adapt": {"steps": 2}})
+    settings = PhaseRecipe(steps=2, batch_images=4, learning_rate=1e-3)
+    model = nn.Linear(3, 1)
+    fit("adapt", settings, "", model, lambda m, _a, _d, _s: m(torch.ones(4, 3)).pow(2).mean(), tmp_path, accelerator)
+    end_trackers(accelerator)
+    written = [p for p in (tmp_path / "run" / "training").rglob("*") if p.is_file()]
+    place = {"mlflow": "loss", "wandb": ".wandb"}[name]
+    assert any(place in p.name for p in written), written

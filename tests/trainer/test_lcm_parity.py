@@ -15,12 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import trainer.distill as distill
 import trainer.loop as loop
 from trainer.fit import fit
 from trainer.latents import Encoder
 from trainer.losses import NoiseSchedule
+from trainer.mix import MixedStream, Source
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
-from trainer.stream import ShardStream
 from trainer.surgery import build_student
 
 STEPS, RATE, DECAY = 50, 1e-3, 0.9
@@ -93,22 +94,26 @@ def test_losses_and_gradients_of_fifty_steps_equal_the_papers(
     reference = Reference(copy.deepcopy(student).train(), teacher, cumulative, prediction)
 
     drawn, losses, gradients = [], [], []
-    ours = loop.lcm_loss
+    ours, measured = distill.consistency_pair, distill.pseudo_huber
 
-    def watch(schedule, student, target, teacher, noisy, t, skip, w, text, empty, c):
+    def watch(schedule, student, target, teacher, noisy, t, skip, w, text, empty, edge):
         numbers = (noisy.double(), t, skip, w.double(), text.double(), empty.double())
-        loss = ours(schedule, student, target, teacher, *numbers, c)
         drawn.append(numbers)
+        return ours(schedule, student, target, teacher, *numbers, edge)
+
+    def note(guess, wanted, c):
+        loss = measured(guess, wanted, c)
         losses.append(float(loss.detach()))
         return loss
 
-    monkeypatch.setattr(loop, "lcm_loss", watch)
+    monkeypatch.setattr(distill, "consistency_pair", watch)
+    monkeypatch.setattr(distill, "pseudo_huber", note)
     hook = register_optimizer_step_pre_hook(
         lambda optimiser, *_: gradients.append([p.grad.clone() for p in optimiser.param_groups[0]["params"]])
     )
     schedule = NoiseSchedule.from_alphas_cumprod(cumulative, prediction)
     encoder = Encoder(pipeline, 32, torch.device("cpu"), cache=True)
-    loss_at = loop._distill_loss(settings, teacher, encoder, ShardStream(data, 1), schedule, seed=1)
+    loss_at = distill.Distillation(settings, teacher, encoder, MixedStream([Source(data)], 1), schedule, seed=1)
     average = fit("distill", settings, "", student, loss_at, tmp_path, Accelerator())
     hook.remove()
 

@@ -14,7 +14,7 @@ from cluster.errors import CorruptShard, StageError
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Recipe
 from trainer.features import Features, feature_names
-from trainer.losses import NoiseSchedule, feature_loss, lcm_loss
+from trainer.losses import NoiseSchedule, consistency_pair, feature_loss, pseudo_huber
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 from trainer.surgery import build_student
 
@@ -145,17 +145,8 @@ def test_one_step_of_both_phases_at_full_size() -> None:
     def run(unet: UNet2DConditionModel):
         return lambda noisy, time, states: unet(noisy, time, states, return_dict=False)[0]
 
-    loss = lcm_loss(
-        schedule,
-        run(student),
-        run(student),
-        run(teacher),
-        latent,
-        t,
-        20,
-        torch.tensor([7.0]),
-        text,
-        torch.zeros_like(text),
-    )
+    w, empty = torch.tensor([7.0]), torch.zeros_like(text)
+    pair = consistency_pair(schedule, run(student), run(student), run(teacher), latent, t, 20, w, text, empty)
+    loss = pseudo_huber(*pair)
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None for p in student.parameters())

@@ -4,12 +4,28 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, TCDScheduler
 
-from trainer.losses import NoiseSchedule, boundary_scalings, consistency, feature_loss, guided, lcm_loss, pseudo_huber
+from trainer.losses import (
+    NoiseSchedule,
+    boundary_scalings,
+    consistency,
+    consistency_pair,
+    feature_loss,
+    guided,
+    phase_edge,
+    phased_consistency,
+    pseudo_huber,
+    squared,
+)
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 CUMULATIVE = (1 - BETAS).cumprod(0).float()
+
+
+def lcm_loss(*numbers) -> torch.Tensor:
+    """LCM, eq. 17, with the distance that is the default."""
+    return pseudo_huber(*consistency_pair(*numbers[:10]))
 
 
 def linear_model(seed: int):
@@ -125,3 +141,48 @@ def test_small_pieces() -> None:
     assert feature_loss([one, one * 3], [other, other]).item() == 10
     with pytest.raises(ValueError, match="1 student"):
         feature_loss([one], [])
+    assert squared(one * 3, one).item() == 4
+
+
+def test_phases_have_their_own_edges() -> None:
+    t = torch.tensor([24, 249, 250, 274, 499, 749, 774, 999])
+    assert phase_edge(t, 1000, 4).tolist() == [0, 0, 249, 249, 249, 499, 749, 749]
+    assert phase_edge(t, 1000, 1).tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_at_its_edge_a_phase_is_the_identity_and_its_step_is_the_samplers(prediction) -> None:
+    theirs = TCDScheduler(prediction_type=prediction, original_inference_steps=40)
+    theirs.set_timesteps(4)
+    assert theirs.timesteps.tolist() == [999, 749, 499, 249]
+    schedule = NoiseSchedule.from_alphas_cumprod(theirs.alphas_cumprod, prediction)
+    x, out = torch.randn(1, 4, 3, 3), torch.randn(1, 4, 3, 3)
+    for t, edge in ((999, 749), (749, 499), (499, 249), (249, 0)):
+        time, end = torch.tensor([t]), torch.tensor([edge])
+        ours = phased_consistency(schedule, out, x, time, end)
+        torch.testing.assert_close(ours, theirs.step(out, t, x, eta=0.0).prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(phased_consistency(schedule, out, x, end, end), x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_at_its_edge_is_what_the_teacher_made() -> None:
+    """The student at the first grid point above an edge is asked for the solver's own point: that anchors each phase."""
+    schedule = NoiseSchedule.from_alphas_cumprod(CUMULATIVE, "epsilon")
+    (_, s), (_, g), (_, m) = linear_model(1), linear_model(2), linear_model(3)
+    noisy, text, t = torch.randn(2, 4, 3, 3), torch.randn(2, 5, 6), torch.tensor([274, 24])
+    edge = phase_edge(t, 1000, 4)
+    _, wanted = consistency_pair(schedule, s, g, m, noisy, t, 25, torch.zeros(2), text, text, edge)
+    said = m(noisy, t, text)
+    solver = schedule.ddim_step(schedule.clean(said, noisy, t), schedule.noise(said, noisy, t), edge)
+    torch.testing.assert_close(wanted, solver, rtol=1e-4, atol=1e-4)
+
+
+def test_travel_ends_at_the_noise_of_its_time() -> None:
+    schedule = NoiseSchedule.from_alphas_cumprod(CUMULATIVE.double(), "epsilon")
+    clean, t, to = torch.ones(40_000, 1, 1, 1, dtype=torch.float64), torch.tensor([249]), torch.tensor([499])
+    once = schedule.add_noise(clean, torch.randn_like(clean), t)
+    found = schedule.travel(once, torch.randn_like(clean), t, to)
+    alpha, sigma = (float(x) for x in schedule.at(to))
+    assert float(found.mean()) == pytest.approx(alpha, abs=0.02) and float(found.std()) == pytest.approx(
+        sigma, abs=0.02
+    )
+    assert torch.equal(schedule.travel(once, torch.randn_like(clean), t, t), once)

@@ -21,7 +21,7 @@ from cluster.errors import LedgerConflict, RecipeError
 from factory.pack import read_manifest, verify
 from trainer.reproduce.data import ensure_data
 from trainer.reproduce.paper import COMPARISONS, EDGEFUSION, ROWS, row_named
-from trainer.reproduce.recipe import RECIPES, TablesRecipe
+from trainer.reproduce.recipe import TablesRecipe
 from trainer.reproduce.tables import chosen_rows, reproduce
 from trainer.reproduce.verdicts import (
     A_DIFFERENCE,
@@ -37,45 +37,6 @@ from trainer.reproduce.verdicts import (
 
 FRONT_DOOR = Path(__file__).parent.parent.parent / "edgefusion.py"
 FEW = ("2/synt-cur", "3/none/L-pps+synt", EDGEFUSION)
-
-
-@pytest.fixture(scope="module")
-def protocol(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A YAML file of the protocol with tiny models and counts; its recipes are the shipped ones with those models."""
-    folder = tmp_path_factory.mktemp("protocol")
-    clip = {"kind": "open_clip", "model": str(tiny_models / "clip")}
-    for name in ("pocket", "pocket-wild"):
-        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-        make = recipe["factory"]["make"] | {"scorer": clip, "unit_images": 16, "threads": 1}
-        if name == "pocket":
-            recipe["factory"]["plan"]["taxonomy"] = str(tiny_models / "taxonomy.yaml")
-            recipe["factory"]["plan"]["writer"]["model"] = str(tiny_models / "writer")
-            recipe["factory"]["plan"]["tries"] = 1
-            make["teacher"] |= {"model": str(tiny_models / "teacher"), "size_px": 32, "steps": 2, "batch_images": 4}
-        else:
-            make |= {"crop": {"size_px": 32, "choice": "best"}}
-            make["captioner"] |= {"model": str(tiny_models / "captioner"), "max_new_tokens": 6}
-        recipe["factory"]["make"] = make
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    settings = {
-        "wild_recipe": str(folder / "pocket-wild.yaml"),
-        "synt_recipe": str(folder / "pocket.yaml"),
-        "wild_pictures": 40,
-        "synt_prompts": 24,
-        "teacher": str(tiny_models / "teacher"),
-        "judge": str(tiny_models / "clip"),
-        "size_px": 32,
-        "batch_images": 4,
-        "adapt_steps": 2,
-        "distill_steps": 2,
-        "count": 6,
-        "among": 4,
-        "eval_steps": 2,
-        "seeds": 1,
-        "threads": 1,
-    }
-    (folder / "protocol.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "protocol.yaml"
 
 
 def recipe_of(protocol: Path, **changes: Any) -> TablesRecipe:

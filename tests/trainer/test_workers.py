@@ -28,9 +28,10 @@ def run(recipe: TrainerRecipe, data: Path, out: Path, workers: int, stop_at: str
     def work() -> None:
         import os
 
+        import trainer.distill as distill
         import trainer.loop as loop
 
-        read, rank = loop._batch, os.environ.get("RANK", "0")
+        read, rank = loop.read_batch, os.environ.get("RANK", "0")
 
         def note(stream, encoder, step, batch, share):
             # The phase in which this happens is the one that has no result yet.
@@ -42,11 +43,11 @@ def run(recipe: TrainerRecipe, data: Path, out: Path, workers: int, stop_at: str
                 file.write(json.dumps([phase, step, share.start, keys]) + "\n")
             return read(stream, encoder, step, batch, share)
 
-        loop._batch = note
+        loop.read_batch = distill.read_batch = note
         try:
             loop.train(recipe, data, out / "training", seed=1)
         finally:
-            loop._batch = read
+            loop.read_batch = distill.read_batch = read
 
     out.mkdir(exist_ok=True)
     settings = {

@@ -19,7 +19,7 @@ from trainer.reproduce.verdicts import (
     rank_agreement,
 )
 
-_NAMES = {"recall_at_1": "R@1 ↑", "clip_score": "CLIP ↑", "cmmd": "CMMD ↓", "fid_judge": "FID of judge ↓"}
+METRIC_NAMES = {"recall_at_1": "R@1 ↑", "clip_score": "CLIP ↑", "cmmd": "CMMD ↓", "fid_judge": "FID of judge ↓"}
 _DIGITS = {"recall_at_1": 3, "clip_score": 3, "cmmd": 1, "fid_judge": 3}
 
 
@@ -92,12 +92,12 @@ def _table(
     rows: Sequence[TableRow], steps: Sequence[int], cells: Cells, teacher: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     lines = [
-        f"| training data | steps | seeds | {' | '.join(_NAMES.values())} | paper: CLIP ↑ | FID ↓ |",
-        "|---|---:|---:|" + "---:|" * (len(_NAMES) + 2),
+        f"| training data | steps | seeds | {' | '.join(METRIC_NAMES.values())} | paper: CLIP ↑ | FID ↓ |",
+        "|---|---:|---:|" + "---:|" * (len(METRIC_NAMES) + 2),
     ]
     for figures in teacher:
         name = "*teacher*" if figures["steps"] else "*the evaluation set's own pictures*"
-        shown = " | ".join(_cell(figures.get(metric), metric) for metric in _NAMES)
+        shown = " | ".join(figure_cell(figures.get(metric), metric) for metric in METRIC_NAMES)
         paper = "0.307 | 17.63" if figures["steps"] else " | "
         lines.append(f"| {name} | {figures['steps'] or ''} | | {shown} | {paper} |")
     for count in steps:
@@ -106,13 +106,13 @@ def _table(
             name = f"{'+'.join(row.adapt) or 'none'} > {'+'.join(row.distill)}" if row.distill else "+".join(row.adapt)
             paper = row.paper.get(count, {})
             told = " | ".join(f"{paper[name]:g}" if name in paper else "" for name in ("CLIP", "FID"))
-            shown = " | ".join(_cell(found[metric] if found else None, metric) for metric in _NAMES)
+            shown = " | ".join(figure_cell(found[metric] if found else None, metric) for metric in METRIC_NAMES)
             seeds = found["clip_score"]["seeds"] if found else 0
             lines.append(f"| {name} | {count} | {seeds or 'not run'} | {shown} | {told} |")
     return [*lines, ""]
 
 
-def _cell(found: Mapping[str, float] | None, metric: str) -> str:
+def figure_cell(found: Mapping[str, float] | None, metric: str) -> str:
     if not found:
         return ""
     digits = _DIGITS[metric]
@@ -142,7 +142,7 @@ def _verdicts(found: Sequence[Verdict]) -> list[str]:
 def _line(verdict: Verdict) -> str:
     c = verdict.comparison
     metric = "CLIP" if verdict.metric == "clip_score" else "CMMD"
-    one, other = (_cell(f, verdict.metric) for f in verdict.ours)
+    one, other = (figure_cell(f, verdict.metric) for f in verdict.ours)
     paper = f"{COUNTERPART[verdict.metric]} {verdict.paper[0]:g} against {verdict.paper[1]:g}"
     cells = f"{_short(c.one)} against {_short(c.other)}"
     return f"- **{c.about}** (Table {c.one[0][0]}, {cells}): {metric} {one} against {other}; paper: {paper}. {verdict.word.capitalize()}."

@@ -5,8 +5,9 @@ Source: Castells et al., "EdgeFusion", arXiv 2404.11925v1, Tables 2 and 3 (COCO;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DATA_SETS = ("L-orig", "L-pp", "L-pps", "synt", "synt-cur")
 PAPER_PAIRS = {"L-orig": 212_800, "L-pp": 119_900, "L-pps": 119_900, "synt": 62_300, "synt-cur": 29_900}
@@ -34,6 +35,11 @@ class TableRow:
     @property
     def table(self) -> int:
         return 3 if self.distill else 2
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """How phase 2 departs from the protocol: not at all."""
+        return {}
 
     @property
     def steps(self) -> tuple[int, ...]:

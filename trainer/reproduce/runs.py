@@ -11,9 +11,9 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -25,9 +25,26 @@ from trainer.measure import draw, evaluate, prepare, read_questions
 from trainer.mix import Source
 from trainer.recipe import AdaptRecipe, DistillRecipe, EvaluateRecipe, TrainerRecipe
 from trainer.reproduce.data import Say, ensure_data, ensure_evaluation
-from trainer.reproduce.paper import TableRow
 from trainer.reproduce.recipe import TablesRecipe
 from trainer.sample import as_student, contact_sheet
+
+
+class Row(Protocol):
+    """What a run must know of a line of a table."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def adapt(self) -> tuple[str, ...]: ...
+    @property
+    def distill(self) -> tuple[str, ...]: ...
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """Keys of phase 2 that depart from the protocol's."""
+        ...
+
 
 RESULTS = "results"
 SHOWN = 8
@@ -39,7 +56,7 @@ def result_of(out: Path, row: str, seed: int) -> Path:
     return out / RESULTS / f"{_slug(row)}-seed{seed}.json"
 
 
-def run_row(recipe: TablesRecipe, row: TableRow, seed: int, out: Path, say: Say) -> None:
+def run_row(recipe: TablesRecipe, row: Row, seed: int, out: Path, say: Say) -> None:
     """Train and measure; leaves `result_of(...)` and a PNG beside it. Does nothing if they are there."""
     final = result_of(out, row.name, seed)
     if final.exists():
@@ -77,15 +94,16 @@ def measure_teacher(recipe: TablesRecipe, out: Path, say: Say) -> None:
         shutil.rmtree(place)
 
 
-def ensure_student(recipe: TablesRecipe, row: TableRow, seed: int, out: Path, say: Say) -> Path:
+def ensure_student(recipe: TablesRecipe, row: Row, seed: int, out: Path, say: Say) -> Path:
     """The trained UNet of a row; rows that share phase 1 share its result, as in the paper."""
     start: Path | None = None
     if row.adapt:
-        start = _ensure_phase(recipe, "adapt", row.adapt, None, f"{'+'.join(row.adapt)}-seed{seed}", seed, out, say)
+        start = _ensure_phase(recipe, "adapt", row.adapt, None, {}, f"{'+'.join(row.adapt)}-seed{seed}", seed, out, say)
     if not row.distill:
         assert start is not None
         return start
-    return _ensure_phase(recipe, "distill", row.distill, start, f"{_slug(row.name)}-seed{seed}", seed, out, say)
+    job = f"{_slug(row.name)}-seed{seed}"
+    return _ensure_phase(recipe, "distill", row.distill, start, row.changes, job, seed, out, say)
 
 
 def _ensure_phase(
@@ -93,6 +111,7 @@ def _ensure_phase(
     phase: str,
     names: tuple[str, ...],
     start: Path | None,
+    changes: Mapping[str, Any],
     job: str,
     seed: int,
     out: Path,
@@ -110,12 +129,12 @@ def _ensure_phase(
             say(f"{phase} on {'+'.join(names)}")
             sweep_partials(folder)
             sources = [Source((out / "data" / name).resolve()) for name in names]  # all samples count alike
-            train(_trainer(recipe, phase, start), sources, folder, recipe.seed + seed)
+            train(_trainer(recipe, phase, start, changes), sources, folder, recipe.seed + seed)
     return unet
 
 
-def _trainer(recipe: TablesRecipe, phase: str, start: Path | None) -> TrainerRecipe:
-    """The same values for every row; the phase that is not asked for has no steps."""
+def _trainer(recipe: TablesRecipe, phase: str, start: Path | None, changes: Mapping[str, Any]) -> TrainerRecipe:
+    """The same values for every row but for `changes`, of phase 2; the phase that is not asked for has no steps."""
     steps = {"adapt": recipe.adapt_steps, "distill": recipe.distill_steps}
     each: dict[str, dict[str, Any]] = {
         name: {
@@ -136,21 +155,22 @@ def _trainer(recipe: TablesRecipe, phase: str, start: Path | None) -> TrainerRec
         cache_latents=True,
         threads=recipe.threads,
         adapt=AdaptRecipe(learning_rate=recipe.adapt_rate, **each["adapt"]),
-        distill=DistillRecipe(
-            learning_rate=recipe.distill_rate,
-            guidance_min=recipe.guidance,
-            guidance_max=recipe.guidance,
-            **each["distill"],
-        ),
+        distill=_distill(recipe, each["distill"] | dict(changes)),
     )
 
 
-def _assemble(recipe: TablesRecipe, row: TableRow, unet: Path, folder: Path) -> None:
+def _distill(recipe: TablesRecipe, more: Mapping[str, Any]) -> DistillRecipe:
+    common = {"learning_rate": recipe.distill_rate, "guidance_min": recipe.guidance, "guidance_max": recipe.guidance}
+    return DistillRecipe.model_validate(common | dict(more))
+
+
+def _assemble(recipe: TablesRecipe, row: Row, unet: Path, folder: Path) -> None:
     """A pipeline folder: an LCM student for Table 3, the teacher's scheduler for Table 2."""
     teacher = open_pipeline(recipe.teacher)
     student = UNet2DConditionModel.from_pretrained(unet)
     if row.distill:
-        pipeline: Any = as_student(teacher, student)
+        grid = {name: row.changes[name] for name in ("ddim_steps", "phases") if name in row.changes}
+        pipeline: Any = as_student(teacher, student, **grid)
     else:
         parts = {**teacher.components, "unet": student, "safety_checker": None, "feature_extractor": None}
         pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import LedgerConflict, RecipeError
 from cluster.machine import commit, machine_facts
@@ -17,22 +17,28 @@ from trainer.reproduce.data import FUNNEL
 from trainer.reproduce.page import write_page
 from trainer.reproduce.paper import DATA_SETS, ROWS, TableRow
 from trainer.reproduce.recipe import TablesRecipe
-from trainer.reproduce.runs import RESULTS, measure_teacher, result_of, run_row
+from trainer.reproduce.runs import RESULTS, Row, measure_teacher, result_of, run_row
 from trainer.reproduce.verdicts import SETTLED, cells_of, verdicts
 
 PROTOCOL, TABLES, PAGE = "protocol.json", "tables.json", "reproduction.md"
+AnyRow = TypeVar("AnyRow", bound=Row)
 Tick = Callable[[str, int, int], object]
 """(what is being done, runs done, of how many) -> anything."""
 
 
 def chosen_rows(patterns: Sequence[str]) -> list[TableRow]:
-    """The rows whose names match one of the patterns, in the paper's order; all without a pattern. Raises RecipeError."""
+    """The tables' rows whose names match one of the patterns, in the paper's order; all without a pattern. Raises RecipeError."""
+    return chosen(ROWS, patterns)
+
+
+def chosen(rows: Sequence[AnyRow], patterns: Sequence[str]) -> list[AnyRow]:
+    """Those of `rows` whose names match one of the patterns, in their order; all without a pattern. Raises RecipeError."""
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in ROWS):
-            names = ", ".join(row.name for row in ROWS)
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
+            names = ", ".join(row.name for row in rows)
             raise RecipeError(f"no row is called {pattern!r}", where="--rows", remedy=f"There are {names}")
     wanted = patterns or ["*"]
-    return [row for row in ROWS if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in wanted)]
+    return [row for row in rows if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in wanted)]
 
 
 def reproduce(
@@ -72,12 +78,7 @@ def write_tables(recipe: TablesRecipe, out: Path) -> dict[str, Any]:
     funnels = {name: out / "data" / name / FUNNEL for name in DATA_SETS}
     data = {name: json.loads(path.read_text()) for name, path in funnels.items() if path.exists()}
     teacher = json.loads((out / RESULTS / "teacher.json").read_text())["figures"]
-    facts = {
-        "commit": commit(),
-        "machine": _machine(),
-        "done": len(results),
-        "wanted": len(ROWS) * recipe.seeds,
-    }
+    facts = run_facts(done=len(results), wanted=len(ROWS) * recipe.seeds)
     report = {
         **facts,
         "protocol": recipe.model_dump(mode="json"),
@@ -115,6 +116,8 @@ def claim(recipe: TablesRecipe, out: Path) -> None:
     publish_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _machine() -> str:
+def run_facts(done: int, wanted: int) -> dict[str, Any]:
+    """Commit, machine, and how many runs of how many are in."""
     facts = machine_facts()
-    return ", ".join(f"{name}: {facts[name]}" for name in ("CPU cores", "bf16 on this CPU", "memory", "GPUs"))
+    machine = ", ".join(f"{name}: {facts[name]}" for name in ("CPU cores", "bf16 on this CPU", "memory", "GPUs"))
+    return {"commit": commit(), "machine": machine, "done": done, "wanted": wanted}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,15 @@ def pooled(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {"value": mean, "low": mean - below, "high": mean + above, "seeds": count}
 
 
-def cells_of(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Figures]:
+def cells_of(
+    results: Sequence[Mapping[str, Any]],
+    is_few_step: Callable[[str], bool] = lambda row: bool(row_named(row).distill),
+) -> dict[tuple[str, int], Figures]:
     """(row, steps) to figures, over all seeds that are there. Table 2's steps are called 25 whatever the protocol says."""
     gathered: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for result in results:
         for figure in result["figures"]:
-            steps = figure["steps"] if row_named(result["row"]).distill else 25
+            steps = figure["steps"] if is_few_step(result["row"]) else 25
             gathered.setdefault((result["row"], steps), []).append(figure)
     return {
         cell: {metric: pooled([f[metric] for f in figures]) for metric in HIGHER_IS_BETTER}

@@ -1,0 +1,31 @@
+"""What both phases draw at a step: samples, and random numbers that depend on the seed, the phase and the step alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from trainer.latents import Encoder
+from trainer.mix import MixedStream
+from trainer.stream import Example
+
+
+def read_batch(
+    stream: MixedStream, encoder: Encoder, step: int, batch: int, share: slice
+) -> tuple[torch.Tensor, list[Example]]:
+    """Clean latents B C H W and the samples of this rank's share of the global batch."""
+    draws = range(step * batch, (step + 1) * batch)[share]
+    examples = [stream.read_draw(draw, encoder.size_px) for draw in draws]
+    stream.settle()
+    return encoder.latents(examples), examples
+
+
+def generator(seed: int, phase: str, step: int) -> torch.Generator:
+    """Random numbers that depend on the seed, the phase and the step, and on nothing else."""
+    return torch.Generator().manual_seed(seed_of(seed, phase, step))
+
+
+def seed_of(seed: int, phase: str, step: int) -> int:
+    key = hashlib.sha256(f"{seed}/{phase}/{step}".encode()).digest()
+    return int.from_bytes(key[:7], "big")

@@ -1,0 +1,53 @@
+"""Experiment trackers beside metrics.jsonl and TensorBoard, by Accelerate: into files below the training unless the environment says otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cluster.errors import TargetUnavailable
+from trainer.options import Tracker
+
+PROJECT = "edgefusion"
+
+
+def require_trackers(names: Sequence[Tracker]) -> None:
+    """Raises TargetUnavailable for one whose package is not there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise TargetUnavailable(
+                f"{name} is not installed, and trainer.trackers names it",
+                remedy=f"pip install {name}, or leave it out: metrics.jsonl and TensorBoard's events are always written",
+            )
+
+
+def start_trackers(accelerator: Accelerator, names: Sequence[Tracker], folder: Path, recipe: dict[str, object]) -> None:
+    """Begin a run in each tracker. MLflow writes to `folder/mlruns` unless MLFLOW_TRACKING_URI is set, W&B offline to `folder/wandb`
+    unless WANDB_MODE is. A training that is resumed is a run of its own there, of the same name."""
+    if not names:
+        return
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlruns").resolve().as_uri())
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # files are wanted here, though databases are its default now
+        os.environ.setdefault("WANDB_MODE", "offline")
+    run = folder.parent.name
+    each: dict[str, dict[str, object]] = {
+        "mlflow": {"run_name": run},
+        "wandb": {"name": run, "dir": str(folder)},
+    }
+    flat = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in recipe.items()}
+    accelerator.init_trackers(PROJECT, config=flat, init_kwargs={name: each[name] for name in names})
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Close them; the process group stays as it is."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
