@@ -38,7 +38,7 @@ NEEDED = [
 ]
 OPTIONAL = {
     "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
-    "vllm": "prompts by vLLM: pip install vllm, in an environment of its own (it pins torch)",
+    "vllm": "prompts by vLLM, in an environment of its own (it pins torch): edgefusion cluster environment make vllm",
 }
 
 
@@ -58,6 +58,13 @@ def machine_facts() -> dict[str, str]:
         "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
         "GPUs": ", ".join(gpus) or "none",
     }
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again: EDGEFUSION_CACHE, else `edgefusion` below XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("EDGEFUSION_CACHE")
+    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(above) / "edgefusion").expanduser().absolute()
 
 
 def version_of(package: str) -> str | None:

@@ -42,7 +42,7 @@ def fit(
     """Train `model` and return its average; `folder` keeps `state.pt`, `metrics.jsonl` and TensorBoard's event file.
 
     A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
-    StageError for a batch that the workers cannot share and for a loss that spiked, after rolling back if the recipe says so.
+    StageError for a batch that is too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
     run = _Run(phase, settings, digest, model, folder, accelerator)
     try:
@@ -75,13 +75,15 @@ class _Run:
         self, phase: str, settings: PhaseRecipe, digest: str, model: nn.Module, folder: Path, accelerator: Accelerator
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
-        if batch % workers:
+        if batch < workers:
             raise StageError(
-                f"trainer.{phase}.batch_images ({batch}) cannot be shared by {workers} workers",
-                remedy="Choose a multiple",
+                f"trainer.{phase}.batch_images ({batch}) is less than one image for each of {workers} workers",
+                remedy=f"Raise it, or set cluster.train_workers to {batch} at most",
             )
-        own, rank = batch // workers, accelerator.process_index
-        self.share = slice(rank * own, (rank + 1) * own)
+        rank = accelerator.process_index
+        self.share = slice(rank * batch // workers, (rank + 1) * batch // workers)
+        # Means over ranks are means over the batch only if each counts as much as its part; exactly 1 where all are equal.
+        self.weight = (self.share.stop - self.share.start) * workers / batch
         self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
         self.folder, self.state = folder, folder / STATE
         self.average = Average(model.train(), settings.ema_decay)
@@ -119,7 +121,7 @@ class _Run:
     def _loss(self, loss_at: LossAt) -> tuple[torch.Tensor, float]:
         """This rank's loss, and the mean over all ranks, of which all ranks therefore think the same."""
         with self.accelerator.autocast():
-            loss = loss_at(self.model, self.average, self.step + self.skipped, self.share)
+            loss = loss_at(self.model, self.average, self.step + self.skipped, self.share) * self.weight
         mean = float(self.accelerator.reduce(loss.detach().float(), "mean"))  # pyright: ignore[reportArgumentType]
         if what := self.watch.trouble(mean):
             raise _Spike(f"the loss of {self.phase} at step {self.step} {what}")
