@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from cluster.cache import CacheRecipe
 from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import StageError
 from cluster.metrics import WorkerMetrics
@@ -58,6 +59,9 @@ class ClusterRecipe(Settings):
     memory_gib: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
         description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
+    )
+    cache: CacheRecipe = Field(
+        default=CacheRecipe(), description="where shards of data sets that are given by URL are kept on each machine"
     )
     max_failures: int = Field(
         default=2,

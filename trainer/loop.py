@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
+from cluster.cache import RemoteFolder
 from cluster.errors import EdgeFusionError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
@@ -36,7 +37,7 @@ DATA = "data.json"
 """What a training draws from: data sets, shares, encodings."""
 
 
-def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, seed: int) -> None:
+def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
     """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
     Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
@@ -48,7 +49,7 @@ def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, se
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
     sources = as_sources(data)
-    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
+    cached = recipe.encodings == "auto" and any(isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources)
     encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
     stream = MixedStream(sources, seed, accelerator.is_main_process, encoders)
     digest = hashlib.sha256(f"{recipe_digest(recipe)} {stream.digest()}".encode()).hexdigest()
