@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,7 +38,9 @@ class CacheRecipe(Settings):
         default=None, description="folder on a fast local disk of every node; below this user's cache if left out"
     )
     limit_gib: float = Field(
-        default=50, gt=0, description="what it may hold at most, GiB; best more than the data sets, for training reads them in random order"
+        default=50,
+        gt=0,
+        description="what it may hold at most, GiB; best more than the data sets, for training reads them in random order",
     )
 
 
@@ -52,7 +54,7 @@ class RemoteFolder:
     """A remote folder by its URL, seen through a cache on this machine. It may be sent to other machines, which then use their own."""
 
     url: str
-    recipe: CacheRecipe = CacheRecipe()
+    recipe: CacheRecipe = field(default_factory=CacheRecipe)
 
     def __str__(self) -> str:
         return self.url
@@ -113,7 +115,9 @@ class RemoteFolder:
             return fsspec.core.url_to_fs(self.url)[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         except (ValueError, ImportError) as error:
             raise EdgeFusionError(
-                f"cannot be opened ({error})", where=self.url, remedy="Install what reads it; S3: pip install 'edgefusion[s3]'"
+                f"cannot be opened ({error})",
+                where=self.url,
+                remedy="Install what reads it; S3: pip install 'edgefusion[s3]'",
             ) from None
 
     @cached_property
@@ -219,7 +223,9 @@ class RemoteFolder:
         except OSError as error:
             if error.errno is not None and shutil.disk_usage(self._folder).free < _CHUNK_BYTES:
                 raise EdgeFusionError(
-                    "the disk of the cache is full", where=str(self._folder), remedy="Free space or lower cluster.cache.limit_gib"
+                    "the disk of the cache is full",
+                    where=str(self._folder),
+                    remedy="Free space or lower cluster.cache.limit_gib",
                 ) from error
             raise self._unreadable(where, error) from error
         except Exception as error:  # each store has exceptions of its own

@@ -57,13 +57,17 @@ def storage_check(
         raise typer.Exit(1)
 
 
-environments = typer.Typer(no_args_is_help=True, help="Python environments of their own, for programs whose packages fight with ours.")
+environments = typer.Typer(
+    no_args_is_help=True, help="Python environments of their own, for programs whose packages fight with ours."
+)
 app.add_typer(environments, name="environment")
 
 
 @environments.command("make")
 def make_one(
-    kind: Annotated[str, typer.Argument(help=", ".join(f"{name} ({', '.join(k.requirements)})" for name, k in KINDS.items()))],
+    kind: Annotated[
+        str, typer.Argument(help=", ".join(f"{name} ({', '.join(k.requirements)})" for name, k in KINDS.items()))
+    ],
     out: Annotated[
         Path | None, typer.Option(help="folder; if left out among this user's own, where recipes find it by its kind")
     ] = None,

@@ -60,7 +60,11 @@ class PythonEnvironment:
 
     def variables_for(self, more: Mapping[str, str]) -> dict[str, str]:
         """A whole environment for a program of it: ours without what belongs to our Python, then `more`."""
-        own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")}
+        own = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+        }
         path = f"{self.python.parent}{os.pathsep}{own.get('PATH', os.defpath)}"
         return {**self.variables, **own, **more, "PATH": path, "PYTHONNOUSERSITE": "1"}
 
@@ -75,7 +79,9 @@ def find_environment(name: str) -> PythonEnvironment:
     if (folder / _UNFINISHED).exists():
         raise TargetUnavailable("the environment is only half made", where=str(folder), remedy=f"Go on with: {command}")
     if not _python_of(folder).exists():
-        raise TargetUnavailable(f"there is no Python environment {name}", where=str(folder), remedy=f"Make it: {command}")
+        raise TargetUnavailable(
+            f"there is no Python environment {name}", where=str(folder), remedy=f"Make it: {command}"
+        )
     return PythonEnvironment(folder, read_marker(folder).get("variables", {}))
 
 

@@ -69,7 +69,7 @@ class Service:
     ready: str
     """Path that answers 200 to the key once the server can work."""
     log: Path
-    recipe: ServerRecipe = ServerRecipe()
+    recipe: ServerRecipe = field(default_factory=ServerRecipe)
     remedy: str = ""
 
 
@@ -129,7 +129,9 @@ class Served:
         self.deaths += 1
         code = self._now.guard.returncode if self._now.guard else 0
         if self.deaths > self.service.recipe.max_restarts:
-            raise self._error(f"{self.service.name} {_how(code)}" + (f", {self.deaths} times in all" if self.deaths > 1 else ""))
+            raise self._error(
+                f"{self.service.name} {_how(code)}" + (f", {self.deaths} times in all" if self.deaths > 1 else "")
+            )
         log.warning("%s %s; it is started again. Its log: %s", self.service.name, _how(code), self.service.log)
         self._now.stop()
         self._start()
@@ -162,9 +164,22 @@ class Served:
         record = _records() / f"{mark}.json"
         facts = {"owner": os.getpid(), "owner_began": psutil.Process().create_time(), "name": service.name}
         publish_bytes(record, json.dumps(facts).encode())
-        words = [sys.executable, "-I", "-S", str(_GUARD), str(service.log), service.key_variable, *service.command(port)]
+        words = [
+            sys.executable,
+            "-I",
+            "-S",
+            str(_GUARD),
+            str(service.log),
+            service.key_variable,
+            *service.command(port),
+        ]
         now = self._now
-        now.record, now.key, now.url, now.log_start = record, key, f"http://127.0.0.1:{port}", service.log.stat().st_size
+        now.record, now.key, now.url, now.log_start = (
+            record,
+            key,
+            f"http://127.0.0.1:{port}",
+            service.log.stat().st_size,
+        )
         now.guard = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
@@ -203,7 +218,9 @@ class Served:
             said = self.service.log.read_bytes()[self._now.log_start :].decode(errors="replace")
             tail = "\n".join(said.strip().splitlines()[-_TAIL_LINES:])
             what += f"; its last lines:\n{tail}\n" if tail else " without a word"
-        return StageError(what, where=str(self.service.log), remedy=self.service.remedy or "Mend the cause and run again")
+        return StageError(
+            what, where=str(self.service.log), remedy=self.service.remedy or "Mend the cause and run again"
+        )
 
 
 def stop_orphans() -> int:

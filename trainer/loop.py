@@ -49,7 +49,9 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
     sources = as_sources(data)
-    cached = recipe.encodings == "auto" and any(isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources)
+    cached = recipe.encodings == "auto" and any(
+        isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
+    )
     encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
     stream = MixedStream(sources, seed, accelerator.is_main_process, encoders)
     digest = hashlib.sha256(f"{recipe_digest(recipe)} {stream.digest()}".encode()).hexdigest()

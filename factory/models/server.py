@@ -82,7 +82,15 @@ class _Own(Endpoint):
 def serve_vllm(model: str, environment: str, server: ServerRecipe, name: str, log: Path | None = None) -> Endpoint:
     """Start vLLM in its environment and wait until it answers. Raises TargetUnavailable without one, StageError if it will not start."""
     place, found = resolve(model), find_environment(environment)
-    words = [str(found.python), "-m", "vllm.entrypoints.openai.api_server", "--model", place, "--served-model-name", _NAME]
+    words = [
+        str(found.python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        place,
+        "--served-model-name",
+        _NAME,
+    ]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if Path(place).exists() else {}
     service = Service(
         name=name,

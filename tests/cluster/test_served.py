@@ -162,7 +162,10 @@ def test_it_is_started_used_and_stopped_with_all_its_processes(environment: Path
     server = ServerRecipe(variables={"OWN_VARIABLE": "heard"})
     recipe = VllmWriter(model=model, environment=str(environment), server=server, template="{attributes}")
     writer = open_writer(recipe, log)
-    assert writer.write([{"subject": "fox"}, {"subject": "owl"}], seed=1) == ["subject: fox written", "subject: owl written"]
+    assert writer.write([{"subject": "fox"}, {"subject": "owl"}], seed=1) == [
+        "subject: fox written",
+        "subject: owl written",
+    ]
     said, child = log.read_text(), child_of(log)
     assert str(ROOT) not in said and str(environment) in said, "it must see its own packages and none of ours"
     assert "variable heard" in said
@@ -196,7 +199,9 @@ def test_one_that_dies_too_often_ends_in_words_with_the_end_of_its_log(
     log = tmp_path / "writer.log"
     server = ServerRecipe(max_restarts=1)
     writer = open_writer(VllmWriter(model=model, environment=str(environment), server=server), log)
-    with pytest.raises(StageError, match=r"ended with code 7, 2 times in all; its last lines:(.|\n)*the engine core died") as caught:
+    with pytest.raises(
+        StageError, match=r"ended with code 7, 2 times in all; its last lines:(.|\n)*the engine core died"
+    ) as caught:
         writer.write([{"subject": "die"}], seed=1)
     assert str(log) in str(caught.value) and writer.endpoint.key not in str(caught.value)
     writer.close()
@@ -263,7 +268,9 @@ def test_an_orphan_of_a_killed_run_and_guard_is_stopped_by_the_next(
     soon(lambda: gone(child))
 
 
-def test_a_captioning_worker_has_a_server_of_its_own_while_it_lives(environment: Path, model: str, own_cache: Path) -> None:
+def test_a_captioning_worker_has_a_server_of_its_own_while_it_lives(
+    environment: Path, model: str, own_cache: Path
+) -> None:
     captioner = open_captioner(VllmCaptioner(model=model, environment=str(environment)))
     assert captioner.describe([np.zeros((8, 8, 3), np.uint8)] * 2) == ["a picture"] * 2
     (log,) = (own_cache / "logs").iterdir()

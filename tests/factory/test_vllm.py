@@ -1,0 +1,92 @@
+"""The real vLLM, served from its own environment, against transformers: the same prompts under greedy decoding.
+
+    edgefusion cluster environment make vllm-cpu
+    python -m pytest tests/factory/test_vllm.py -m vllm
+
+EDGEFUSION_VLLM names the environment, a folder or a name; `vllm-cpu` if it is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.environment import find_environment
+from cluster.errors import TargetUnavailable
+from cluster.served import ServerRecipe
+from factory.models.text import open_writer
+from factory.plan import draw_records, load_taxonomy
+from factory.recipe import TransformersWriter, VllmWriter
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+SETTINGS: dict[str, Any] = {"model": "zoo:writer", "temperature": 0.0, "max_new_tokens": 48}
+SERVER = ServerRecipe(arguments=["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"])
+
+
+@pytest.fixture(scope="module")
+def environment() -> str:
+    name = os.environ.get("EDGEFUSION_VLLM", "vllm-cpu")
+    try:
+        find_environment(name)
+    except TargetUnavailable as error:
+        pytest.skip(str(error))
+    return name
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm") / "writer.log"
+
+
+@pytest.fixture(scope="module")
+def writer(environment: str, log: Path) -> Iterator[Any]:
+    served = open_writer(VllmWriter(**SETTINGS, environment=environment, server=SERVER), log)
+    yield served
+    processes = served_processes()
+    served.close()
+    assert processes and not any(p.is_running() for p in processes), "a process of vLLM is left"
+
+
+def served_processes() -> list[psutil.Process]:
+    """The guard and all that descends from it."""
+    guards = [p for p in psutil.Process().children() if any(word.endswith("guard.py") for word in p.cmdline())]
+    return [process for guard in guards for process in (guard, *guard.children(recursive=True))]
+
+
+def test_it_writes_what_transformers_writes(writer: Any) -> None:
+    records = [record for _, record in draw_records(load_taxonomy("zoo:taxonomy.yaml"), 64, seed=5)]
+    wanted = open_writer(TransformersWriter(**SETTINGS)).write(records, seed=0)
+    assert len(set(wanted)) > 32 and writer.write(records, seed=0) == wanted
+
+
+def test_it_listens_on_loopback_and_wants_the_key(writer: Any, log: Path) -> None:
+    processes = served_processes()
+    listening = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    # vLLM's own processes may talk to each other on this host's address; what serves must not.
+    serving = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.laddr.port == port_of(writer)}
+    print("listening on", listening)
+    assert serving == {"127.0.0.1"}
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{writer.endpoint.url}/models")
+    assert len(writer.endpoint.key) > 30 and writer.endpoint.key not in log.read_text()
+    assert not any(writer.endpoint.key in word for p in processes for word in p.cmdline())
+
+
+def port_of(writer: Any) -> int:
+    return int(writer.endpoint.url.rpartition(":")[2].partition("/")[0])
+
+
+def test_a_killed_server_is_started_again(writer: Any, log: Path) -> None:
+    before = log.read_text().count("--- ")
+    server = next(p for p in served_processes() if "vllm.entrypoints.openai.api_server" in p.cmdline())
+    server.send_signal(signal.SIGKILL)
+    assert len(writer.write([{"subject": "fox"}], seed=0)) == 1
+    assert log.read_text().count("--- ") == before + 1
