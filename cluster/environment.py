@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,17 @@ class PythonEnvironment:
         return _python_of(self.folder)
 
     def variables_for(self, more: Mapping[str, str]) -> dict[str, str]:
-        """A whole environment for a program of it: ours without what belongs to our Python, then `more`."""
+        """A whole environment for a program of it: ours without what belongs to our Python, then `more`.
+
+        Where the run was started is no place for its imports: there may be folders with the names of its packages.
+        """
         own = {
             k: v
             for k, v in os.environ.items()
             if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
         }
         path = f"{self.python.parent}{os.pathsep}{own.get('PATH', os.defpath)}"
-        return {**self.variables, **own, **more, "PATH": path, "PYTHONNOUSERSITE": "1"}
+        return {**self.variables, **own, **more, "PATH": path, "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}
 
 
 def find_environment(name: str) -> PythonEnvironment:
@@ -117,8 +121,15 @@ def make_environment(
     unfinished.touch()
     log = folder / _LOG
     tell(f"making {folder}; {log} shows how far it is")
-    _do([python, "-m", "venv", str(folder)], log)
-    pip = [str(_python_of(folder)), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    # Our own pip serves: to put one into the environment takes longer than to make it.
+    ours = find_spec("pip") is not None
+    _do([python, "-m", "venv", *(["--without-pip"] if ours else []), str(folder)], log)
+    pip = (
+        [sys.executable, "-m", "pip", "--python", str(_python_of(folder))]
+        if ours
+        else [str(_python_of(folder)), "-m", "pip"]
+    )
+    pip += ["--disable-pip-version-check", "--no-input"]
     tell(f"installing {', '.join(wanted)}")
     _do([*pip, "install", *wanted], log)
     if KINDS[kind].remove:

@@ -106,6 +106,7 @@ class Served:
     def __init__(self, service: Service) -> None:
         """Starts it and waits for its first answer. Raises StageError with the end of its log if there will be none."""
         self.service, self.deaths, self._now = service, 0, _Running()
+        self._given_up: StageError | None = None
         self._finalizer = weakref.finalize(self, self._now.stop)
         stop_orphans()
         self._start()
@@ -126,15 +127,19 @@ class Served:
         """Start it again if it died; True if it did. Raises StageError, with the end of its log, once it died too often."""
         if self.is_alive():
             return False
+        if self._given_up:
+            raise self._given_up
         self.deaths += 1
-        code = self._now.guard.returncode if self._now.guard else 0
-        if self.deaths > self.service.recipe.max_restarts:
-            raise self._error(
-                f"{self.service.name} {_how(code)}" + (f", {self.deaths} times in all" if self.deaths > 1 else "")
-            )
-        log.warning("%s %s; it is started again. Its log: %s", self.service.name, _how(code), self.service.log)
-        self._now.stop()
-        self._start()
+        how = f"{self.service.name} {_how(self._now.guard.returncode if self._now.guard else 0)}"
+        try:
+            if self.deaths > self.service.recipe.max_restarts:
+                raise self._error(how + (f", {self.deaths} times in all" if self.deaths > 1 else ""))
+            log.warning("%s; it is started again. Its log: %s", how, self.service.log)
+            self._now.stop()
+            self._start()
+        except StageError as error:
+            self._given_up = error
+            raise
         return True
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -26,6 +27,9 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch, name: str = "runs") -> Generator[
     }.items():
         monkeypatch.setenv(variable, value)
     try:
+        # Servers of one process share what they hold.
+        reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(reset).close()
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
         yield f"s3://{name}"
     finally:

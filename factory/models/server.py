@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -125,7 +126,7 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
             failure = error
             if error.code not in (408, 429) and error.code < 500:
                 break  # our own fault: asking again changes nothing
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             failure = error
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             failure = ValueError(f"its answer is no {what.replace('/', ' ').removesuffix('s')} ({error})")

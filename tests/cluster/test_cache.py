@@ -50,7 +50,7 @@ def digests() -> dict[str, str]:
     files, _Counting.opened[:] = fsspec.filesystem("counting"), []
     found = {}
     for name in "abcd":
-        files.pipe_file(f"/data/{name}", name.encode() * MIB)
+        files.pipe_file(f"counting://data/{name}", name.encode() * MIB)
         found[name] = hashlib.sha256(name.encode() * MIB).hexdigest()
     return found
 

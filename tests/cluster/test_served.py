@@ -32,6 +32,7 @@ from edgefusion import app
 from factory.models.caption import open_captioner
 from factory.models.server import serve_vllm
 from factory.models.text import open_writer
+from factory.plan import make_plan
 from factory.recipe import FactoryRecipe, VllmCaptioner, VllmWriter
 
 ROOT = Path(__file__).parent.parent.parent
@@ -239,10 +240,12 @@ def test_a_killed_run_leaves_no_orphan(environment: Path, model: str, tmp_path: 
     driver = start_driver(model, environment, tmp_path / "log")
     child = child_of(tmp_path / "log")
     server = child.parent()
-    assert server and server.is_running()
+    assert server
+    guard = server.parent()
+    assert guard
     driver.kill()
     driver.wait()
-    soon(lambda: gone(child) and gone(server))
+    soon(lambda: gone(child) and gone(server) and gone(guard))
     assert stop_orphans() == 0, "nothing was left to stop, only a note"
 
 
@@ -280,18 +283,16 @@ def test_a_captioning_worker_has_a_server_of_its_own_while_it_lives(
     assert gone(child)
 
 
-def test_the_plan_of_a_run_is_written_by_it(environment: Path, tiny_models: Path, tmp_path: Path) -> None:
-    from factory.plan import make_plan
-
+def test_the_plan_of_a_run_is_written_by_it(environment: Path, tmp_path: Path) -> None:
     tree = {
         "plan": {
-            "taxonomy": str(tiny_models / "taxonomy.yaml"),
+            "taxonomy": "zoo:taxonomy.yaml",
             "prompts": 6,
-            "writer": {"kind": "vllm", "model": str(tiny_models / "writer"), "environment": str(environment)},
+            "writer": {"kind": "vllm", "model": "zoo:writer", "environment": str(environment)},
         },
         "make": {
-            "teacher": {"kind": "diffusers", "model": str(tiny_models / "teacher"), "size_px": 32, "batch_images": 4},
-            "scorer": {"kind": "open_clip", "model": str(tiny_models / "clip")},
+            "teacher": {"kind": "diffusers", "model": "zoo:teacher", "size_px": 64, "batch_images": 4},
+            "scorer": {"kind": "open_clip", "model": "zoo:clip"},
             "unit_images": 4,
         },
     }

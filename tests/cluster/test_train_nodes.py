@@ -77,7 +77,7 @@ def number(address: str) -> int:
 
 def students(out: Path) -> dict[str, bytes]:
     folders = [out / "training" / phase / "unet" for phase in PHASES]
-    return {str(p.relative_to(out)): p.read_bytes() for folder in folders for p in sorted(folder.iterdir())}
+    return {str(p.relative_to(out)): p.read_bytes() for folder in folders for p in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.mark.cluster

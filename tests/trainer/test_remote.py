@@ -38,7 +38,7 @@ def recipe(models: Path, url: str) -> TrainerRecipe:
 
 
 def students(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("unet/*"))}
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("unet/*.safetensors"))}
 
 
 def test_training_by_url_gives_the_bytes_of_training_from_disk(
