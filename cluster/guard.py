@@ -31,7 +31,7 @@ _DEATH_SIGNAL = 1
 def main(log: str, key_variable: str, words: list[str]) -> int:
     parent = os.getppid()
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: ended.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     key = os.environ.get(key_variable, "").encode()
     with open(log, "ab", buffering=0) as sink:

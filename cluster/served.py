@@ -190,6 +190,7 @@ class Served:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # The mark comes last, where no program's title reaches.
             env={**service.variables, service.key_variable: key, _MARK: mark},
             start_new_session=True,
         )
@@ -262,7 +263,7 @@ def _is_alive(pid: int, began: float) -> bool:
 
 def _end_marked(mark: str) -> int:
     """End all processes that carry the mark: asked first, then killed."""
-    found = [process for process in psutil.process_iter() if _mark_of(process) == mark]
+    found = [process for process in psutil.process_iter() if _carries(process, mark)]
     for which, wait_s in ((signal.SIGTERM, 12.0), (signal.SIGKILL, 5.0)):
         for process in found:
             with contextlib.suppress(psutil.Error):
@@ -273,11 +274,14 @@ def _end_marked(mark: str) -> int:
     return len(found)
 
 
-def _mark_of(process: psutil.Process) -> str | None:
+def _carries(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(_MARK)
+        if sys.platform == "linux":
+            # Raw: programs that write their title there (vLLM's do) blank the first variables, and psutil reads no further.
+            return f"{_MARK}={mark}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+        return process.environ().get(_MARK) == mark
     except (psutil.Error, OSError):
-        return None
+        return False
 
 
 def _how(code: int) -> str:

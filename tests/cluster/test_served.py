@@ -51,7 +51,9 @@ key = os.environ["VLLM_API_KEY"]
 print("key", key, "path", sys.path, "variable", os.environ.get("OWN_VARIABLE"), flush=True)
 if args.fail:
     sys.exit(args.fail)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+# As programs do that write their title there: the child blanks its first environment variable.
+blank = "import ctypes as c; a = c.POINTER(c.c_void_p).in_dll(c.CDLL(None), 'environ')[0]; c.memset(a, 0, 8); "
+child = subprocess.Popen([sys.executable, "-c", blank + "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
 
 class Handler(BaseHTTPRequestHandler):
