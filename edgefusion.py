@@ -128,7 +128,7 @@ class Chain:
 
         if "train" in todo:
             # A data set that is not there is told now, not after hours of making.
-            sources_of(self.recipe.trainer, self.data)
+            sources_of(self.recipe.trainer, self.data, self.recipe.cluster.cache)
         resolve_models(self.recipe.factory)
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
@@ -265,7 +265,7 @@ class Chain:
         from trainer.mix import sources_of
 
         recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
-        data = sources_of(recipe, self.data)
+        data = sources_of(recipe, self.data, self.recipe.cluster.cache)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.dashboard import dashboard
+from cluster.environment import KINDS, default_folder, make_environment
 from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
 from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
@@ -53,6 +55,31 @@ def storage_check(
         typer.echo(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+environments = typer.Typer(
+    no_args_is_help=True, help="Python environments of their own, for programs whose packages fight with ours."
+)
+app.add_typer(environments, name="environment")
+
+
+@environments.command("make")
+def make_one(
+    kind: Annotated[
+        str, typer.Argument(help=", ".join(f"{name} ({', '.join(k.requirements)})" for name, k in KINDS.items()))
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="folder; if left out among this user's own, where recipes find it by its kind")
+    ] = None,
+    requirement: Annotated[
+        list[str] | None, typer.Option(help="install this instead, as pip spells it: vllm==0.33.0 (repeatable)")
+    ] = None,
+    python: Annotated[str, typer.Option(help="Python to make it of; this one if left out")] = sys.executable,
+) -> None:
+    """Make an environment and install pinned packages into it: gigabytes, minutes. Kill it anywhere, run it again to go on."""
+    folder = out or default_folder(kind)
+    made = make_environment(kind, folder, requirement or [], python, tell=typer.echo)
+    typer.echo(f"ready: {made}\nrecipes name it by `environment: {folder if out else kind}`")
 
 
 SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
@@ -126,6 +153,6 @@ def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
     Console().print(table)
     typer.echo(f"The process that starts the run does {DRIVER} by itself.")
     if view.vllm_model:
-        typer.echo(f"It also opens {view.vllm_model} by vLLM, on a GPU of its own machine that Ray does not count.")
+        typer.echo(f"It also runs {view.vllm_model} by vLLM, on a GPU of its own machine that Ray does not count.")
     if view.cluster.runner == "in-process":
         typer.echo("cluster.runner is in-process: all workers take turns in one process, so nothing has to fit.")

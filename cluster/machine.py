@@ -38,7 +38,7 @@ NEEDED = [
 ]
 OPTIONAL = {
     "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
-    "vllm": "prompts by vLLM: pip install vllm, in an environment of its own (it pins torch)",
+    "vllm": "prompts by vLLM, in an environment of its own (it pins torch): edgefusion cluster environment make vllm",
 }
 
 
@@ -63,6 +63,13 @@ def machine_facts() -> dict[str, str]:
 def other_load() -> float:
     """Processes that wanted a core in the last minute, for each core there is: far above 1, times taken now are too long."""
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again: EDGEFUSION_CACHE, else `edgefusion` below XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("EDGEFUSION_CACHE")
+    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(above) / "edgefusion").expanduser().absolute()
 
 
 def version_of(package: str) -> str | None:

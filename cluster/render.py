@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cluster.environment import VLLM
 from cluster.errors import EdgeFusionError
 from cluster.machine import NEEDED, version_of
 from cluster.needs import DRIVER, Group, RunView, groups
@@ -22,7 +23,6 @@ from cluster.storage import publish_bytes
 Place = Literal["kuberay", "slurm", "aws", "gcp"]
 PLACES: tuple[Place, ...] = ("kuberay", "slurm", "aws", "gcp")
 _PYTHON = "3.11.13"
-_VLLM = "0.32.0"
 _MACHINES: dict[str, dict[int, tuple[str, int]]] = {
     "aws": {0: ("m7i.2xlarge", 8), 1: ("g6e.4xlarge", 16), 4: ("g6e.12xlarge", 48), 8: ("p5.48xlarge", 192)},
     "gcp": {0: ("n2-standard-8", 8), 1: ("g2-standard-16", 16), 4: ("g2-standard-48", 48), 8: ("a3-highgpu-8g", 208)},
@@ -109,7 +109,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "version": version_of("edgefusion") or "0.1.0",
         "ray": version_of("ray"),
         "python": _PYTHON,
-        "vllm": _VLLM,
+        "vllm": VLLM,
         "pins": {name: str(version_of(name)).partition("+")[0] for name in NEEDED if version_of(name)},
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
         "driver": DRIVER,

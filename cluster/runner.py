@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from cluster.cache import CacheRecipe
 from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import StageError
 from cluster.metrics import WorkerMetrics
@@ -42,6 +43,15 @@ class ClusterRecipe(Settings):
     cpus: int | None = Field(default=None, ge=1, description="CPU slots of a local Ray; all cores if left out")
     object_store_mib: int = Field(default=200, ge=80, description="shared memory of a local Ray, MiB")
     train_workers: int = Field(default=1, ge=1, description="Ray Train workers, one a GPU or one a CPU group")
+    train_workers_min: int | None = Field(
+        default=None,
+        ge=1,
+        description="go on with as few training workers as this when nodes are lost and do not come back; if left out, training waits for all",
+    )
+    train_placement: Literal["pack", "spread"] = Field(
+        default="pack",
+        description="training workers on as few nodes as hold them, or on as many as there are (CPU nodes share their memory's speed)",
+    )
     train_gpu: bool | None = Field(
         default=None,
         description="train on GPUs, one a worker; left out: if the machine that starts the run has one (a cluster's head may not)",
@@ -50,11 +60,22 @@ class ClusterRecipe(Settings):
         default={},
         description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
     )
+    cache: CacheRecipe = Field(
+        default=CacheRecipe(), description="where shards of data sets that are given by URL are kept on each machine"
+    )
     max_failures: int = Field(
         default=2,
         ge=0,
         description="restarts of a training that lost a worker, and workers a sample may kill before it is a dead letter",
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClusterRecipe:
+        if self.train_workers_min is not None and self.train_workers_min > self.train_workers:
+            raise ValueError(
+                f"train_workers_min ({self.train_workers_min}) is more than train_workers ({self.train_workers})"
+            )
+        return self
 
     def trains_on_gpu(self) -> bool:
         """As the recipe says, or as this machine can."""

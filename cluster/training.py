@@ -13,7 +13,10 @@ from cluster.runner import ClusterRecipe, start_ray
 
 
 def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, threads: int, use_gpu: bool) -> None:
-    """Run `train` to its end; a worker that dies is restarted up to `max_failures` times. Raises StageError."""
+    """Run `train` to its end; when a worker dies all begin again up to `max_failures` times. Raises StageError.
+
+    With `train_workers_min` they may then be fewer, so `train` must take any number of workers that divides its batches.
+    """
     if recipe.runner == "in-process":
         train()
         return
@@ -28,11 +31,15 @@ def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, thre
     # What Ray Train asks for by itself, said aloud once memory is to be counted too.
     memory = recipe.memory_bytes("train")
     each = {"CPU": 1.0, "GPU": float(use_gpu), "memory": float(memory)} if memory else None
+    fewest = recipe.train_workers_min
     trainer = TorchTrainer(
         on_worker,
         train_loop_config={},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.train_workers, use_gpu=use_gpu, resources_per_worker=each
+            num_workers=(fewest, recipe.train_workers) if fewest else recipe.train_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=each,
+            placement_strategy=recipe.train_placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             name="ray-train",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.needs import Need, RunView
 from factory.recipe import FactoryRecipe
@@ -21,9 +22,17 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     served = plan.writer.kind == "vllm"
     return replace(
         view,
+        tree=_without_own_server(view.tree) if served else view.tree,
         needs=view.needs + needs,
         samples=plan.prompts * plan.images_per_prompt,
         unit_images=recipe.make.unit_images,
         vllm_model=plan.writer.model if served else "",
         server_settings=("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
     )
+
+
+def _without_own_server(tree: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what says how the run serves vLLM for itself: launch files bring a server of their own, and another `kind`."""
+    factory = tree["factory"]
+    writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in ("environment", "server")}
+    return {**tree, "factory": {**factory, "plan": {**factory["plan"], "writer": writer}}}

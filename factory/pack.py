@@ -160,7 +160,7 @@ def find_damage(folder: Path) -> Iterator[CorruptShard]:
     """Everything that is wrong with a data set: one error for the manifest, or one for each shard; `where` is the file."""
     try:
         rows = read_manifest(folder)
-        wanted = _by_shard(rows, folder / MANIFEST)
+        wanted = _by_shard(rows, str(folder / MANIFEST))
     except CorruptShard as error:
         yield error
         return
@@ -180,7 +180,7 @@ def find_bad_samples(folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     rows = read_manifest(folder)
-    for name, listed in _by_shard(rows, folder / MANIFEST).items():
+    for name, listed in _by_shard(rows, str(folder / MANIFEST)).items():
         path, left = folder / name, {row["id"]: row["sample_sha256"] for row in listed}
         reason = "its bytes are not what the manifest says"
         if not path.exists():
@@ -196,7 +196,7 @@ def find_bad_samples(folder: Path) -> dict[str, str]:
     return found
 
 
-def _by_shard(rows: list[dict[str, str]], manifest: Path) -> dict[str, list[dict[str, str]]]:
+def _by_shard(rows: list[dict[str, str]], manifest: str) -> dict[str, list[dict[str, str]]]:
     """The manifest's rows by shard; raises CorruptShard for a row that cannot be true whatever the shards hold."""
     found: dict[str, list[dict[str, str]]] = {}
     before = ""
@@ -213,11 +213,8 @@ def _by_shard(rows: list[dict[str, str]], manifest: Path) -> dict[str, list[dict
     return found
 
 
-def _wrong_row(manifest: Path, row: Mapping[str, str], what: str) -> CorruptShard:
-    where, remedy = (
-        str(manifest),
-        "Run `edgefusion factory repair` (with --recipe on a copy), or pack the data set again",
-    )
+def _wrong_row(where: str, row: Mapping[str, str], what: str) -> CorruptShard:
+    remedy = "Run `edgefusion factory repair` (with --recipe on a copy), or pack the data set again"
     return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy)
 
 
@@ -226,10 +223,21 @@ def read_manifest(folder: Path) -> list[dict[str, str]]:
     path = folder / MANIFEST
     if not path.exists():
         raise _no_manifest(folder)
+    return _manifest_rows(path, str(path))
+
+
+def read_remote_manifest(data: bytes, where: str) -> list[dict[str, str]]:
+    """The same of a manifest that was fetched from `where`; raises CorruptShard for a row that cannot be true whatever the shards hold."""
+    rows = _manifest_rows(io.BytesIO(data), where)
+    _by_shard(rows, where)
+    return rows
+
+
+def _manifest_rows(source: Path | IO[bytes], where: str) -> list[dict[str, str]]:
     try:
-        return pq.read_table(path, schema=_SCHEMA).to_pylist()
+        return pq.read_table(source, schema=_SCHEMA).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+        raise CorruptShard(f"cannot be read ({error})", where=where, remedy="Pack the data set again") from error
 
 
 def _no_manifest(folder: Path) -> EdgeFusionError:
@@ -282,7 +290,7 @@ def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
     """Every sample is read, for a right checksum of the shard says nothing about the rows of the manifest."""
     if not path.exists():
         raise _corrupt(path, "is missing")
-    manifest, left = path.parent / MANIFEST, {row["id"]: row for row in listed}
+    manifest, left = str(path.parent / MANIFEST), {row["id"]: row for row in listed}
     whole = {row["shard_sha256"] for row in listed} == {digest_file(path)}
     for key, members in read_shard(path):
         row = left.pop(key, None)

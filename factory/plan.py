@@ -18,17 +18,20 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field
 
+from cluster.environment import find_environment
 from cluster.errors import RecipeError, StageError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
 from factory.ingest import planned_rows, source_path
 from factory.models import ZOO, fingerprint, resolve
-from factory.models.text import PromptWriter, open_writer
+from factory.models.text import PromptWriter, opened_late
 from factory.recipe import FactoryRecipe, PicturePlan
 
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
+WRITER_LOG = "writer.log"
+"""Beside the parts of the plan: what a server says that the writer starts for itself."""
 PLAN_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -98,18 +101,17 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
     if recipe.plan.kind == "pictures":
         return _plan_pictures(recipe.plan, final, progress)
     records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
-    writer: PromptWriter | None = None
     parts: list[pa.Table] = []
-    for start in range(0, len(records), PART_PROMPTS):
-        part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"
-        if not part.exists():
-            writer = writer or open_writer(recipe.plan.writer)
-            some = records[start : start + PART_PROMPTS]
-            prompts = write_checked(writer, some, recipe.plan.tries, seed + start)
-            rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
-            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
-        parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
-        progress(min(PART_PROMPTS, len(records) - start))
+    with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
+        for start in range(0, len(records), PART_PROMPTS):
+            part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"
+            if not part.exists():
+                some = records[start : start + PART_PROMPTS]
+                prompts = write_checked(writer(), some, recipe.plan.tries, seed + start)
+                rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
+                publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
+            parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            progress(min(PART_PROMPTS, len(records) - start))
     table = _without_doubles(pa.concat_tables(parts))
     if all(value == DEAD for value in table["outcome"].to_pylist()):
         raise StageError(
@@ -243,6 +245,9 @@ def resolve_models(recipe: FactoryRecipe) -> None:
         for name in recipe.plan.paths:
             source_path(name)
         return
-    if recipe.plan.writer.kind != "openai":
-        resolve(recipe.plan.writer.model)
+    writer = recipe.plan.writer
+    if writer.kind != "openai":
+        resolve(writer.model)
+    if writer.kind == "vllm" and writer.environment is not None:
+        find_environment(writer.environment)
     load_taxonomy(recipe.plan.taxonomy)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from cluster.recipe import Settings
+from cluster.served import ServerRecipe
 
 VIEW_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
 
@@ -24,11 +25,27 @@ class TransformersWriter(Settings):
     batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
 
 
+_API = "`completions`: the model reads the template as it is; `chat`: as a user's message, for models that were taught to chat"
+_ENVIRONMENT = (
+    "folder or name of the Python environment in which the run starts vLLM as a server on loopback (edgefusion cluster environment make "
+    "vllm)"
+)
+
+
 class VllmWriter(TransformersWriter):
-    """The same by vLLM (`pip install vllm` in an environment of its own: it pins torch)."""
+    """The same by vLLM. It pins torch, so give it an `environment` of its own; without one it is imported here."""
 
     kind: Literal["vllm"] = "vllm"
     batch_prompts: int = Field(default=4096, ge=1, description="prompts written at once")
+    environment: str | None = Field(default=None, description=f"{_ENVIRONMENT}; left out: vLLM is imported here")
+    server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+    api: Literal["completions", "chat"] = Field(default="completions", description=_API)
+
+    @model_validator(mode="after")
+    def _served(self) -> VllmWriter:
+        if self.environment is None and self.server != ServerRecipe():
+            raise ValueError("server says how a server is run, but environment is left out, so none is started")
+        return self
 
 
 class OpenAiWriter(TransformersWriter):
@@ -36,6 +53,7 @@ class OpenAiWriter(TransformersWriter):
 
     kind: Literal["openai"] = "openai"
     base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
+    api: Literal["completions", "chat"] = Field(default="chat", description=_API)
 
 
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]
@@ -134,7 +152,16 @@ class OpenAiCaptioner(TransformersCaptioner):
     template: str = Field(default="Describe the picture in one sentence.", description="the question")
 
 
-Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner, Field(discriminator="kind")]
+class VllmCaptioner(TransformersCaptioner):
+    """A vision-language model by vLLM; each captioning worker starts a server of its own where it runs."""
+
+    kind: Literal["vllm"] = "vllm"
+    template: str = Field(default="Describe the picture in one sentence.", description="the question")
+    environment: str = Field(description=f"{_ENVIRONMENT}; on every node that captions")
+    server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+
+
+Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner | VllmCaptioner, Field(discriminator="kind")]
 
 
 class MakeRecipe(Settings):

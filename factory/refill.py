@@ -19,11 +19,12 @@ from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD
 from cluster.storage import publish_bytes
-from factory.models.text import PromptWriter, open_writer
+from factory.models.text import opened_late
 from factory.pack import MANIFEST
 from factory.plan import (
     PART_PROMPTS,
     PLAN_SCHEMA,
+    WRITER_LOG,
     Group,
     Progress,
     Taxonomy,
@@ -72,18 +73,17 @@ def plan_refill(
     known = set(pa.concat_tables([read_table(path, ["id"]) for path in plans])["id"].to_pylist())
     # Far from the numbers of earlier prompts, for the seeds of the pictures come from them.
     offset = max(recipe.plan.prompts, len(known))
-    writer: PromptWriter | None = None
     parts: list[pa.Table] = []
-    for start in range(0, len(records), PART_PROMPTS):
-        part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
-        some = records[start : start + PART_PROMPTS]
-        if not part.exists():
-            writer = writer or open_writer(recipe.plan.writer)
-            prompts = write_checked(writer, some, recipe.plan.tries, seed + offset + start)
-            rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, offset + start, some, prompts)
-            publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
-        parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
-        progress(len(some))
+    with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
+        for start in range(0, len(records), PART_PROMPTS):
+            part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
+            some = records[start : start + PART_PROMPTS]
+            if not part.exists():
+                prompts = write_checked(writer(), some, recipe.plan.tries, seed + offset + start)
+                rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, offset + start, some, prompts)
+                publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
+            parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            progress(len(some))
     table = pa.concat_tables(parts)
     fresh = [not (key in known or known.add(key)) for key in table["id"].to_pylist()]
     table = table.filter(pa.array(fresh)).replace_schema_metadata({_LIST: mark})

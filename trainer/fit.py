@@ -62,7 +62,7 @@ def fit(
     """Train `model` and return its average; `folder` keeps `state.pt`, `metrics.jsonl` and TensorBoard's event file.
 
     A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
-    StageError for a batch that the workers cannot share and for a loss that spiked, after rolling back if the recipe says so.
+    StageError for a batch that is too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
     run = _Run(phase, settings, digest, model, folder, accelerator, partner)
     try:
@@ -105,18 +105,19 @@ class _Run:
         partner: Partner | None = None,
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
-        if batch % workers:
+        if batch < workers:
             raise StageError(
-                f"trainer.{phase}.batch_images ({batch}) cannot be shared by {workers} workers",
-                remedy="Choose a multiple",
+                f"trainer.{phase}.batch_images ({batch}) is less than one image for each of {workers} workers",
+                remedy=f"Raise it, or set cluster.train_workers to {batch} at most",
             )
         if batch // workers % settings.accumulation:
             raise StageError(
                 f"trainer.{phase}.accumulation ({settings.accumulation}) does not divide a worker's {batch // workers} images of a batch",
                 remedy="Choose a divisor",
             )
-        own, rank = batch // workers, accelerator.process_index
-        self.share = slice(rank * own, (rank + 1) * own)
+        rank = accelerator.process_index
+        self.share = slice(rank * batch // workers, (rank + 1) * batch // workers)
+        self.workers = workers
         self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
         self.folder, self.state = folder, folder / STATE
         self.average = Average(model.train(), settings.ema_decay)
@@ -156,25 +157,29 @@ class _Run:
 
     def _loss(self, loss_at: LossAt) -> tuple[torch.Tensor, float]:
         """This rank's loss, and the mean over all ranks, of which all ranks therefore think the same."""
-        parts = self.settings.accumulation
-        draw, own = self.step + self.skipped, (self.share.stop - self.share.start) // parts
-        shares = [slice(at, at + own) for at in range(self.share.start, self.share.stop, own)]
+        draw, parts = self.step + self.skipped, self.settings.accumulation
+        first, images = self.share.start, self.share.stop - self.share.start
+        shares = [slice(first + i * images // parts, first + (i + 1) * images // parts) for i in range(parts)]
         total = torch.zeros((), device=self.accelerator.device)
         for share in shares[:-1]:  # nothing but their gradients is kept
             with self.accelerator.no_sync(self.model), self.accelerator.autocast():
-                part = loss_at(self.model, self.average, draw, share) / parts
+                part = loss_at(self.model, self.average, draw, share) * self._weight(share)
             with self.accelerator.no_sync(self.model):
                 self.accelerator.backward(part)
             total += part.detach().float()
         with self.accelerator.autocast():
-            loss = loss_at(self.model, self.average, draw, shares[-1])
+            loss = loss_at(self.model, self.average, draw, shares[-1]) * self._weight(shares[-1])
         self.notes = dict(getattr(loss_at, "notes", {}))
-        if parts > 1:
-            loss = total + loss / parts
+        if len(shares) > 1:
+            loss = total + loss
         mean = float(self.accelerator.reduce(loss.detach().float(), "mean"))  # pyright: ignore[reportArgumentType]
         if what := self.watch.trouble(mean):
             raise _Spike(f"the loss of {self.phase} at step {self.step} {what}")
         return loss, mean
+
+    def _weight(self, share: slice) -> float:
+        """Means over parts and ranks are means over the batch only if each counts as much as it is; 1 exactly for a whole equal share."""
+        return (share.stop - share.start) * self.workers / self.settings.batch_images
 
     def _learn(self, loss: torch.Tensor) -> None:
         settings = self.settings

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 
+from cluster.cache import RemoteFolder
 from cluster.errors import EdgeFusionError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
@@ -45,7 +46,7 @@ DATA = "data.json"
 LORA = "lora"
 
 
-def train(recipe: TrainerRecipe, data: Path | Sequence[Source], folder: Path, seed: int) -> None:
+def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
     """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
     Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
@@ -108,7 +109,9 @@ def _open_stream(
     recipe: TrainerRecipe, sources: Sequence[Source], pipeline: Any, folder: Path, seed: int, accelerator: Accelerator
 ) -> MixedStream:
     """The samples of this training; `folder/data.json` says what they are and, from here on, which could not be read."""
-    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
+    cached = recipe.encodings == "auto" and any(
+        isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
+    )
     encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
     main = accelerator.is_main_process
     stream = MixedStream(sources, seed, main, encoders, recipe.on_corrupt, recipe.max_corrupt_share)

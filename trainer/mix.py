@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.cache import CacheRecipe, RemoteFolder, is_url
 from cluster.errors import CorruptShard, RecipeError
 from factory.pack import MANIFEST
 from trainer.options import OnCorrupt
@@ -33,22 +34,23 @@ _TRIES = 64
 class Source:
     """A packed data set and how much of the training it is; without a weight, its number of samples."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     weight: float | None = None
 
 
-def sources_of(recipe: TrainerRecipe, own: Path) -> list[Source]:
-    """The chain's own data set and the recipe's others, by absolute paths; one of weight 0 is left out.
+def sources_of(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None) -> list[Source]:
+    """The chain's own data set and the recipe's others, by absolute paths or URLs; one of weight 0 is left out.
 
-    Raises RecipeError for a data set that is not there or comes twice, or if no weight is left.
+    `cache` is where shards that come from URLs are kept. Raises RecipeError for a data set that is not there or comes twice, or if no
+    weight is left.
     """
     found = [Source(own.resolve(), recipe.own_weight)]
     for i, more in enumerate(recipe.more_data):
-        folder = Path(more.data).expanduser().resolve()
-        if not (folder / MANIFEST).exists():
+        folder = _place_of(more.data, cache or CacheRecipe())
+        if not _is_there(folder):
             raise RecipeError(
                 f"trainer.more_data.{i}.data: there is no packed data set in {more.data}",
-                remedy=f"Give a folder with shards and {MANIFEST}: the `dataset` folder of a finished run",
+                remedy=f"Give a folder or URL with shards and {MANIFEST}: the `dataset` folder of a finished run",
             )
         if folder in [source.folder for source in found]:
             raise RecipeError(f"trainer.more_data.{i}.data: {more.data} is there twice", remedy="Give it one weight")
@@ -61,6 +63,18 @@ def sources_of(recipe: TrainerRecipe, own: Path) -> list[Source]:
             remedy="Give one of them a weight above 0",
         )
     return found
+
+
+def _place_of(data: str, cache: CacheRecipe) -> Path | RemoteFolder:
+    if is_url(data):
+        return RemoteFolder(data.rstrip("/"), cache)
+    return Path(data.removeprefix("file://")).expanduser().resolve()
+
+
+def _is_there(folder: Path | RemoteFolder) -> bool:
+    if isinstance(folder, Path):
+        return (folder / MANIFEST).exists()
+    return MANIFEST in folder.sizes([MANIFEST])
 
 
 class MixedStream:
@@ -156,7 +170,7 @@ class MixedStream:
             raise CorruptShard(
                 f"{len(self.skipped)} of {len(self)} samples cannot be read ({share:.1%}, above trainer.max_corrupt_share "
                 f"{self.max_corrupt_share:.1%}); one is {entry['id']}: {new[row]}",
-                where=str(self.parts[part].folder / entry["shard"]),
+                where=f"{self.parts[part].folder}/{entry['shard']}",
                 remedy="Run `edgefusion factory repair` or copy the shards again; or raise trainer.max_corrupt_share",
             )
 
@@ -197,6 +211,8 @@ class MixedStream:
         lines = []
         for fact in self.facts():
             encoded = fact["encodings"]
+            if is_url(fact["data"]):
+                lines.append(f"{fact['data']}: {fact['samples']} samples, by way of the cache on this machine")
             if encoded:
                 lines.append(
                     f"{fact['data']}: cached encodings ({encoded['dtype']}, by {encoded['teacher']}) are read instead of pictures"
@@ -243,6 +259,6 @@ def quotas(weights: Sequence[float], names: Sequence[str]) -> list[int]:
     return found
 
 
-def as_sources(data: Path | Sequence[Source]) -> list[Source]:
+def as_sources(data: Path | RemoteFolder | Sequence[Source]) -> list[Source]:
     """One data set or several, as several."""
-    return [Source(data)] if isinstance(data, Path) else list(data)
+    return [Source(data)] if isinstance(data, Path | RemoteFolder) else list(data)

@@ -117,7 +117,10 @@ class DistillRecipe(PhaseRecipe):
 class MoreData(Settings):
     """Another packed data set to train on."""
 
-    data: str = Field(description="packed data set folder: shards and manifest.parquet")
+    data: str = Field(
+        description="packed data set, shards and manifest.parquet: a folder, or a URL such as s3://bucket/dataset, whose shards are read by way "
+        "of cluster.cache"
+    )
     weight: float | None = Field(
         default=None,
         ge=0,

@@ -3,7 +3,7 @@
 The state of the stream is therefore the step number: resume is exact, and any number of workers sees the same global batches.
 Each epoch is a fresh seeded permutation of all samples; a batch may span two epochs. Pictures are read where they lie in the
 shards (a tar member is contiguous bytes), so nothing is unpacked; where encodings of them lie beside the shards and are asked for, those
-are read instead. Knows no models.
+are read instead. Shards of a data set that is given by URL are read from a cache on this machine. Knows no models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -20,13 +21,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from cluster.cache import RemoteFolder
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file
-from factory.pack import MANIFEST, find_bad_samples, read_manifest, verify
+from factory.pack import MANIFEST, find_bad_samples, read_manifest, read_remote_manifest, verify
 from trainer.encodings import Encoded, Encodings
 from trainer.options import OnCorrupt
 
 _OPEN_SHARDS = 16
+
+log = logging.getLogger("edgefusion")
 
 
 class CorruptSample(CorruptShard):
@@ -99,7 +103,7 @@ class ShardStream:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | RemoteFolder,
         seed: int = 0,
         check: bool = True,
         encoders: str | None = None,
@@ -109,28 +113,42 @@ class ShardStream:
 
         Raises CorruptShard if `check` finds that shards, members or encodings are not what the manifest says, and for encodings by
         other encoders or of another packing. With `on_corrupt=skip` samples of missing or damaged shards are named in `damaged` instead;
-        a manifest that is not true is refused all the same.
+        a manifest that is not true is refused all the same. Of a remote data set `check` proves the manifest and that all shards are there;
+        each shard is proven when it is fetched, and a damaged one is an error. Encodings beside it are not looked at.
         """
         self.damaged: dict[int, str] = {}
         """Row number to what is wrong with it."""
-        if check and on_corrupt == "stop":
-            verify(folder)
         self.folder, self.seed = folder, seed
-        self.rows = read_manifest(folder)
+        if isinstance(folder, RemoteFolder):
+            manifest = folder.read(MANIFEST)
+            self._manifest_sha256 = hashlib.sha256(manifest).hexdigest()
+            self.rows = read_remote_manifest(manifest, f"{folder}/{MANIFEST}")
+        else:
+            if check and on_corrupt == "stop":
+                verify(folder)
+            self._manifest_sha256 = ""
+            self.rows = read_manifest(folder)
         if not self.rows:
             raise EdgeFusionError(
                 "the data set is empty",
                 where=str(folder),
                 remedy="Loosen factory.select (min_clip) or plan more prompts",
             )
-        _refuse_gaps(self.rows, folder)
-        if check and on_corrupt == "skip":
+        _refuse_gaps(self.rows, f"{folder}/{MANIFEST}")
+        if check and on_corrupt == "skip" and isinstance(folder, Path):
             reasons = find_bad_samples(folder)
             self.damaged = {i: reasons[row["id"]] for i, row in enumerate(self.rows) if row["id"] in reasons}
+        self._sha256 = {row["shard"]: row["shard_sha256"] for row in self.rows}
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._order = EndlessOrder(len(self.rows), seed)
-        self.encodings = Encodings.find(folder, self.rows, encoders, check) if encoders else None
+        self.encodings: Encodings | None = None
+        if isinstance(folder, RemoteFolder):
+            if check:
+                _look_for_shards(folder, list(self._sha256))
+            return
+        if encoders:
+            self.encodings = Encodings.find(folder, self.rows, encoders, check)
         if check and self.encodings is None:
             for row in range(len(self.rows)):
                 if row not in self.damaged:
@@ -156,11 +174,11 @@ class ShardStream:
             return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
         except ValueError as error:
             what = f"its text is no text: {type(error).__name__}"
-            raise CorruptSample(what, entry["id"], str(self.folder / entry["shard"])) from error
+            raise CorruptSample(what, entry["id"], f"{self.folder}/{entry['shard']}") from error
 
     def digest(self) -> str:
         """What makes this data set this data set: its manifest vouches for every byte."""
-        own = digest_file(self.folder / MANIFEST)
+        own = digest_file(self.folder / MANIFEST) if isinstance(self.folder, Path) else self._manifest_sha256
         return own if self.encodings is None else hashlib.sha256(f"{own} {self.encodings.digest}".encode()).hexdigest()
 
     def close(self) -> None:
@@ -187,14 +205,14 @@ class ShardStream:
         entry = self.rows[row]
         return CorruptShard(
             f"sample {entry['id']} cannot be read ({why})",
-            where=str(self.folder / entry["shard"]),
+            where=f"{self.folder}/{entry['shard']}",
             remedy="Copy the shard again or pack the data set again",
         )
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
         if shard not in self._members:
             found: dict[str, tuple[int, int]] = {}
-            with tarfile.open(self.folder / shard, "r:") as archive:
+            with self._open(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 try:
                     for entry in archive:
                         found[entry.name] = (entry.offset_data, entry.size)
@@ -205,22 +223,45 @@ class ShardStream:
         return self._members[shard]
 
     def _bytes(self, shard: str, offset: int, size: int) -> bytes:
-        file = self._files.pop(shard, None) or (self.folder / shard).open("rb")
+        file = self._files.pop(shard, None) or self._open(shard)
         self._files[shard] = file  # most recently used is last
         if len(self._files) > _OPEN_SHARDS:
             self._files.popitem(last=False)[1].close()
         file.seek(offset)
         return file.read(size)
 
+    def _open(self, shard: str) -> BinaryIO:
+        if isinstance(self.folder, RemoteFolder):
+            return self.folder.open(shard, self._sha256[shard])
+        return (self.folder / shard).open("rb")
 
-def _refuse_gaps(rows: list[dict[str, str]], folder: Path) -> None:
+
+def _look_for_shards(folder: RemoteFolder, shards: list[str]) -> None:
+    """Raises CorruptShard for one that is not there; warns if the cache cannot hold them all."""
+    sizes = folder.sizes(shards)
+    for shard in shards:
+        if shard not in sizes:
+            raise CorruptShard(
+                "is missing", where=f"{folder}/{shard}", remedy="Copy the data set there again, the manifest last"
+            )
+    whole, limit_gib = sum(sizes.values()) / 2**30, folder.recipe.limit_gib
+    if whole > limit_gib:
+        log.warning(
+            "%s holds %.3g GiB and its cache only %.3g: shards will be fetched again and again. Raise cluster.cache.limit_gib",
+            folder,
+            whole,
+            limit_gib,
+        )
+
+
+def _refuse_gaps(rows: list[dict[str, str]], where: str) -> None:
     """Raises CorruptShard for a manifest whose rows lack what reading needs."""
     for row in rows:
         for name in ("id", "shard", "prompt", "picture_kind"):
             if not row.get(name):
                 raise CorruptShard(
                     f"sample {row.get('id') or 'without id'} has no {name}",
-                    where=str(folder / MANIFEST),
+                    where=where,
                     remedy="Pack the data set again",
                 )
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from cluster.errors import StageError
 from factory.models import quiet, resolve
-from factory.models.text import ask_server, first_line
-from factory.recipe import OpenAiCaptioner, TransformersCaptioner
+from factory.models.server import Endpoint, ask, serve_vllm
+from factory.models.text import first_line
+from factory.recipe import OpenAiCaptioner, TransformersCaptioner, VllmCaptioner
 
 
 class Describer(Protocol):
@@ -24,7 +25,12 @@ class Describer(Protocol):
 
 
 def open_captioner(recipe: TransformersCaptioner) -> Describer:
-    return _OpenAi(recipe) if isinstance(recipe, OpenAiCaptioner) else _Transformers(recipe)
+    """One that starts a server for itself stops it when it is dropped, or with its process."""
+    if isinstance(recipe, OpenAiCaptioner):
+        return _Asked(recipe, Endpoint(recipe.base_url, recipe.model))
+    if isinstance(recipe, VllmCaptioner):
+        return _Asked(recipe, serve_vllm(recipe.model, recipe.environment, recipe.server, "the captioner's vLLM"))
+    return _Transformers(recipe)
 
 
 class _Transformers:
@@ -66,9 +72,9 @@ class _Transformers:
         return found
 
 
-class _OpenAi:
-    def __init__(self, recipe: OpenAiCaptioner) -> None:
-        self.recipe = recipe
+class _Asked:
+    def __init__(self, recipe: TransformersCaptioner, endpoint: Endpoint) -> None:
+        self.recipe, self.endpoint = recipe, endpoint
 
     def describe(self, pictures: Sequence[np.ndarray]) -> list[str]:
         with ThreadPoolExecutor(16) as pool:
@@ -82,12 +88,7 @@ class _OpenAi:
             {"type": "text", "text": self.recipe.template},
             {"type": "image_url", "image_url": {"url": shown}},
         ]
-        return ask_server(
-            self.recipe.base_url,
-            {
-                "model": self.recipe.model,
-                "messages": [{"role": "user", "content": content}],
-                "temperature": 0,
-                "max_tokens": self.recipe.max_new_tokens,
-            },
+        messages = [{"role": "user", "content": content}]
+        return first_line(
+            ask(self.endpoint, {"messages": messages, "temperature": 0, "max_tokens": self.recipe.max_new_tokens})
         )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
 from factory.models import quiet, resolve
+from factory.models.server import Endpoint, ask, serve_vllm
 from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter
 
 Record = Mapping[str, str]
@@ -23,11 +21,36 @@ class PromptWriter(Protocol):
         """One prompt a record, first line only; the same seed gives the same prompts on the same machine."""
         ...
 
+    def close(self) -> None: ...
 
-def open_writer(recipe: TransformersWriter) -> PromptWriter:
+
+def open_writer(recipe: TransformersWriter, log: Path | None = None) -> PromptWriter:
+    """`log` is where a server that the writer starts for itself says what it does; close the writer to stop it."""
     if isinstance(recipe, OpenAiWriter):
-        return _OpenAi(recipe)
-    return _Vllm(recipe) if isinstance(recipe, VllmWriter) else _Transformers(recipe)
+        return _Asked(recipe, recipe.api, Endpoint(recipe.base_url, recipe.model))
+    if isinstance(recipe, VllmWriter):
+        if recipe.environment is None:
+            return _Vllm(recipe)
+        served = serve_vllm(recipe.model, recipe.environment, recipe.server, "the prompt writer's vLLM", log)
+        return _Asked(recipe, recipe.api, served)
+    return _Transformers(recipe)
+
+
+@contextmanager
+def opened_late(recipe: TransformersWriter, log: Path) -> Generator[Callable[[], PromptWriter]]:
+    """A function that gives the writer, opened at the first call and closed with the block."""
+    opened: list[PromptWriter] = []
+
+    def get() -> PromptWriter:
+        if not opened:
+            opened.append(open_writer(recipe, log))
+        return opened[0]
+
+    try:
+        yield get
+    finally:
+        for writer in opened:
+            writer.close()
 
 
 def spell(record: Record) -> str:
@@ -78,15 +101,19 @@ class _Transformers:
             found += [first_line(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class _Vllm:
-    def __init__(self, recipe: TransformersWriter) -> None:
+    def __init__(self, recipe: VllmWriter) -> None:
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise TargetUnavailable(
                 "vLLM is not installed",
-                remedy="pip install vllm in an environment of its own (it pins torch), or kind: openai",
+                remedy="Give it an environment of its own, since it pins torch: `edgefusion cluster environment make vllm`, then "
+                "--set factory.plan.writer.environment=vllm; or pip install vllm here; or kind: openai",
             ) from error
         self.recipe, self.vllm = recipe, vllm
         self.engine = vllm.LLM(model=resolve(recipe.model), max_model_len=2048)
@@ -96,63 +123,36 @@ class _Vllm:
             temperature=self.recipe.temperature, max_tokens=self.recipe.max_new_tokens, seed=seed, stop=["\n"]
         )
         asked = [self.recipe.template.format(attributes=spell(r)) for r in records]
-        return [first_line(answer.outputs[0].text) for answer in self.engine.generate(asked, options)]
+        if self.recipe.api == "chat":
+            answers = self.engine.chat([[{"role": "user", "content": text}] for text in asked], options)
+        else:
+            answers = self.engine.generate(asked, options)
+        return [first_line(answer.outputs[0].text) for answer in answers]
+
+    def close(self) -> None:
+        """vLLM ends with this process."""
 
 
-class _OpenAi:
-    def __init__(self, recipe: OpenAiWriter) -> None:
-        self.recipe = recipe
+class _Asked:
+    """A server that speaks OpenAI's protocol: somebody's, or one that was started for this writer."""
+
+    def __init__(self, recipe: TransformersWriter, api: str, endpoint: Endpoint) -> None:
+        self.recipe, self.api, self.endpoint = recipe, api, endpoint
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda pair: self._ask(pair[1], seed + pair[0]), enumerate(records)))
-
-    def _ask(self, record: Record, seed: int) -> str:
-        return ask_server(
-            self.recipe.base_url,
-            {
-                "model": self.recipe.model,
-                "messages": [{"role": "user", "content": self.recipe.template.format(attributes=spell(record))}],
+        def one(number: int) -> str:
+            text = self.recipe.template.format(attributes=spell(records[number]))
+            body = {
                 "temperature": self.recipe.temperature,
                 "max_tokens": self.recipe.max_new_tokens,
-                "seed": seed,
-            },
-        )
+                "seed": seed + number,
+            }
+            if self.api == "completions":
+                return first_line(ask(self.endpoint, {**body, "prompt": text}))
+            return first_line(ask(self.endpoint, {**body, "messages": [{"role": "user", "content": text}]}))
 
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(one, range(len(records))))
 
-_TRIES = 5
-
-
-def ask_server(base_url: str, body: Mapping[str, Any], wait_s: float = 1.0) -> str:
-    """First line of the answer of an OpenAI-compatible server; tried again, ever more slowly, when it is busy or away.
-
-    Raises StageError when it stays away or answers what is no answer.
-    """
-    request = urllib.request.Request(
-        f"{base_url.rstrip('/')}/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={
-            "Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-        },
-    )
-    failure: Exception | None = None
-    for attempt in range(_TRIES):
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return first_line(json.load(answer)["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as error:
-            failure = error
-            if error.code not in (408, 429) and error.code < 500:
-                break  # our own fault: asking again changes nothing
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            failure = error
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            failure = ValueError(f"its answer is no chat completion ({error})")
-        if attempt + 1 < _TRIES:
-            time.sleep(wait_s * 2**attempt)
-    raise StageError(
-        f"the model server did not answer: {failure}",
-        where=base_url,
-        remedy="Start it, check the model's name and OPENAI_API_KEY, then run again",
-    ) from failure
+    def close(self) -> None:
+        self.endpoint.close()

@@ -1,19 +1,25 @@
-"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|listing] ...
+"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|scaling|listing] ...
 
 overhead: null units through two null stages on a local Ray, at several counts: seconds a unit at steady state (between the first and
-the last unit out) and the driver's memory. listing: how long a resume takes to see what a ledger of so many units lacks.
+the last unit out) and the driver's memory, and by how much it grew from the first count to the last. scaling: units a second of one worker
+that computes on one core and of two, at steady state, in turns within one run; counts: units a turn, turns. listing: how long a resume
+takes to see what a ledger of so many units lacks.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import multiprocessing
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -40,6 +46,7 @@ def null_stage(name: str) -> Stage:
 
 def overhead(counts: list[int]) -> None:
     process, peak = psutil.Process(), 0
+    ends: list[int] = []
     runner = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "bench"))
     print(f"{'units':>8} {'first out s':>12} {'ms a unit':>10} {'driver MiB, peak':>17} {'at the end':>11}")
     try:
@@ -52,12 +59,81 @@ def overhead(counts: list[int]) -> None:
                     peak = max(peak, process.memory_info().rss)
             each = (time.perf_counter() - first) / max(1, done - 1) * 1000
             now = process.memory_info().rss
+            ends.append(max(peak, now))
             print(
                 f"{done:8} {first - began:12.1f} {each:10.1f} {max(peak, now) / 2**20:17.0f} {now / 2**20:11.0f}",
                 flush=True,
             )
     finally:
         runner.close()
+    grown = (ends[-1] - ends[0]) / 2**20
+    print(f"driver's peak from {counts[0]} to {counts[-1]} units: {grown:+.0f} MiB (target: less than 100)")
+
+
+WORK_S = 0.25
+
+
+def busy_stage(rounds: int, workers: int) -> Stage:
+    """Hashes in pure Python's hands: one core, little memory, nothing that a thread pool could share."""
+
+    def work(rows: list[Row]) -> list[Row]:
+        burn(rounds)
+        return rows
+
+    return Stage("busy", lambda: work, workers=workers, cpus=1)
+
+
+def burn(rounds: int) -> None:
+    data = b"x"
+    for _ in range(rounds):
+        data = hashlib.sha256(data).digest()
+
+
+def scaling(count: int, turns: int) -> None:
+    """The ratio of the two, each at steady state; what limits it besides us is how much the cores share (clock, threads of one core)."""
+    rounds = 10_000
+    while (spent := timed(rounds)) < WORK_S / 4:
+        rounds *= 2
+    rounds = int(rounds * WORK_S / spent)
+    bare = two_processes(rounds, 12)
+    runner = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "bench"))
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    try:
+        for turn in range(turns):
+            for workers in (1, 2) if turn % 2 == 0 else (2, 1):
+                out = [time.perf_counter() for _ in runner.run([busy_stage(rounds, workers)], units(count))]
+                # The first units come while the last worker may still be opening its stage.
+                steady = out[len(out) // 4 :]
+                rates[workers].append((len(steady) - 1) / (steady[-1] - steady[0]))
+                print(
+                    f"turn {turn + 1}: {workers} worker(s), {rates[workers][-1]:.2f} units/s of {WORK_S} s", flush=True
+                )
+    finally:
+        runner.close()
+    one, two = (statistics.median(rates[workers]) for workers in (1, 2))
+    each = [b / a for a, b in zip(rates[1], rates[2], strict=True)]
+    print(
+        f"2 workers against 1: {two / one:.2f} times the units/s (median of {turns} turns; by turn {min(each):.2f} to {max(each):.2f}; "
+        f"target 1.8). Two bare processes against one here: {bare:.2f}"
+    )
+
+
+def timed(rounds: int) -> float:
+    began = time.perf_counter()
+    burn(rounds)
+    return time.perf_counter() - began
+
+
+def two_processes(rounds: int, count: int) -> float:
+    """What the machine itself gives: the same work in two plain processes, against one."""
+    times: list[float] = []
+    for workers in (1, 2):
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(burn, [1] * workers * 4))  # started
+            began = time.perf_counter()
+            list(pool.map(burn, [rounds] * count))
+            times.append(time.perf_counter() - began)
+    return times[0] / times[1]
 
 
 def listing(count: int) -> None:
@@ -81,7 +157,7 @@ def listing(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["overhead", "listing"])
+    parser.add_argument("what", choices=["overhead", "scaling", "listing"])
     parser.add_argument("counts", type=int, nargs="*")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -89,6 +165,9 @@ def main() -> None:
     print(f"{' '.join(sys.argv)}; commit {commit}, {platform.machine()}, {os.cpu_count()} cores, load {load:.1f}")
     if asked.what == "overhead":
         overhead(asked.counts or [1000, 10_000, 100_000])
+    elif asked.what == "scaling":
+        count, turns = (*asked.counts, *(120, 5)[len(asked.counts) :])
+        scaling(count, turns)
     else:
         listing((asked.counts or [1_000_000])[0])
 

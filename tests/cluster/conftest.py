@@ -20,6 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 _PORT = 6379
+NODE_GIB = 4
+"""Memory that a node says it has; Ray only counts it."""
 _WATCH = """
 import sys
 from ray._private.state import GlobalState
@@ -56,6 +58,8 @@ class RealNodes:
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            # The host's name is not an address of these nodes.
+            "GLOO_SOCKET_IFNAME": "eth0",
         }
         self.address = f"{self._net}.10:{_PORT}"
         _ip("netns", "add", self._space("sw"))
@@ -74,7 +78,7 @@ class RealNodes:
         words = [
             *("ray", "start", "--block", *place, f"--node-ip-address={self._net}.{10 + node}"),
             *(f"--num-cpus={2 if node else 0}", f"--object-store-memory={100 << 20}"),
-            *(f"--temp-dir={self._folders[node]}", "--disable-usage-stats"),
+            *(f"--temp-dir={self._folders[node]}", "--disable-usage-stats", f"--memory={NODE_GIB << 30}"),
         ]
         words[0] = str(Path(sys.executable).parent / "ray")
         with (self._folders[node] / "start.log").open("wb") as log:

@@ -22,7 +22,7 @@ from cluster.storage import publish_bytes
 from factory.plan import PLAN, table_bytes
 from factory.recipe import FactoryRecipe, MakeRecipe
 
-UNITS, UNIT_IMAGES, DRAW_S = 90, 4, 3.0
+UNITS, UNIT_IMAGES, DRAW_S = 110, 4, 3.0
 RECIPE = {
     "plan": {"taxonomy": "zoo:taxonomy.yaml", "prompts": 1, "writer": {"kind": "transformers", "model": "zoo:writer"}},
     "make": {

@@ -51,7 +51,7 @@ def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
     paper = ["cluster", "check", "recipes/edgefusion.yaml", "--node"]
     said = CliRunner().invoke(app, [*paper, "8:cpus=16,gpus=1"], env={"COLUMNS": "160"})
     assert said.exit_code == 0, said.output
-    assert "opens Qwen/Qwen2.5-7B-Instruct by vLLM" in said.output
+    assert "runs Qwen/Qwen2.5-7B-Instruct by vLLM" in said.output
     said = CliRunner().invoke(app, [*paper, "4:cpus=16,gpus=1"], env={"COLUMNS": "160"})
     assert said.exit_code == 1 and "0 GPUs are left in all" in said.output
     more = ["--set", "cluster.memory_gib={render: 80}"]

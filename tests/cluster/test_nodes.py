@@ -1,4 +1,5 @@
-"""A run over several real nodes gives the bytes of one process, whatever happens to the nodes and to the driver."""
+"""A run over several real nodes gives the bytes of one process, whatever happens to the nodes and to the driver; a training goes on
+on what is left."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+PAUSE_S = 60.0
+SHORT_CUT_S = 1.5
+"""A node without a cable is given up within about 3 s here (conftest.py: three checks, a second apart, that fail at once); one that is silent within about 10 s."""
 
 
 def words(folder: Path, where: str) -> list[str]:
@@ -84,10 +88,22 @@ def test_a_run_survives_lost_paused_and_cut_off_nodes_and_a_killed_driver(nodes:
 
     run.reach(run.units() + 2)
     nodes.pause(2)
+    paused = time.monotonic()
     run.lost(2)
     nodes.start(1)
     run.reach(run.units() + 4)
+    time.sleep(max(0.0, PAUSE_S - (time.monotonic() - paused)))
+    run.reach(run.units() + 1)
     nodes.resume(2)
+
+    # A cut that is mended before Ray gives the node up is no loss at all.
+    run.reach(run.units() + 2)
+    for _ in range(2):
+        nodes.cut(3)
+        time.sleep(SHORT_CUT_S)
+        nodes.heal(3)
+        run.reach(run.units() + 2)
+        assert 3 in nodes.alive()
 
     run.reach(run.units() + 2)
     nodes.cut(3)

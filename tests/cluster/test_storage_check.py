@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cluster.errors import EdgeFusionError
 from cluster.storage_check import Finding, Probe, check_storage
 from edgefusion import app
+from tests.s3 import s3_bucket
 
 SMALL = Probe(rounds=12, object_bytes=1 << 16, objects=8, stream_bytes=1 << 20)
 
@@ -88,25 +89,9 @@ def test_a_store_that_cannot_be_written_fails_in_plain_words(tmp_path: Path, mon
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket of a stand-in for S3 on loopback."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[dev]'")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e '.[dev]'")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "no_proxy": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("runs")
-        yield "s3://runs/check"
-    finally:
-        server.stop()
+    """A prefix of an empty bucket of a stand-in for S3 on loopback."""
+    with s3_bucket(monkeypatch) as bucket:
+        yield f"{bucket}/check"
 
 
 def test_s3_by_a_stand_in(s3: str) -> None:

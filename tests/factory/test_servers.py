@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import StageError
-from factory.models import text
+from factory.models import server as model_server
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
 from factory.recipe import OpenAiCaptioner, OpenAiWriter
@@ -51,7 +51,7 @@ def answer(words: str) -> tuple[int, bytes]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(text.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(model_server.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "planted-key")
     running = Server()
     yield running

@@ -46,7 +46,7 @@ def test_every_record_gets_the_first_line_of_its_own_answer(server: str) -> None
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factory.models.text.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("factory.models.server.time.sleep", lambda seconds: None)
     writer = open_writer(OpenAiWriter(model="any", base_url="http://127.0.0.1:9/v1"))
     with pytest.raises(StageError, match=r"127\.0\.0\.1:9.*did not answer"):
         writer.write(RECORDS, seed=5)

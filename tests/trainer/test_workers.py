@@ -1,4 +1,4 @@
-"""Two Ray Train workers (gloo) train as one does, and a training may change their number on its way."""
+"""Two Ray Train workers (gloo) train as one does, of unequal shares too, and a training may change their number on its way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trainer.recipe import TrainerRecipe
 from trainer.state import read_log
 from trainer.stream import ShardStream
 
-STEPS, BATCH = 4, 4
+STEPS, BATCH = 4, 5
+"""Two workers share five images as 2 and 3."""
 
 
 def run(recipe: TrainerRecipe, data: Path, out: Path, workers: int, stop_at: str = "", leg: int = 0) -> None:
