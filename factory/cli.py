@@ -136,6 +136,21 @@ def plan_more(
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
 
 
+@app.command("scorers")
+def scorers_() -> None:
+    """List the scorers that `factory.make.scores` can name: columns, range, which way is better."""
+    from importlib.metadata import entry_points
+
+    from factory.recipe import PluginScorer
+    from factory.scorers import BUILT_IN, GROUP, class_of, load_scorer
+
+    found = {kind: class_of(path) for kind, path in BUILT_IN.items()}
+    found |= {f"plugin {p.name}": load_scorer(PluginScorer(name=p.name)) for p in entry_points(group=GROUP)}
+    for kind, scorer in found.items():
+        for score in scorer.scores:
+            typer.echo(f"{kind:12} {score.name:14} {score.range():12} {score.better:8} {score.about}")
+
+
 @app.command("views")
 def views_(folder: Annotated[Path, _FOLDER]) -> None:
     """List the selections of a data set: how many each keeps, how even and how varied they are."""

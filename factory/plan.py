@@ -232,13 +232,16 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def resolve_models(recipe: FactoryRecipe) -> None:
-    """Refuse unknown models, taxonomies and sources before any work is done."""
+    """Refuse unknown models, scorers, taxonomies and sources before any work is done."""
+    from factory.scorers import check_scores  # it knows the ledger, which knows this module
+
     if recipe.make.teacher is not None:
         resolve(recipe.make.teacher.model)
     if recipe.make.captioner is not None and recipe.make.captioner.kind != "openai":
         resolve(recipe.make.captioner.model)
     if recipe.make.scorer.pretrained is None:
         resolve(recipe.make.scorer.model)
+    check_scores(recipe)
     if recipe.plan.kind == "pictures":
         for name in recipe.plan.paths:
             source_path(name)

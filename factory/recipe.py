@@ -105,6 +105,79 @@ class OpenClipScorer(Settings):
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
 
 
+class _Scorer(Settings):
+    """What every further scorer has."""
+
+    prefix: str = Field(
+        default="",
+        pattern=r"^([a-z][a-z0-9_]{0,19})?$",
+        description="put before its columns, where two would be called alike",
+    )
+    batch_images: int = Field(default=32, ge=1, description="pictures scored at once")
+
+    def options_given(self) -> dict[str, Any]:
+        """Keyword arguments of the scorer's class."""
+        return {}
+
+    def label(self) -> str:
+        """How errors call it."""
+        return str(getattr(self, "kind", ""))
+
+
+class PlainScorer(_Scorer):
+    """Scores that need no key: arithmetic on pixels, and detectors of the extra `scorers`."""
+
+    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces"] = Field(description="which (docs/scores.md)")
+
+
+class AestheticScorer(_Scorer):
+    """A head on CLIP embeddings, such as LAION's."""
+
+    kind: Literal["aesthetic"] = "aesthetic"
+    weights: str = Field(description="safetensors file, folder, hub name or zoo:NAME of the head")
+    file: str = Field(default="model.safetensors", description="file in that folder or on the hub")
+    activation: Literal["none", "relu"] = Field(default="none", description="between layers; LAION's MLP has none")
+    clip: OpenClipScorer | None = Field(
+        default=None, description="the CLIP that the head was fitted to; make.scorer if left out"
+    )
+
+    def options_given(self) -> dict[str, Any]:
+        return self.model_dump(include={"weights", "file", "activation", "clip"})
+
+
+class ImportedScorer(_Scorer):
+    """A class of your own. Its module is imported and runs with your rights: name only code that you trust."""
+
+    kind: Literal["import"] = "import"
+    use: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="package.module:Class, importable here and on every node"
+    )
+    options: dict[str, Any] = Field(default={}, description="its keyword arguments")
+
+    def options_given(self) -> dict[str, Any]:
+        return dict(self.options)
+
+    def label(self) -> str:
+        return self.use
+
+
+class PluginScorer(_Scorer):
+    """A scorer that an installed package brings, by its entry point in the group `edgefusion.scorers`."""
+
+    kind: Literal["plugin"] = "plugin"
+    name: str = Field(description="the entry point's name")
+    options: dict[str, Any] = Field(default={}, description="its keyword arguments")
+
+    def options_given(self) -> dict[str, Any]:
+        return dict(self.options)
+
+    def label(self) -> str:
+        return self.name
+
+
+ScorerRecipe = Annotated[PlainScorer | AestheticScorer | ImportedScorer | PluginScorer, Field(discriminator="kind")]
+
+
 class CropRecipe(Settings):
     """How a taken-in picture becomes square."""
 
@@ -148,6 +221,9 @@ class MakeRecipe(Settings):
         default=None, description="writes the text anew after the crop; the text that came with it is kept beside it"
     )
     scorer: OpenClipScorer
+    scores: list[ScorerRecipe] = Field(
+        default=[], description="further scorers; each adds columns to the ledger, and rejects nothing (docs/scores.md)"
+    )
     unit_images: int = Field(default=64, ge=1, le=1024, description="pictures of one work unit: what a crash can cost")
     picture_kind: Literal["png", "webp", "jpg"] = Field(
         default="png", description="picture format in the shards (webp: lossless)"

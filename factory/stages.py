@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from cluster.stage import Row, Stage
@@ -13,6 +14,7 @@ from factory.ingest import fetch
 from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
+from factory.scorers import Batch, OpenedScorers, scores_of
 
 REJECTED = "rejected"
 _BLANK_DEVIATION = 2.0
@@ -32,7 +34,7 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     return [
         *first,
         Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5),
-        Stage("commit", lambda: _Commit(folder), 1, cpus=0.1, whole=True),
+        Stage("commit", lambda: _Commit(recipe, folder), 1, cpus=0.1, whole=True),
     ]
 
 
@@ -114,12 +116,14 @@ class _Score:
         from factory.models.clip import Clip
 
         set_threads(recipe.threads)
-        self.clip = Clip(recipe.scorer)
+        self.clip, self.further = Clip(recipe.scorer), OpenedScorers(recipe)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures = [decode_picture(row["picture"]) for row in rows]
         seen = self.clip.pictures(pictures)
-        scores = (seen * self.clip.texts([row["prompt"] for row in rows])).sum(axis=1)
+        prompts = [row["prompt"] for row in rows]
+        scores = (seen * self.clip.texts(prompts)).sum(axis=1)
+        further = self.further(Batch(pictures, prompts, seen))
         return [
             {
                 **row,
@@ -127,18 +131,31 @@ class _Score:
                 "clip_score": round(float(score), 6),
                 "embedding": embedding.astype(np.float16).tobytes(),
                 **looks(picture),
+                **more,
             }
-            for row, picture, score, embedding in zip(rows, pictures, scores, seen, strict=True)
+            for row, picture, score, embedding, more in zip(rows, pictures, scores, seen, further, strict=True)
         ]
 
 
 class _Commit:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
+        self.folder, self.scores = folder, score_columns(recipe)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        commit_unit(self.folder, rows)
+        commit_unit(self.folder, rows, self.scores)
         return [{"id": row["id"], "outcome": row["outcome"]} for row in rows]
+
+
+def score_columns(recipe: MakeRecipe) -> pa.Schema:
+    """The ledger's columns of the recipe's further scorers; range, direction and meaning are metadata of the field."""
+    return pa.schema(
+        [
+            pa.field(
+                name, pa.float64(), metadata={"range": score.range(), "better": score.better, "about": score.about}
+            )
+            for name, score in scores_of(recipe).items()
+        ]
+    )
 
 
 def looks(picture: np.ndarray) -> Row:
