@@ -90,7 +90,7 @@ def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: 
     else:
         place = json.loads(row["source"])
         facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}
-        facts["source"] = f"{Path(place['file']).name}#{place['at']}"
+        facts["source"] = place.get("url") or f"{Path(place['file']).name}#{place['at']}"
     facts |= {"scores": more} if (more := further_scores(row)) else {}
     caption = decisions[row["id"]].caption if row["id"] in decisions else None
     if caption is not None:

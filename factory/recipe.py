@@ -56,6 +56,25 @@ class PromptPlan(Settings):
     writer: Writer
 
 
+class DownloadRecipe(Settings):
+    """How pictures are fetched whose URLs the plan's files list (docs/ingest.md)."""
+
+    url_column: str = Field(default="url", description="CSV or Parquet column with the URL")
+    concurrent: int = Field(default=32, ge=1, le=512, description="downloads at once")
+    per_host: int = Field(default=4, ge=1, le=64, description="downloads at once from one host")
+    timeout_s: float = Field(default=20.0, gt=0, le=600, description="longest time of one request, seconds")
+    tries: int = Field(
+        default=3, ge=1, le=10, description="requests of a URL that times out, breaks off or asks to come again"
+    )
+    back_off_s: float = Field(default=1.0, ge=0, le=60, description="wait before the second try, doubled for each more")
+    max_bytes: int = Field(default=16 << 20, ge=1, le=64 << 20, description="larger answers are broken off")
+    redirects: int = Field(default=5, ge=0, le=20, description="most redirects followed")
+    allow_private: bool = Field(
+        default=False, description="also fetch from addresses that are not public: loopback, your own network"
+    )
+    user_agent: str = Field(default="edgefusion-factory", description="who servers are told is asking")
+
+
 class PicturePlan(Settings):
     """Which pictures are taken in: real ones with the texts that came with them (the paper's L-orig)."""
 
@@ -67,6 +86,9 @@ class PicturePlan(Settings):
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
     text_column: str = Field(default="text", description="Parquet column with the text")
     limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
+    download: DownloadRecipe | None = Field(
+        default=None, description="`paths` are .txt, .csv or .parquet lists of URLs, and this is how they are fetched"
+    )
 
 
 def _plan_kind(plan: Any) -> str:

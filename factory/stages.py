@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
 from factory.ingest import fetch
@@ -26,7 +26,7 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     if recipe.teacher is not None:
         first = [Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus)]
     else:
-        first = [Stage("crop", lambda: _Crop(recipe), recipe.score_workers, cpus=0.5)]
+        first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
         if recipe.captioner is not None:
             first.append(
                 Stage("caption", lambda: _Caption(recipe), recipe.render_workers, cpus=0.5, gpus=recipe.render_gpus)
@@ -54,15 +54,16 @@ class _Render:
 class _Crop:
     """The paper's best-of-three: centre and the two ends of the longer side, the one nearest to the text by CLIP."""
 
-    def __init__(self, recipe: MakeRecipe) -> None:
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
         from factory.models.clip import Clip
 
         set_threads(recipe.threads)
+        self.folder = folder
         self.recipe, self.kind = recipe.crop or CropRecipe(), recipe.picture_kind
         self.clip = Clip(recipe.scorer)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        opened = [decode_picture(fetch(row["source"], row["picture_sha256"])) for row in rows]
+        opened = [decode_picture(fetch(row["source"], row["picture_sha256"], self.folder)) for row in rows]
         three = [crops(picture, self.recipe.size_px) for picture in opened]
         seen = self.clip.pictures([crop for crop_set in three for crop in crop_set]).reshape(len(rows), 3, -1)
         scores = np.einsum("bkd,bd->bk", seen, self.clip.texts([row["prompt"] for row in rows]))
@@ -188,6 +189,9 @@ def decode_picture(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"a picture of {image.width} x {image.height} is over the limit")
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        # Its own words hold a memory address, and a reason must be the same in every run.
+        raise ValueError("not a picture (neither PNG, JPEG nor WebP)") from None
     except ValueError:
         raise
     except Exception as error:  # damaged files make the decoders raise whatever they please

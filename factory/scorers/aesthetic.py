@@ -7,6 +7,7 @@ the rest is up to the recipe: `clip` opens the head's own CLIP where `make.score
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def read_head(weights: str, file: str) -> list[tuple[np.ndarray, np.ndarray]]:
             layers.setdefault(int(match[1] or 0), {})[match[2] or match[4]] = tensor.astype(np.float64)
     found = [(layers[i]["weight"], layers[i]["bias"]) for i in sorted(layers) if len(layers[i]) == 2]
     shapes = [weight.shape for weight, _ in found if weight.ndim == 2]
-    joined = all(a[0] == b[1] for a, b in zip(shapes, shapes[1:], strict=False))
+    joined = all(a[0] == b[1] for a, b in pairwise(shapes))
     if not found or len(shapes) != len(layers) or not joined or shapes[-1][0] != 1:
         raise StageError(
             f"holds no head with one output: {sorted(tensors)[:8]}",
