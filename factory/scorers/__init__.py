@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cluster.errors import EdgeFusionError, RecipeError, StageError
 from factory.ledger import ENTRY
+from factory.models.memory import is_out_of_memory
 from factory.recipe import FactoryRecipe, MakeRecipe, ScorerRecipe
 
 GROUP = "edgefusion.scorers"
@@ -159,7 +160,11 @@ def _score(recipe: ScorerRecipe, scorer: Any, batch: Batch) -> list[dict[str, fl
         found = scorer(batch)
     except (EdgeFusionError, OSError):
         raise
-    except Exception:
+    except Exception as error:
+        if len(batch.pictures) == 1 and is_out_of_memory(error):
+            raise StageError(
+                "one picture does not fit into memory", where=f"factory.make.scores {recipe.label()}", remedy="Leave it out"
+            ) from None
         if len(batch.pictures) == 1:
             return [dict.fromkeys(names)]
         half = len(batch.pictures) // 2
