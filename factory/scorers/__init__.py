@@ -163,7 +163,9 @@ def _score(recipe: ScorerRecipe, scorer: Any, batch: Batch) -> list[dict[str, fl
     except Exception as error:
         if len(batch.pictures) == 1 and is_out_of_memory(error):
             raise StageError(
-                "one picture does not fit into memory", where=f"factory.make.scores {recipe.label()}", remedy="Leave it out"
+                "one picture does not fit into memory",
+                where=f"factory.make.scores {recipe.label()}",
+                remedy="Leave it out",
             ) from None
         if len(batch.pictures) == 1:
             return [dict.fromkeys(names)]
