@@ -125,7 +125,7 @@ def _bundle_part(folder: Path) -> list[dict[str, Any]]:
 def _histogram(
     kept: list[dict[str, Any]], rejected: list[dict[str, Any]], name: str, label: str, *thresholds: float
 ) -> str:
-    scores = [[row[name] for row in rows if row[name] is not None] for rows in (kept, rejected)]
+    scores = [[row[name] for row in rows if row.get(name) is not None] for rows in (kept, rejected)]
 
     def draw(axes: Any) -> None:
         axes.hist(scores, bins=40, stacked=True, color=["#2a9d8f", "#e76f51"], label=["kept", "rejected"])
