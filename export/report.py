@@ -14,7 +14,7 @@ import numpy as np
 from cluster.storage import publish_bytes
 from export.bundle import read_bundle
 from export.pages import png_url
-from factory.ledger import read_entries, read_pictures
+from factory.ledger import further_scores, read_entries, read_pictures
 from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
 from factory.units import planned_units
@@ -58,13 +58,15 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Kept and rejected pictures with scores and reasons, the score histogram, dead letters."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
-        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}}
+        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}, "further": {}}
     import pyarrow.parquet as pq
 
     entries = read_entries(data, planned_units(data, facts["recipe"]["factory"]["make"]["unit_images"]))
     verdict = {row["id"]: row for row in pq.read_table(data / SELECTION).to_pylist()}
     kept = [row for row in entries if verdict[row["id"]]["outcome"] == KEPT]
     rejected = [row for row in entries if verdict[row["id"]]["outcome"] == "rejected"]
+    rules = facts["recipe"]["factory"]["select"]
+    min_clip = rules["min_clip"]
     wanted = {row["id"] for row in [*kept[:_SHOWN], *rejected[:_SHOWN]]}
     units = {row["unit"]: row["pictures_sha256"] for row in entries if row["id"] in wanted}
     pictures = {key: picture for unit in units.items() for key, picture in read_pictures(data, *unit) if key in wanted}
@@ -83,8 +85,18 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "rejected": [card(row) for row in rejected[:_SHOWN]],
         "dead": dead[:50],
         "selections": list_views(data),
-        "histogram": _histogram(kept, rejected, facts["recipe"]["factory"]["select"]["min_clip"]),
+        "histogram": _histogram(kept, rejected, "clip_score", "CLIP cosine of picture and prompt", min_clip),
+        "further": {name: _further(kept, rejected, name, rules["scores"].get(name, {})) for name in _names(entries)},
     }
+
+
+def _names(entries: list[dict[str, Any]]) -> list[str]:
+    return sorted({name for row in entries for name, value in further_scores(row).items() if value is not None})
+
+
+def _further(kept: list[dict[str, Any]], rejected: list[dict[str, Any]], name: str, rule: dict[str, Any]) -> str:
+    bounds = [bound for key in ("least", "most") if (bound := rule.get(key)) is not None]
+    return _histogram(kept, rejected, name, name, *bounds)
 
 
 def _training_part(folder: Path) -> list[dict[str, Any]]:
@@ -125,13 +137,16 @@ def _bundle_part(folder: Path) -> list[dict[str, Any]]:
     return [{**read_bundle(place), "sheet": _inline(place / "parity.png")} for place in places]
 
 
-def _histogram(kept: list[dict[str, Any]], rejected: list[dict[str, Any]], threshold: float) -> str:
-    scores = [[row["clip_score"] for row in rows if row["clip_score"] is not None] for rows in (kept, rejected)]
+def _histogram(
+    kept: list[dict[str, Any]], rejected: list[dict[str, Any]], name: str, label: str, *thresholds: float
+) -> str:
+    scores = [[row[name] for row in rows if row.get(name) is not None] for rows in (kept, rejected)]
 
     def draw(axes: Any) -> None:
         axes.hist(scores, bins=40, stacked=True, color=["#2a9d8f", "#e76f51"], label=["kept", "rejected"])
-        axes.axvline(threshold, color="#666", linestyle="--", label=f"threshold {threshold}")
-        axes.set_xlabel("CLIP cosine of picture and prompt")
+        for threshold in thresholds:
+            axes.axvline(threshold, color="#666", linestyle="--", label=f"threshold {threshold:g}")
+        axes.set_xlabel(label)
         axes.set_ylabel("pictures")
         axes.legend(frameon=False)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from cluster.storage import digest_file, publish_bytes
 from factory.models import fingerprint
 from factory.pack import MANIFEST, read_manifest, read_shard
-from factory.recipe import FactoryRecipe, TransformersCaptioner, TransformersWriter
+from factory.recipe import FactoryRecipe, ScorerRecipe, TransformersCaptioner, TransformersWriter
 from factory.select import SUMMARY
 from factory.stages import decode_picture
 
@@ -97,6 +97,7 @@ def _readme(
         "planned = kept + rejected + dead. "
         f"CLIP score of what is kept: {_spread([f['clip_score'] for f in facts])} (median, 5% and 95% quantile; by the filter's own CLIP).",
         "",
+        *_scores(facts),
         *_balance(facts),
         *_before_and_after(folder),
         "## Provenance",
@@ -136,7 +137,13 @@ def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
     scorer = make.scorer
     mark = scorer.pretrained or _short(fingerprint(scorer.model))
     sources = [("source", path, "") for path in plan.paths] if plan.kind == "pictures" else []
-    return [*sources, *found, ("filter", scorer.model, mark)]
+    further = [(f"scores {one.label()}", *_scorer_mark(one)) for one in make.scores]
+    return [*sources, *found, ("filter", scorer.model, mark), *further]
+
+
+def _scorer_mark(scorer: ScorerRecipe) -> tuple[str, str]:
+    """(what it opens, its digest)."""
+    return (scorer.weights, _short(fingerprint(scorer.weights))) if scorer.kind == "aesthetic" else (scorer.label(), "")
 
 
 def _mark(model: TransformersWriter | TransformersCaptioner) -> str:
@@ -189,6 +196,18 @@ def _before_and_after(folder: Path) -> list[str]:
         "Evenness: 1 when every value comes up equally often. Vendi score: the effective number of different pictures, by the filter's CLIP.",
         "",
     ]
+
+
+def _scores(facts: list[dict[str, Any]]) -> list[str]:
+    """The further scores of what is kept."""
+    values: dict[str, list[float]] = {}
+    for fact in facts:
+        for name, value in fact.get("scores", {}).items():
+            values.setdefault(name, []).extend([] if value is None else [value])
+    if not values:
+        return []
+    rows = [f"| {name} | {_spread(found)} | {len(found):,} |" for name, found in sorted(values.items())]
+    return ["| score | median, 5% and 95% quantile | pictures |", "|---|---|---:|", *rows, ""]
 
 
 def _spread(scores: list[float]) -> str:

@@ -136,6 +136,43 @@ def plan_more(
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
 
 
+@app.command("scorers")
+def scorers_() -> None:
+    """List the scorers that `factory.make.scores` can name: columns, range, which way is better."""
+    from importlib.metadata import entry_points
+
+    from factory.recipe import PluginScorer
+    from factory.scorers import BUILT_IN, GROUP, class_of, load_scorer
+
+    found = {kind: class_of(path) for kind, path in BUILT_IN.items()}
+    found |= {f"plugin {p.name}": load_scorer(PluginScorer(name=p.name)) for p in entry_points(group=GROUP)}
+    for kind, scorer in found.items():
+        for score in scorer.scores:
+            typer.echo(f"{kind:12} {score.name:14} {score.range():12} {score.better:8} {score.about}")
+
+
+@app.command()
+def forecast(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/pocket.yaml")],
+    gpus: Annotated[int, typer.Option(min=1, help="workers of the whole run, each as fast as this machine")] = 1,
+    price: Annotated[float | None, typer.Option(min=0, help="of a worker's hour")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=10_000, help="samples of the probe")] = 64,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="override a key: --set factory.plan.prompts=1000 (repeatable)")
+    ] = None,
+) -> None:
+    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine."""
+    from factory.forecast import lines, planned_samples, probe, scale
+    from factory.plan import resolve_models
+
+    part = load_recipe(_FactoryPart, recipe, overrides or [])
+    resolve_models(part.factory)
+    planned_samples(part.factory)
+    found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True))
+    for line in lines(found, scale(part.factory, found, gpus, price), gpus):
+        typer.echo(line)
+
+
 @app.command("views")
 def views_(folder: Annotated[Path, _FOLDER]) -> None:
     """List the selections of a data set: how many each keeps, how even and how varied they are."""

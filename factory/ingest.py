@@ -56,32 +56,59 @@ def planned_rows(recipe: PicturePlan) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for name in recipe.paths:
         for found in _read(source_path(name), recipe):
-            place = json.dumps(found.source, sort_keys=True)
             sha = hashlib.sha256(found.data).hexdigest()
             key = hashlib.sha256(f"{Path(found.source['file']).name}/{found.source['at']}/{sha}/{found.text}".encode())
             if key.hexdigest() in seen:
                 continue
             seen.add(key.hexdigest())
-            yield {
-                "id": key.hexdigest(),
-                "prompt": found.text,
-                "group": "pictures",
-                "attributes": "{}",
-                "seed": 0,
-                "outcome": DEAD if found.wrong else PENDING,
-                "reason": f"plan: {found.wrong}" if found.wrong else "",
-                "source": place,
-                "picture_sha256": sha,
-            }
+            yield _row(key.hexdigest(), found.text, found.source, sha, found.wrong)
             if recipe.limit and len(seen) >= recipe.limit:
                 return
 
 
-def fetch(place: str, sha256: str) -> bytes:
-    """The picture file that the plan names. Raises StageError if the source changed since (all its rows would be wrong)."""
+def downloaded_rows(parts: list[Path]) -> Iterator[dict[str, Any]]:
+    """A plan row a URL and text of what factory/download.py fetched; the same answer of the same URL comes once."""
+    seen: set[str] = set()
+    for path in parts:
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            for row, got in enumerate(file.read_row_group(group).to_pylist()):
+                text, wrong = _text(got["text"].encode("utf-8", "surrogatepass"))
+                data, wrong = got["picture"] or b"", got["wrong"] or wrong
+                sha = hashlib.sha256(data).hexdigest()
+                key = hashlib.sha256(json.dumps([got["url"], sha, text]).encode()).hexdigest()
+                if key in seen:
+                    continue
+                seen.add(key)
+                # Relative to the data set: the same URLs give the same plan in any folder.
+                source = {
+                    "file": f"{path.parent.name}/{path.name}",
+                    "at": [group, row],
+                    "column": "picture",
+                    "url": got["url"],
+                }
+                yield _row(key, text, source, sha, wrong)
+
+
+def _row(key: str, text: str, source: dict[str, Any], sha: str, wrong: str) -> dict[str, Any]:
+    return {
+        "id": key,
+        "prompt": text,
+        "group": "pictures",
+        "attributes": "{}",
+        "seed": 0,
+        "outcome": DEAD if wrong else PENDING,
+        "reason": f"plan: {wrong}" if wrong else "",
+        "source": json.dumps(source, sort_keys=True),
+        "picture_sha256": sha,
+    }
+
+
+def fetch(place: str, sha256: str, folder: Path = Path()) -> bytes:
+    """The picture file that the plan of the data set in `folder` names. Raises StageError if the source changed since (all its rows would be wrong)."""
     source = json.loads(place)
     try:
-        data = _fetch(source)
+        data = _fetch({**source, "file": str(folder / source["file"])})
     except (OSError, KeyError, pa.ArrowInvalid, IndexError) as error:
         raise StageError(
             f"a source is gone or damaged ({error})", where=source["file"], remedy="Put it back and run again"
@@ -116,7 +143,9 @@ def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
         yield from _read_parquet(path, recipe)
     else:
         raise RecipeError(
-            "is neither a folder nor a .tar or .parquet file", where=str(path), remedy="Check factory.plan.paths"
+            "is neither a folder nor a .tar or .parquet file",
+            where=str(path),
+            remedy="Check factory.plan.paths; for a list of URLs give factory.plan.download, {} for its defaults",
         )
 
 

@@ -21,7 +21,7 @@ from factory.plan import table_bytes
 from factory.units import read_table
 
 MADE = "made"
-_ENTRY = pa.schema(
+ENTRY = pa.schema(
     [
         ("id", pa.string()),
         ("unit", pa.string()),
@@ -45,11 +45,13 @@ _ENTRY = pa.schema(
         ("pictures_sha256", pa.string()),
     ]
 )
+"""What every ledger has; scorers (factory/scorers) add a float column a score, after these."""
 _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
 
 
-def commit_unit(folder: Path, rows: list[Row]) -> None:
-    """Publish the pictures, then the entry. Raises LedgerConflict if the unit is there with other contents."""
+def commit_unit(folder: Path, rows: list[Row], scores: pa.Schema | None = None) -> None:
+    """Publish the pictures, then the entry; `scores` are its columns beyond ENTRY. Raises LedgerConflict if the unit is there with other contents."""
+    schema = pa.unify_schemas([ENTRY, scores]) if scores else ENTRY
     unit = rows[0]["unit"]
     pictures = [{"id": row["id"], "picture": row["picture"]} for row in rows if row.get("picture")]
     digest = publish_bytes(
@@ -57,14 +59,14 @@ def commit_unit(folder: Path, rows: list[Row]) -> None:
     )
     entries = [
         {
-            **{name: row.get(name) for name in _ENTRY.names},
+            **{name: row.get(name) for name in schema.names},
             "outcome": MADE if row["outcome"] == PENDING else row["outcome"],
             "made_sha256": hashlib.sha256(row["picture"]).hexdigest() if row.get("picture") else None,
             "pictures_sha256": digest,
         }
         for row in rows
     ]
-    data = table_bytes(pa.Table.from_pylist(entries, schema=_ENTRY))
+    data = table_bytes(pa.Table.from_pylist(entries, schema=schema))
     final = folder / "ledger" / f"{unit}.parquet"
     if final.exists() and final.read_bytes() != data:
         raise LedgerConflict(
@@ -73,6 +75,11 @@ def commit_unit(folder: Path, rows: list[Row]) -> None:
             remedy="Models or packages changed between runs: start in a new output folder",
         )
     publish_bytes(final, data)
+
+
+def further_scores(row: dict[str, Any]) -> dict[str, float | None]:
+    """What scorers beyond CLIP said of a ledger row, by name."""
+    return {name: row[name] for name in row if name not in ENTRY.names}
 
 
 def read_entry(folder: Path, unit: str) -> list[dict[str, Any]]:

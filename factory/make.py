@@ -13,7 +13,7 @@ from cluster.runner import Runner
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
-from factory.ledger import read_entry, read_pictures
+from factory.ledger import further_scores, read_entry, read_pictures
 from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
@@ -90,7 +90,8 @@ def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: 
     else:
         place = json.loads(row["source"])
         facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}
-        facts["source"] = f"{Path(place['file']).name}#{place['at']}"
+        facts["source"] = place.get("url") or f"{Path(place['file']).name}#{place['at']}"
+    facts |= {"scores": more} if (more := further_scores(row)) else {}
     caption = decisions[row["id"]].caption if row["id"] in decisions else None
     if caption is not None:
         facts["original_prompt"] = row["prompt"]

@@ -23,7 +23,8 @@ from cluster.errors import RecipeError, StageError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
-from factory.ingest import planned_rows, source_path
+from factory.download import download_all
+from factory.ingest import downloaded_rows, planned_rows, source_path
 from factory.models import ZOO, fingerprint, resolve
 from factory.models.text import PromptWriter, opened_late
 from factory.recipe import FactoryRecipe, PicturePlan
@@ -122,10 +123,14 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
 
 
 def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
-    rows = list(planned_rows(plan))
+    if plan.download is None:
+        rows = list(planned_rows(plan))
+    else:
+        lists = [source_path(name) for name in plan.paths]
+        rows = list(downloaded_rows(download_all(plan, lists, final.parent, progress)))
     if all(row["outcome"] == DEAD for row in rows):
         raise StageError("the sources hold no picture", where=", ".join(plan.paths), remedy="Check factory.plan.paths")
-    progress(len(rows))
+    progress(len(rows) if plan.download is None else 0)
     publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
     return final
 
@@ -234,13 +239,16 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def resolve_models(recipe: FactoryRecipe) -> None:
-    """Refuse unknown models, taxonomies and sources before any work is done."""
+    """Refuse unknown models, scorers, taxonomies and sources before any work is done."""
+    from factory.scorers import check_scores  # it knows the ledger, which knows this module
+
     if recipe.make.teacher is not None:
         resolve(recipe.make.teacher.model)
     if recipe.make.captioner is not None and recipe.make.captioner.kind != "openai":
         resolve(recipe.make.captioner.model)
     if recipe.make.scorer.pretrained is None:
         resolve(recipe.make.scorer.model)
+    check_scores(recipe)
     if recipe.plan.kind == "pictures":
         for name in recipe.plan.paths:
             source_path(name)

@@ -74,6 +74,25 @@ class PromptPlan(Settings):
     writer: Writer
 
 
+class DownloadRecipe(Settings):
+    """How pictures are fetched whose URLs the plan's files list (docs/ingest.md)."""
+
+    url_column: str = Field(default="url", description="CSV or Parquet column with the URL")
+    concurrent: int = Field(default=32, ge=1, le=512, description="downloads at once")
+    per_host: int = Field(default=4, ge=1, le=64, description="downloads at once from one host")
+    timeout_s: float = Field(default=20.0, gt=0, le=600, description="longest time of one request, seconds")
+    tries: int = Field(
+        default=3, ge=1, le=10, description="requests of a URL that times out, breaks off or asks to come again"
+    )
+    back_off_s: float = Field(default=1.0, ge=0, le=60, description="wait before the second try, doubled for each more")
+    max_bytes: int = Field(default=16 << 20, ge=1, le=64 << 20, description="larger answers are broken off")
+    redirects: int = Field(default=5, ge=0, le=20, description="most redirects followed")
+    allow_private: bool = Field(
+        default=False, description="also fetch from addresses that are not public: loopback, your own network"
+    )
+    user_agent: str = Field(default="edgefusion-factory", description="who servers are told is asking")
+
+
 class PicturePlan(Settings):
     """Which pictures are taken in: real ones with the texts that came with them (the paper's L-orig)."""
 
@@ -85,6 +104,9 @@ class PicturePlan(Settings):
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
     text_column: str = Field(default="text", description="Parquet column with the text")
     limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
+    download: DownloadRecipe | None = Field(
+        default=None, description="`paths` are .txt, .csv or .parquet lists of URLs, and this is how they are fetched"
+    )
 
 
 def _plan_kind(plan: Any) -> str:
@@ -121,6 +143,79 @@ class OpenClipScorer(Settings):
     model: str = Field(description="open_clip folder, zoo:NAME, or a model name of open_clip such as ViT-B-32")
     pretrained: str | None = Field(default=None, description="open_clip's weight tag when `model` is a model name")
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
+
+
+class _Scorer(Settings):
+    """What every further scorer has."""
+
+    prefix: str = Field(
+        default="",
+        pattern=r"^([a-z][a-z0-9_]{0,19})?$",
+        description="put before its columns, where two would be called alike",
+    )
+    batch_images: int = Field(default=32, ge=1, description="pictures scored at once")
+
+    def options_given(self) -> dict[str, Any]:
+        """Keyword arguments of the scorer's class."""
+        return {}
+
+    def label(self) -> str:
+        """How errors call it."""
+        return str(getattr(self, "kind", ""))
+
+
+class PlainScorer(_Scorer):
+    """Scores that need no key: arithmetic on pixels, and detectors of the extra `scorers`."""
+
+    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces"] = Field(description="which (docs/scores.md)")
+
+
+class AestheticScorer(_Scorer):
+    """A head on CLIP embeddings, such as LAION's."""
+
+    kind: Literal["aesthetic"] = "aesthetic"
+    weights: str = Field(description="safetensors file, folder, hub name or zoo:NAME of the head")
+    file: str = Field(default="model.safetensors", description="file in that folder or on the hub")
+    activation: Literal["none", "relu"] = Field(default="none", description="between layers; LAION's MLP has none")
+    clip: OpenClipScorer | None = Field(
+        default=None, description="the CLIP that the head was fitted to; make.scorer if left out"
+    )
+
+    def options_given(self) -> dict[str, Any]:
+        return self.model_dump(include={"weights", "file", "activation", "clip"})
+
+
+class ImportedScorer(_Scorer):
+    """A class of your own. Its module is imported and runs with your rights: name only code that you trust."""
+
+    kind: Literal["import"] = "import"
+    use: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="package.module:Class, importable here and on every node"
+    )
+    options: dict[str, Any] = Field(default={}, description="its keyword arguments")
+
+    def options_given(self) -> dict[str, Any]:
+        return dict(self.options)
+
+    def label(self) -> str:
+        return self.use
+
+
+class PluginScorer(_Scorer):
+    """A scorer that an installed package brings, by its entry point in the group `edgefusion.scorers`."""
+
+    kind: Literal["plugin"] = "plugin"
+    name: str = Field(description="the entry point's name")
+    options: dict[str, Any] = Field(default={}, description="its keyword arguments")
+
+    def options_given(self) -> dict[str, Any]:
+        return dict(self.options)
+
+    def label(self) -> str:
+        return self.name
+
+
+ScorerRecipe = Annotated[PlainScorer | AestheticScorer | ImportedScorer | PluginScorer, Field(discriminator="kind")]
 
 
 class CropRecipe(Settings):
@@ -175,6 +270,9 @@ class MakeRecipe(Settings):
         default=None, description="writes the text anew after the crop; the text that came with it is kept beside it"
     )
     scorer: OpenClipScorer
+    scores: list[ScorerRecipe] = Field(
+        default=[], description="further scorers; each adds columns to the ledger, and rejects nothing (docs/scores.md)"
+    )
     unit_images: int = Field(default=64, ge=1, le=1024, description="pictures of one work unit: what a crash can cost")
     picture_kind: Literal["png", "webp", "jpg"] = Field(
         default="png", description="picture format in the shards (webp: lossless)"

@@ -6,13 +6,15 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
 from factory.ingest import fetch
 from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
+from factory.scorers import Batch, OpenedScorers, scores_of
 
 REJECTED = "rejected"
 _BLANK_DEVIATION = 2.0
@@ -24,7 +26,7 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     if recipe.teacher is not None:
         first = [Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus)]
     else:
-        first = [Stage("crop", lambda: _Crop(recipe), recipe.score_workers, cpus=0.5)]
+        first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
         if recipe.captioner is not None:
             first.append(
                 Stage("caption", lambda: _Caption(recipe), recipe.render_workers, cpus=0.5, gpus=recipe.render_gpus)
@@ -32,7 +34,7 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     return [
         *first,
         Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5),
-        Stage("commit", lambda: _Commit(folder), 1, cpus=0.1, whole=True),
+        Stage("commit", lambda: _Commit(recipe, folder), 1, cpus=0.1, whole=True),
     ]
 
 
@@ -52,15 +54,16 @@ class _Render:
 class _Crop:
     """The paper's best-of-three: centre and the two ends of the longer side, the one nearest to the text by CLIP."""
 
-    def __init__(self, recipe: MakeRecipe) -> None:
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
         from factory.models.clip import Clip
 
         set_threads(recipe.threads)
+        self.folder = folder
         self.recipe, self.kind = recipe.crop or CropRecipe(), recipe.picture_kind
         self.clip = Clip(recipe.scorer)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        opened = [decode_picture(fetch(row["source"], row["picture_sha256"])) for row in rows]
+        opened = [decode_picture(fetch(row["source"], row["picture_sha256"], self.folder)) for row in rows]
         three = [crops(picture, self.recipe.size_px) for picture in opened]
         seen = self.clip.pictures([crop for crop_set in three for crop in crop_set]).reshape(len(rows), 3, -1)
         scores = np.einsum("bkd,bd->bk", seen, self.clip.texts([row["prompt"] for row in rows]))
@@ -114,12 +117,14 @@ class _Score:
         from factory.models.clip import Clip
 
         set_threads(recipe.threads)
-        self.clip = Clip(recipe.scorer)
+        self.clip, self.further = Clip(recipe.scorer), OpenedScorers(recipe)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures = [decode_picture(row["picture"]) for row in rows]
         seen = self.clip.pictures(pictures)
-        scores = (seen * self.clip.texts([row["prompt"] for row in rows])).sum(axis=1)
+        prompts = [row["prompt"] for row in rows]
+        scores = (seen * self.clip.texts(prompts)).sum(axis=1)
+        further = self.further(Batch(pictures, prompts, seen))
         return [
             {
                 **row,
@@ -127,18 +132,31 @@ class _Score:
                 "clip_score": round(float(score), 6),
                 "embedding": embedding.astype(np.float16).tobytes(),
                 **looks(picture),
+                **more,
             }
-            for row, picture, score, embedding in zip(rows, pictures, scores, seen, strict=True)
+            for row, picture, score, embedding, more in zip(rows, pictures, scores, seen, further, strict=True)
         ]
 
 
 class _Commit:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
+        self.folder, self.scores = folder, score_columns(recipe)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        commit_unit(self.folder, rows)
+        commit_unit(self.folder, rows, self.scores)
         return [{"id": row["id"], "outcome": row["outcome"]} for row in rows]
+
+
+def score_columns(recipe: MakeRecipe) -> pa.Schema:
+    """The ledger's columns of the recipe's further scorers; range, direction and meaning are metadata of the field."""
+    return pa.schema(
+        [
+            pa.field(
+                name, pa.float64(), metadata={"range": score.range(), "better": score.better, "about": score.about}
+            )
+            for name, score in scores_of(recipe).items()
+        ]
+    )
 
 
 def looks(picture: np.ndarray) -> Row:
@@ -171,6 +189,9 @@ def decode_picture(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"a picture of {image.width} x {image.height} is over the limit")
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        # Its own words hold a memory address, and a reason must be the same in every run.
+        raise ValueError("not a picture (neither PNG, JPEG nor WebP)") from None
     except ValueError:
         raise
     except Exception as error:  # damaged files make the decoders raise whatever they please

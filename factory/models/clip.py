@@ -9,6 +9,7 @@ from PIL import Image
 
 from cluster.errors import StageError
 from factory.models import quiet, resolve
+from factory.models.memory import BatchSize
 from factory.recipe import OpenClipScorer
 
 
@@ -34,6 +35,7 @@ class Clip:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = model.float().eval().to(self.device)
         self.batch = recipe.batch_images
+        self._size = BatchSize(recipe.batch_images, "factory.make.scorer.batch_images")
 
     def pictures(self, pictures: list[np.ndarray]) -> np.ndarray:
         """Unit embeddings N x D float32 of H x W x 3 uint8 pictures."""
@@ -53,8 +55,8 @@ class Clip:
     def _embed(self, things: list[Any], encode: Any) -> np.ndarray:
         import torch
 
-        parts = [things[i : i + self.batch] for i in range(0, len(things), self.batch)]
-        with torch.inference_mode():
-            # Filled up to the full batch for the same reason as the painter's.
-            found = [encode(part + [part[-1]] * (self.batch - len(part)))[: len(part)].cpu().numpy() for part in parts]
-        return np.concatenate(found).astype(np.float32)
+        def run(part: list[Any]) -> list[np.ndarray]:
+            with torch.inference_mode():
+                return list(encode(part).cpu().numpy())
+
+        return np.stack(self._size.map(things, run)).astype(np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.errors import StageError
 from factory.models import quiet, resolve
+from factory.models.memory import BatchSize
 from factory.recipe import DiffusersTeacher
 
 
@@ -26,6 +27,7 @@ class Painter:
             "lcm": diffusers.LCMScheduler,
         }
         self.recipe, place = recipe, resolve(recipe.model)
+        self.batch = BatchSize(recipe.batch_images, "factory.make.teacher.batch_images")
         try:
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
                 place, revision=recipe.revision, dtype=getattr(torch, recipe.dtype), safety_checker=None
@@ -40,26 +42,23 @@ class Painter:
         self.pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def paint(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray]:
-        """Pictures H x W x 3 uint8, one a prompt. Short batches are filled up, so neighbours and retries change no bit."""
+        """Pictures H x W x 3 uint8, one a prompt. Neighbours and retries change no bit."""
         import torch
 
-        fill = self.recipe.batch_images
-        found: list[np.ndarray] = []
-        for start in range(0, len(prompts), fill):
-            some, own = prompts[start : start + fill], seeds[start : start + fill]
-            lacking = fill - len(some)
+        def run(some: list[tuple[str, int]]) -> list[np.ndarray]:
             with torch.inference_mode():
                 pictures = self.pipeline(
-                    some + [some[-1]] * lacking,
-                    negative_prompt=[self.recipe.negative_prompt] * fill,
+                    [prompt for prompt, _ in some],
+                    negative_prompt=[self.recipe.negative_prompt] * len(some),
                     num_inference_steps=self.recipe.steps,
                     guidance_scale=self.recipe.guidance,
                     height=self.recipe.size_px,
                     width=self.recipe.size_px,
-                    generator=[torch.Generator().manual_seed(s) for s in own + [own[-1]] * lacking],
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in some],
                     output_type="np",
                 )[0]
             if not np.isfinite(pictures).all():
                 raise ValueError("the teacher returned a picture that is not a number")
-            found += list((pictures[: len(some)] * 255).round().astype(np.uint8))
-        return found
+            return list((pictures * 255).round().astype(np.uint8))
+
+        return self.batch.map(list(zip(prompts, seeds, strict=True)), run)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from factory.curate.server import Server
-from factory.ledger import _ENTRY, _PICTURES
+from factory.ledger import _PICTURES, ENTRY
 from factory.select import _SCHEMA, SELECTION
 from factory.stages import encode_picture
 
@@ -115,8 +115,8 @@ def write_ledger(folder: Path, rows: int) -> None:
             "colours": [b"\0" * 12] * count,
             "pictures_sha256": ["0" * 64] * count,
         }
-        entry = {name: entry.get(name, [None] * count) for name in _ENTRY.names}
-        pq.write_table(pa.table(entry, schema=_ENTRY), folder / "ledger" / f"{unit}.parquet", compression="zstd")
+        entry = {name: entry.get(name, [None] * count) for name in ENTRY.names}
+        pq.write_table(pa.table(entry, schema=ENTRY), folder / "ledger" / f"{unit}.parquet", compression="zstd")
         pictures = pa.table({"id": ids, "picture": [picture] * count}, schema=_PICTURES)
         pq.write_table(pictures, folder / "pictures" / f"{unit}.parquet", compression="zstd")
         selection["id"] += ids

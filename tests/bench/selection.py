@@ -29,7 +29,7 @@ from rich.table import Table
 from factory import dedup
 from factory.dedup import Meanings, keep_first
 from factory.index import INDEX, load_columns
-from factory.ledger import _ENTRY
+from factory.ledger import ENTRY
 from factory.pack import plan_shards
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import SelectRecipe
@@ -172,7 +172,7 @@ def write_ledger(folder: Path, rows: int) -> None:
                     row["embedding"] = near.astype(np.float16).tobytes()
             found.append(row)
         recent = [*recent, *found[:: max(1, start // UNIT_IMAGES // 200)]][-5000:]
-        table = pa.Table.from_pylist(found, schema=_ENTRY)
+        table = pa.Table.from_pylist(found, schema=ENTRY)
         pq.write_table(table, folder / "ledger" / f"{unit}.parquet", compression="zstd")
         plans.append(pa.Table.from_pylist(found, schema=PLAN_SCHEMA))
     (folder / PLAN).write_bytes(table_bytes(pa.concat_tables(plans)))

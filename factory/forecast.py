@@ -1,0 +1,243 @@
+"""What a recipe will cost, from a short probe of its own models on this machine.
+
+The probe plans, makes and selects K samples in a scratch folder, stage by stage in one process, after a batch that warms each stage up and
+is not timed. What it measures is THIS machine; hours and cost say what as many workers of THIS speed would take. A probe on a CPU says
+nothing of a GPU's speed, and the forecast says so.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import EdgeFusionError
+from cluster.stage import Row, Stage, Unit, apply
+from factory.make import select_and_pack
+from factory.plan import make_plan
+from factory.recipe import FactoryRecipe
+from factory.stages import make_stages
+from factory.units import planned_units
+
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class StageProbe:
+    """A stage as it ran here."""
+
+    name: str
+    open_s: float
+    samples: int
+    seconds: float
+    gpus: float
+
+    @property
+    def per_sample_s(self) -> float:
+        return self.seconds / self.samples if self.samples else math.nan
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What K samples showed. Measured here."""
+
+    samples: int
+    plan_s: float
+    stages: tuple[StageProbe, ...]
+    made: int
+    kept: int
+    dead: int
+    bytes_made: int
+    bytes_packed: int
+    device: str
+
+    def kept_interval(self) -> tuple[float, float]:
+        """95% interval of the kept share (Wilson)."""
+        return wilson(self.kept, self.samples)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole run. Scaled from the probe, not measured."""
+
+    samples: int
+    hours: float
+    plan_hours: float
+    gpu_hours: float
+    cost: float | None
+    disk_bytes: int
+    kept: tuple[int, int, int]
+    """Expected, least and most by the 95% interval."""
+
+
+def probe(recipe: FactoryRecipe, seed: int, samples: int, tell: Callable[[str], None] = lambda text: None) -> Probe:
+    """Run `samples` samples of the recipe through every step. Raises EdgeFusionError if none could be made."""
+    short = _shortened(recipe, samples)
+    with tempfile.TemporaryDirectory(prefix="edgefusion-probe-") as scratch:
+        folder = Path(scratch)
+        tell("plan")
+        began = time.perf_counter()
+        make_plan(short, seed, folder)
+        plan_s = time.perf_counter() - began
+        units = planned_units(folder, short.make.unit_images)
+        stages: list[StageProbe] = []
+        for stage in make_stages(short.make, folder):
+            tell(stage.name)
+            units, found = _timed(stage, units, _batch(short, stage.name))
+            stages.append(found)
+        tell("select")
+        funnel = select_and_pack(short, folder)
+        made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))
+        packed = sum(path.stat().st_size for path in folder.glob("shard-*.tar"))
+    if funnel["planned"] == funnel["dead"]:
+        raise EdgeFusionError("every sample of the probe died", remedy="Run the recipe with few prompts and see why")
+    return Probe(
+        samples=funnel["planned"],
+        plan_s=plan_s,
+        stages=tuple(stages),
+        made=funnel["planned"] - funnel["dead"],
+        kept=funnel["kept"],
+        dead=funnel["dead"],
+        bytes_made=made,
+        bytes_packed=packed,
+        device=device(),
+    )
+
+
+def scale(recipe: FactoryRecipe, found: Probe, gpus: int, price: float | None) -> Forecast:
+    """The run that the recipe asks for on `gpus` workers as fast as this machine; stages overlap, the slowest sets the pace.
+
+    The plan is written first, by one process. Raises EdgeFusionError for a source whose size nobody knows.
+    """
+    samples = planned_samples(recipe)
+    times = {"main": 0.0}
+    for stage in found.stages:
+        # Render and caption are what GPUs are rented for; scoring goes by its own workers.
+        workers = gpus if stage.name in ("render", "caption") else _workers(recipe, stage.name)
+        own = samples * stage.per_sample_s / workers if stage.samples else 0.0
+        times[stage.name] = own + stage.open_s
+    plan_hours = samples * found.plan_s / found.samples / 3600
+    make_hours = max(times.values()) / 3600
+    hours = plan_hours + make_hours
+    share, low, high = found.kept / found.samples, *found.kept_interval()
+    return Forecast(
+        samples=samples,
+        hours=hours,
+        plan_hours=plan_hours,
+        gpu_hours=make_hours * gpus,
+        cost=None if price is None else make_hours * gpus * price,
+        disk_bytes=round(samples * (found.bytes_made + found.bytes_packed) / found.samples),
+        kept=(round(samples * share), math.floor(samples * low), math.ceil(samples * high)),
+    )
+
+
+def planned_samples(recipe: FactoryRecipe) -> int:
+    """Samples of the whole run. Raises EdgeFusionError if the recipe does not say."""
+    plan = recipe.plan
+    if plan.kind == "written":
+        return plan.prompts * plan.images_per_prompt
+    if plan.limit is None:
+        raise EdgeFusionError(
+            "the recipe does not say how many pictures its sources hold",
+            remedy="Set factory.plan.limit for the forecast",
+        )
+    return plan.limit
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """95% interval of a share. Source: Wilson, 1927."""
+    if not of:
+        return 0.0, 1.0
+    share, z2 = hits / of, _Z * _Z
+    middle, spread = share + z2 / (2 * of), _Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
+    return max(0.0, (middle - spread) / (1 + z2 / of)), min(1.0, (middle + spread) / (1 + z2 / of))
+
+
+def device() -> str:
+    """What the probe ran on."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+
+
+def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
+    """The forecast as text: what was measured and what is scaled stand apart."""
+    low, high = found.kept_interval()
+    told = [f"measured here by a probe of {found.samples} samples, on {found.device}, one process:"]
+    told.append(f"  plan    {found.samples / found.plan_s:10.2f} samples/s, opening the writer included")
+    for stage in found.stages:
+        rate = f"{1 / stage.per_sample_s:10.2f} samples/s" if stage.samples and stage.seconds else "        no samples"
+        told.append(f"  {stage.name:7} {rate}, opened in {stage.open_s:.1f} s")
+    told.append(
+        f"  kept    {found.kept} of {found.samples} ({low:.0%} to {high:.0%} at 95%), dead {found.dead}; "
+        f"{(found.bytes_made + found.bytes_packed) / found.samples / 1024:.1f} KiB a sample"
+    )
+    what = f"{gpus} workers as fast as this {found.device}"
+    told += [
+        f"scaled to {whole.samples:,} samples on {what}, nothing taken away or waiting:",
+        f"  time    {_span(whole.hours)}, of it {_span(whole.plan_hours)} for the plan",
+        f"  workers {whole.gpu_hours:,.2f} hours" + ("" if whole.cost is None else f", cost {whole.cost:,.2f}"),
+        f"  disk    {whole.disk_bytes / 2**30:,.2f} GiB: pictures, ledger and shards",
+        f"  kept    {whole.kept[0]:,} ({whole.kept[1]:,} to {whole.kept[2]:,} at 95%); a small probe misses most duplicates, "
+        "so a large run keeps fewer",
+    ]
+    if found.device == "CPU":
+        told.append(
+            "This machine has no GPU: these are hours of CPU workers. Run the same on one GPU of the kind you will rent."
+        )
+    told.append("For nodes that are taken away: edgefusion cluster simulate")
+    return told
+
+
+def _span(hours: float) -> str:
+    return f"{hours * 3600:,.0f} s" if hours < 1 / 30 else f"{hours * 60:,.0f} min" if hours < 2 else f"{hours:,.1f} h"
+
+
+def _shortened(recipe: FactoryRecipe, samples: int) -> FactoryRecipe:
+    """The same models and settings, few samples; nothing else differs."""
+    plan = recipe.plan
+    if plan.kind == "written":
+        prompts = min(plan.prompts, max(1, samples // plan.images_per_prompt))
+        change: dict[str, Any] = {"prompts": prompts}
+    else:
+        change = {"limit": min(plan.limit or samples, samples)}
+    return recipe.model_copy(update={"plan": plan.model_copy(update=change)})
+
+
+def _workers(recipe: FactoryRecipe, stage: str) -> int:
+    return recipe.make.score_workers if stage in ("score", "crop") else 1
+
+
+def _batch(recipe: FactoryRecipe, stage: str) -> int:
+    make = recipe.make
+    if stage == "render" and make.teacher is not None:
+        return make.teacher.batch_images
+    return (
+        make.captioner.batch_pictures if stage == "caption" and make.captioner is not None else make.scorer.batch_images
+    )
+
+
+def _timed(stage: Stage, units: list[Unit], batch: int) -> tuple[list[Unit], StageProbe]:
+    """Map the stage over all units, after a first batch that only warms it up."""
+    began = time.perf_counter()
+    worker = stage.open()
+    open_s = time.perf_counter() - began
+    if not stage.whole and (warm := [r for unit in units for r in unit.rows if r["outcome"] == "pending"][:batch]):
+        apply(stage, worker, Unit("warm", _copies(warm)))
+    began, count, done = time.perf_counter(), 0, list[Unit]()
+    for unit in units:
+        count += len(unit.rows) if stage.whole else sum(row["outcome"] == "pending" for row in unit.rows)
+        done.append(apply(stage, worker, unit))
+    return done, StageProbe(stage.name, open_s, count, time.perf_counter() - began, stage.gpus)
+
+
+def _copies(rows: list[Row]) -> list[Row]:
+    return [dict(row) for row in rows]
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,274 @@
+"""Pictures by URL: what comes arrives whole, what does not is a dead letter with its reason, and the net is asked once."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.errors import RecipeError, StageError
+from cluster.runner import InProcess
+from factory.download import download_all, is_public, read_list
+from factory.ingest import downloaded_rows, fetch
+from factory.make import make, select_and_pack
+from factory.plan import make_plan
+from factory.recipe import DownloadRecipe, FactoryRecipe, PicturePlan
+
+pytest.importorskip("aiohttp", reason="extra urls is not installed")
+
+
+def drawing(seed: int) -> bytes:
+    sink = io.BytesIO()
+    cells = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(cells).resize((80, 64), Image.Resampling.NEAREST).save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 3.6 thousand million pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+class Site(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: Counter[str] = Counter()
+        self.here = self.most = 0
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.root = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Site
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        site, path = self.server, self.path.lstrip("/")
+        with site.lock:
+            site.asked[path] += 1
+            site.here += 1
+            site.most = max(site.most, site.here)
+        try:
+            self.reply(path, site.asked[path])
+        except OSError:
+            pass  # the client broke off
+        finally:
+            with site.lock:
+                site.here -= 1
+
+    def reply(self, path: str, count: int) -> None:
+        site = self.server
+        if path.startswith("to/"):
+            left = int(path.removeprefix("to/"))
+            self.send(b"", 302, Location=f"/to/{left - 1}" if left else "/1.png")
+        elif path == "inward":
+            self.send(b"", 302, Location="file:///etc/passwd")
+        elif path == "slow":
+            site.stop.wait(20)
+        elif path == "cut":
+            self.send(drawing(1)[:100], length=5000)
+        elif path == "html":
+            self.send(b"<html>not here</html>", kind="image/png")
+        elif path == "bomb":
+            self.send(bomb())
+        elif path == "large":
+            self.send(b"x" * 200_000)
+        elif path == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while not site.stop.is_set():
+                self.wfile.write(b"x" * 65536)
+        elif path == "busy":
+            self.send(drawing(2), 200 if count > 2 else 503)
+        elif path.endswith(".png"):
+            site.stop.wait(0.02)
+            self.send(drawing(int(path.removesuffix(".png"))), kind="text/plain")
+        else:
+            self.send(b"gone", 404)
+
+    def send(
+        self, body: bytes, status: int = 200, kind: str = "image/png", length: int | None = None, **more: str
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in more.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.stop.set()
+        server.shutdown()
+        thread.join()
+
+
+def plan_of(path: Path, **keys: object) -> PicturePlan:
+    given = {"timeout_s": 1.0, "back_off_s": 0.01, "max_bytes": 100_000, "redirects": 2, "allow_private": True, **keys}
+    return PicturePlan(paths=[str(path)], download=DownloadRecipe.model_validate(given))
+
+
+def rows_of(plan: PicturePlan, out: Path) -> list[dict]:
+    return list(downloaded_rows(download_all(plan, [Path(p) for p in plan.paths], out)))
+
+
+def write_list(path: Path, site: Site, *names: str) -> Path:
+    path.write_text("".join(f"{site.root}/{name}\ta text of {name}\n" for name in names))
+    return path
+
+
+def test_every_failure_is_a_dead_letter_with_its_reason(site: Site, tmp_path: Path) -> None:
+    names = ["1.png", "nowhere", "slow", "cut", "large", "endless", "busy", "to/2", "to/1", "inward", "html"]
+    rows = rows_of(plan_of(write_list(tmp_path / "u.txt", site, *names)), tmp_path / "data")
+    why = dict(zip(names, (row["reason"] for row in rows), strict=True))
+    assert {name for name in names if not why[name]} == {"1.png", "busy", "to/1", "html"}
+    assert why["nowhere"] == "plan: HTTP 404" and site.asked["nowhere"] == 1
+    assert why["slow"] == "plan: no whole answer within 1 s, 3 tries" and site.asked["slow"] == 3
+    assert "ClientPayloadError" in why["cut"] and site.asked["cut"] == 3
+    assert why["large"] == "plan: 200000 bytes, over the limit"
+    assert why["endless"] == "plan: more than 100000 bytes"
+    assert why["to/2"] == "plan: more than 2 redirects"
+    assert why["inward"] == "plan: not an http or https URL"
+    assert site.asked["busy"] == 3
+    got = {name: row for name, row in zip(names, rows, strict=True) if not row["reason"]}
+    assert fetch(got["1.png"]["source"], got["1.png"]["picture_sha256"], tmp_path / "data") == drawing(1)
+    assert json.loads(got["busy"]["source"])["url"] == f"{site.root}/busy"
+
+
+def test_from_urls_to_a_packed_data_set_and_again_without_the_net(
+    site: Site, tiny_models: Path, tmp_path: Path
+) -> None:
+    names = [f"{i}.png" for i in range(6)]
+    recipe = FactoryRecipe.model_validate(
+        {
+            "plan": plan_of(
+                write_list(tmp_path / "u.txt", site, *names, "html", "bomb", "nowhere", "0.png")
+            ).model_dump(),
+            "make": {
+                "crop": {"size_px": 64},
+                "scorer": {"kind": "open_clip", "model": str(tiny_models / "clip")},
+                "unit_images": 8,
+            },
+            "select": {"min_clip": -1},
+        }
+    )
+    written = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        make_plan(recipe, 0, out)
+        make(recipe, out, InProcess())
+        counts = select_and_pack(recipe, out)
+        assert counts["planned"] == 9 and counts["kept"] == 6 and counts["dead"] == 3, counts
+        assert {k: v for k, v in counts["reasons"].items() if "crop" in k} == {"dead: crop": 2}
+        written.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*") if "index" not in p.parts})
+    assert written[0] == written[1]
+    asked = site.asked.copy()
+    (tmp_path / "a" / "plan.parquet").unlink()
+    make_plan(recipe, 0, tmp_path / "a")
+    assert (tmp_path / "a" / "plan.parquet").read_bytes() == written[0][Path("plan.parquet")]
+    assert site.asked == asked and asked["0.png"] == 2
+
+
+def test_a_killed_download_goes_on_and_another_list_is_refused(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 3)
+    plan = plan_of(write_list(tmp_path / "u.txt", site, *(f"{i}.png" for i in range(5))))
+    first = rows_of(plan, tmp_path / "data")
+    (tmp_path / "data" / "downloads" / "part-00001.parquet").unlink()
+    assert rows_of(plan, tmp_path / "data") == first
+    assert [site.asked[f"{i}.png"] for i in range(5)] == [1, 1, 1, 2, 2]
+    write_list(tmp_path / "u.txt", site, "9.png")
+    with pytest.raises(StageError, match="another list of URLs"):
+        rows_of(plan, tmp_path / "data")
+
+
+def test_at_most_so_many_at_once_from_a_host(site: Site, tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(24)]
+    rows = rows_of(plan_of(write_list(tmp_path / "u.txt", site, *names), per_host=2), tmp_path / "data")
+    assert not any(row["reason"] for row in rows) and 1 <= site.most <= 2
+
+
+def test_private_addresses_are_refused_however_they_are_written(site: Site, tmp_path: Path) -> None:
+    port = site.server_address[1]
+    hosts = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
+    lines = [f"http://{host}:{port}/1.png" for host in hosts]
+    lines += ["http://10.0.0.1/x", "http://169.254.169.254/latest/meta-data", "ftp://example.org/x", "http://u:p@h/x"]
+    (tmp_path / "u.txt").write_text("\n".join(lines))
+    rows = rows_of(plan_of(tmp_path / "u.txt", allow_private=False, tries=1), tmp_path / "data")
+    assert len(rows) == len(lines) and all(row["reason"] for row in rows), [row["reason"] for row in rows]
+    assert not site.asked
+    assert [row["reason"] for row in rows[:2]] == ["plan: the address is not public"] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1", True),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("fe80::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_lists_are_txt_csv_or_parquet(tmp_path: Path) -> None:
+    pairs = [("http://a/1", "one, two"), ("http://a/2", "")]
+    (tmp_path / "u.txt").write_text("http://a/1\tone, two\n\nhttp://a/2\n")
+    (tmp_path / "u.csv").write_text('text,link\n"one, two",http://a/1\n,http://a/2\n')
+    pq.write_table(pa.table({"link": [u for u, _ in pairs], "text": ["one, two", None]}), tmp_path / "u.parquet")
+    for name in ("u.txt", "u.csv", "u.parquet"):
+        assert list(read_list(tmp_path / name, plan_of(tmp_path, url_column="link"))) == pairs
+    with pytest.raises(RecipeError, match="has no column url; there are"):
+        list(read_list(tmp_path / "u.csv", plan_of(tmp_path)))
+    (tmp_path / "u.zip").write_bytes(b"")
+    with pytest.raises(RecipeError, match="is no list of URLs"):
+        list(read_list(tmp_path / "u.zip", plan_of(tmp_path)))
+
+
+def test_a_name_whose_answer_turns_private_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver itself is guarded, so no second look-up can lead elsewhere."""
+    import socket
+
+    def inward(*_: object, **__: object) -> list:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.3", 80))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", inward)
+    (tmp_path / "u.txt").write_text("http://pictures.example.org/1.png")
+    rows = rows_of(plan_of(tmp_path / "u.txt", allow_private=False), tmp_path / "data")
+    assert [row["reason"] for row in rows] == ["plan: the address is not public"]
