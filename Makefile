@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test test-slow test-cluster check bench format
+.PHONY: setup demo test test-slow test-cluster test-vllm check bench format
 
 setup: .venv/ready
 
@@ -25,9 +25,13 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Several real Ray nodes in network namespaces: root only, minutes.
+# Several real Ray nodes in network namespaces, nodes lost while they make and while they train: root only, a quarter of an hour.
 test-cluster: setup
-	$(BIN)/python -m pytest tests/cluster/test_nodes.py -m cluster
+	$(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster
+
+# A real vLLM in the environment that EDGEFUSION_VLLM names (edgefusion cluster environment make vllm-cpu).
+test-vllm: setup
+	$(BIN)/python -m pytest tests/factory/test_vllm.py -m vllm
 
 check: setup
 	$(BIN)/ruff format --check .
