@@ -143,7 +143,7 @@ def test_several_at_once_fetch_each_file_once_and_keep_the_limit(tmp_path: Path,
 READER = """
 import hashlib, sys
 from pathlib import Path
-from cluster.cache import CacheRecipe, RemoteFolder
+from cluster.cache import CacheRecipe, RemoteFolder, _locked
 url, folder, turns = sys.argv[1], sys.argv[2], int(sys.argv[3])
 files = RemoteFolder(url, CacheRecipe(folder=folder, limit_gib=2.5 / 1024))
 names = sorted(p.name for p in Path(url.removeprefix("local://")).iterdir())
@@ -152,8 +152,9 @@ for turn in range(turns):
         digest = hashlib.sha256(name.encode() * (1 << 20)).hexdigest()
         with files.open(name, digest) as file:
             assert file.read() == name.encode() * (1 << 20)
-        held = sum(p.stat().st_size for p in Path(folder).iterdir() if len(p.name) == 64)
-        assert held <= 2.5 * (1 << 20), held
+        with _locked(Path(folder) / ".lock"):  # nobody makes room now; a file may still change from `.SHA256.part` to its name
+            seen = [p.name.lstrip(".") for p in Path(folder).iterdir() if not p.name.endswith("lock")]
+        assert len({name[:64] for name in seen}) <= 2, seen
     print(turn, flush=True)
 """
 
