@@ -22,12 +22,12 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
         "build", "UNet MiB", "UNet SNR dB", "pictures PSNR dB", "UNet ms", "picture ms", title=facts["runtime"]
     )
     for name, build in facts["builds"].items():
-        proof, ms = build["parity"], build["measured_ms"]
+        proof, ms = build["parity"], build["measured_ms"] or build["emulated_ms"]
         table.add_row(
-            name,
+            name if build["measured_ms"] else f"{name} (ms emulated)",
             f"{build['bytes']['unet'] / 2**20:.1f}",
             str(proof["graph_snr_db"]["unet"]),
-            str(proof["psnr_db_mean"]),
+            str(proof["psnr_db"]),
             str(ms["unet"]),
             str(ms["picture"]),
         )
@@ -57,11 +57,53 @@ def student(
         typer.echo(f"built {out / target}")
 
 
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="a student folder, or zoo:NAME")] = "zoo:student-fewstep",
+    out: Annotated[Path, typer.Option(help="folder for sensitivity.json and sensitivity.png")] = Path("sensitivity"),
+    by: Annotated[str, typer.Option(help="block (a resnet, an attention) or layer")] = "block",
+    precision: Annotated[str, typer.Option(help="w8a8 or w8a16")] = "w8a8",
+    budget: Annotated[float, typer.Option(min=0, max=1, help="share of the weights that may stay in float")] = 0.1,
+    prompts: Annotated[Path | None, typer.Option(help="text file, a prompt a line")] = None,
+    count: Annotated[int, typer.Option(min=1, help="pictures that judge each part")] = 4,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a key of the recipe's export part: --set steps=4 (repeatable)")
+    ] = None,
+) -> None:
+    """What quantising each part of the UNet alone does to the final picture, and which parts to keep in float."""
+    from cluster.errors import RecipeError
+    from cluster.recipe import load_recipe
+    from export.bundle import scan_student
+    from export.prompts import read_prompts
+    from export.recipe import ExportRecipe
+    from export.sensitivity_view import proof_lines, scan_table, write_scan
+    from factory.models import quiet, resolve
+
+    if by not in ("block", "layer") or precision not in ("w8a8", "w8a16"):
+        raise RecipeError("--by is block or layer, --precision w8a8 or w8a16", remedy="Choose one of these")
+    recipe = load_recipe(ExportRecipe, None, overrides or [])
+    quiet()
+    found = scan_student(
+        Path(resolve(model)),
+        read_prompts(prompts),
+        recipe.model_copy(update={"keep_budget": budget}),
+        by,
+        precision,
+        count,
+        lambda what: typer.echo(what, err=True),
+    )
+    Console().print(scan_table(found))
+    for line in proof_lines(found):
+        typer.echo(line)
+    for path in write_scan(found, out):
+        typer.echo(f"wrote {path}")
+
+
 @app.command("try")
 def try_build(
     folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")],
     prompt: Annotated[str, typer.Argument(help="what to draw")],
-    precision: Annotated[str, typer.Option(help="which build: fp32, w8a16 or w8")] = "fp32",
+    precision: Annotated[str, typer.Option(help="which build: fp32, w8a16, ...")] = "fp32",
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.clip_gate import judge_failures
 from export.graph import Graph
 from export.recipe import GateRecipe
 from export.runtime import GRAPHS, Build, Call
@@ -52,11 +53,16 @@ def graph_parity(
 
 
 def picture_parity(wanted: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> dict[str, float]:
-    """PSNR and SSIM of uint8 pictures: mean and worst."""
+    """PSNR and SSIM of uint8 pictures.
+
+    `psnr_db` is of the squared error over all pictures together, `psnr_db_min` of the worst. A mean of decibels would be no
+    figure: one picture that is equal to the last bit (no finite PSNR) would hide how far the others are.
+    """
     psnr = [psnr_db(a, b) for a, b in zip(wanted, got, strict=True)]
     alike = [ssim(a, b) for a, b in zip(wanted, got, strict=True)]
     return {
-        "psnr_db_mean": round(float(np.mean(psnr)), 2),
+        "psnr_db": psnr_db(np.stack(wanted), np.stack(got)),
+        "equal_pictures": sum(np.array_equal(a, b) for a, b in zip(wanted, got, strict=True)),
         "psnr_db_min": min(psnr),
         "ssim_mean": round(float(np.mean(alike)), 4),
         "ssim_min": min(alike),
@@ -68,17 +74,20 @@ def is_blank(picture: np.ndarray) -> bool:
     return float(picture.std()) < 1.0
 
 
-def failures(precision: str, parity: dict[str, Any], pictures: Sequence[np.ndarray], gates: GateRecipe) -> list[str]:
-    """Which gates a build misses, in words; empty for a build that passes."""
+def failures(
+    precisions: dict[str, str], parity: dict[str, Any], pictures: Sequence[np.ndarray], gates: GateRecipe
+) -> list[str]:
+    """Which gates a build misses, in words; empty for a build that passes. `precisions`: of each graph."""
     found: list[str] = []
     if any(is_blank(picture) for picture in pictures):
         found.append("a picture is blank")
-    if precision == "fp32":
-        low = {name: db for name, db in parity["graph_snr_db"].items() if not db >= gates.fp32_snr_db}
-        found += [f"{name}: SNR {db} dB is under {gates.fp32_snr_db}" for name, db in low.items()]
-    elif not parity["psnr_db_mean"] >= gates.quantised_psnr_db:
-        found.append(f"pictures: PSNR {parity['psnr_db_mean']} dB is under {gates.quantised_psnr_db}")
-    return found
+    least = {"fp32": gates.fp32_snr_db, "fp16": gates.half_snr_db, "bf16": gates.half_snr_db}
+    for name, db in parity["graph_snr_db"].items():
+        if precisions[name] in least and not db >= least[precisions[name]]:
+            found.append(f"{name}: SNR {db} dB is under {least[precisions[name]]}")
+    if set(precisions.values()) != {"fp32"} and not parity["psnr_db"] >= gates.quantised_psnr_db:
+        found.append(f"pictures: PSNR {parity['psnr_db']} dB is under {gates.quantised_psnr_db}")
+    return found + judge_failures(parity.get("judge"), gates)
 
 
 def latency_ms(

@@ -4,21 +4,62 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
+from export.layers import HIGH_PRECISION
+from factory.recipe import OpenClipScorer
 
 Target = Literal["onnx", "openvino"]
-Precision = Literal["fp32", "w8a16", "w8"]
+Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4"]
+Named = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "mixed"]
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("fp32", "fp16", "w8a16", "w8a8", "w8", "w4"),
+    "openvino": ("fp32", "fp16", "bf16", "w8a8", "w8", "w4"),
+}
+"""What each target can store and run."""
+
+
+class MixRecipe(Settings):
+    """A build with a precision for each component."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="the build's name in the bundle")
+    text_encoder: Precision = Field(default="fp32", description="precision of the text encoder")
+    unet: Precision = Field(description="precision of the UNet")
+    vae_decoder: Precision = Field(default="fp32", description="precision of the VAE's decoder")
+
+    def graphs(self) -> dict[str, str]:
+        """Graph to precision."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae_decoder": self.vae_decoder}
 
 
 class GateRecipe(Settings):
     """How far a build may be from PyTorch in float32 before it is refused. Decibels: larger is nearer."""
 
     fp32_snr_db: float = Field(default=60.0, description="least signal-to-noise ratio of a full-precision graph, dB")
+    half_snr_db: float = Field(default=25.0, description="least signal-to-noise ratio of an fp16 or bf16 graph, dB")
     quantised_psnr_db: float = Field(
-        default=20.0, description="least end-to-end PSNR of a quantised build's pictures, dB"
+        default=20.0, description="least PSNR of the pictures of a build that is not fp32 throughout, dB"
     )
+    judge: OpenClipScorer | None = Field(
+        default=None, description="the CLIP that judges the pictures of a build beside PyTorch's; none: no such gate"
+    )
+    clip_margin: float = Field(
+        default=0.02, ge=0, description="how far the judge's mean cosine may fall under that of PyTorch's pictures"
+    )
+    recall_margin: float = Field(
+        default=0.125, ge=0, description="how far the judge's R@1 (picture to prompt) may fall under PyTorch's"
+    )
+
+
+class SourceRecipe(Settings):
+    """A model or data set that the student came from, for the bundle's model card."""
+
+    name: str = Field(description="its name, with version")
+    part: Literal["weights", "data"] = Field(description="what of it went in")
+    licence: str = Field(description="its licence, SPDX where there is one")
+    used_for: str = Field(default="", description="in a few words")
 
 
 class TilingRecipe(Settings):
@@ -34,9 +75,19 @@ class ExportRecipe(Settings):
     """student -> builds."""
 
     targets: list[Target] = Field(default=["onnx", "openvino"], description="`onnx` (ONNX Runtime) and `openvino`")
-    precisions: list[Precision] = Field(
+    precisions: list[Named | MixRecipe] = Field(
         default=["fp32", "w8a16", "w8"],
-        description="fp32; w8a16: int8 weights, 16-bit activations (onnx); w8: int8 weights alone (openvino)",
+        description="builds. fp32, fp16, bf16 (openvino): all three graphs. w8a16 (onnx), w8a8: a UNet of int8 weights and 16- or "
+        "8-bit integer activations; w8, w4: int8 or 4-bit weights, float activations; the rest fp32. mixed: the paper's, w8a16 "
+        "between an fp16 text encoder and decoder. Or {name, text_encoder, unet, vae_decoder}. A target leaves out what it cannot run",
+    )
+    keep: list[str] | Literal["auto"] = Field(
+        default=list(HIGH_PRECISION),
+        description="modules whose layers stay in float where a graph is quantised, by dotted path or a part of it; "
+        "auto: these defaults and what a sensitivity scan proposes",
+    )
+    keep_budget: float = Field(
+        default=0.1, ge=0, le=1, description="keep: auto may hold back at most this share of the UNet's weights"
     )
     tiling: TilingRecipe | None = Field(
         default=None, description="{profile: NAME}: also build with attention tiled for that NPU"
@@ -52,3 +103,35 @@ class ExportRecipe(Settings):
     latency_runs: int = Field(default=5, ge=1, description="timed runs after one warm-up")
     threads: int = Field(default=2, ge=1, description="CPU threads while measuring")
     gates: GateRecipe = GateRecipe()
+    sources: list[SourceRecipe] = Field(
+        default=[], description="what the student came from, with licences; the shipped student knows its own"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExportRecipe:
+        names = [mix.name for mix in self.builds()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"export.precisions names {twice[0]} twice: give each build a name of its own")
+        for target in self.targets:
+            if not self.builds(target):
+                raise ValueError(
+                    f"export.precisions has no build that {target} can run: it knows {', '.join(PRECISIONS[target])}"
+                )
+        return self
+
+    def builds(self, target: Target | None = None) -> list[MixRecipe]:
+        """The recipe's builds as mixes; of one target, those that it can run."""
+        mixes = [entry if isinstance(entry, MixRecipe) else _mix(entry) for entry in self.precisions]
+        if target is None:
+            return mixes
+        return [mix for mix in mixes if set(mix.graphs().values()) <= set(PRECISIONS[target])]
+
+
+def _mix(name: Named) -> MixRecipe:
+    """What a plain name stands for."""
+    if name == "mixed":
+        return MixRecipe(name=name, text_encoder="fp16", unet="w8a16", vae_decoder="fp16")
+    if name in ("fp16", "bf16"):
+        return MixRecipe(name=name, text_encoder=name, unet=name, vae_decoder=name)
+    return MixRecipe(name=name, unet=name)

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import ParityError
+from cluster.errors import ParityError, TargetUnavailable
 from export.noise import noise
 
 GRAPHS = ("text_encoder", "unet", "vae_decoder")
+
+_EMULATED = {"onnx": ("fp16", "w8a16")}
+"""Where the CPU plays another arithmetic (16-bit integers, halves between casts): pictures are true, times say nothing of a chip."""
 
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Named inputs to the graph's one output."""
@@ -49,6 +52,11 @@ def scheduler_constants(pipeline: Any, steps: int) -> dict[str, Any]:
 
 def _root(value: Any) -> float:
     return float(value) ** 0.5
+
+
+def times_kind(target: str, precisions: dict[str, str]) -> str:
+    """`measured` or `emulated`: what the times of a build on this CPU are."""
+    return "emulated" if set(precisions.values()) & set(_EMULATED.get(target, ())) else "measured"
 
 
 class Build:
@@ -105,12 +113,24 @@ def open_onnx(folder: Path, names: dict[str, str], threads: int) -> dict[str, Ca
 
 
 def open_openvino(folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-    """OpenVINO compiled models on the CPU, in float32 arithmetic whatever the machine would prefer."""
+    """OpenVINO compiled models on the CPU: float32 arithmetic whatever the machine would prefer, but for graphs of bf16.
+
+    Raises TargetUnavailable for bf16 on a CPU without it.
+    """
     import openvino
 
     core = openvino.Core()
-    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = {graph: core.compile_model(str(folder / names[graph]), "CPU", config) for graph in GRAPHS}
+
+    def opened(name: str) -> Any:
+        hint = "bf16" if ".bf16." in name else "f32"
+        if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise TargetUnavailable(
+                "this CPU has no bfloat16 arithmetic", where=name, remedy="Leave bf16 out of export.precisions here"
+            )
+        config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
+        return core.compile_model(str(folder / name), "CPU", config)
+
+    compiled = {graph: opened(names[graph]) for graph in GRAPHS}
 
     def call(model: Any) -> Call:
         return lambda inputs: np.array(model(inputs)[0])

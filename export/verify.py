@@ -22,11 +22,12 @@ import numpy as np
 from cluster.errors import CorruptShard, EdgeFusionError, ParityError
 from export import parity
 from export.bundle import read_bundle
+from export.clip_gate import scores
 from export.proof import SUMS, broken_files, read_reference, reference_inputs
 from export.recipe import GateRecipe
-from export.runtime import GRAPHS, OPENERS, Build
-from export.tiled_build import TILED
+from export.runtime import GRAPHS, OPENERS, Build, times_kind
 from export.words import tokenize
+from factory.models.clip import Clip
 
 Progress = Callable[[str], None]
 
@@ -38,6 +39,8 @@ class Judged:
     tokens: list[np.ndarray]
     pictures: list[np.ndarray]
     source: str
+    prompts: list[str]
+    clip: Clip | None
 
 
 def verify_bundle(
@@ -78,8 +81,9 @@ def verify_bundle(
     found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)
-    judged = _judged(folder, facts, reference, prompts or len(reference["pictures"]), threads)
-    found |= {"prompts": len(judged.pictures), "reference": judged.source}
+    clip, judge = _open_judge(facts["gates"])
+    judged = _judged(folder, facts, reference, prompts or len(reference["pictures"]), threads, clip)
+    found |= {"prompts": len(judged.pictures), "reference": judged.source, "judge": judge}
     for name in builds or facts["builds"]:
         progress(f"{name}: gates")
         found["builds"][name] = _verify_build(folder, facts, name, reference, judged, runs, threads, progress)
@@ -96,11 +100,29 @@ def raise_failed(found: dict[str, Any]) -> None:
         raise ParityError("; ".join(missed), where=found["bundle"], remedy="Do not ship it; export again")
 
 
-def _judged(folder: Path, facts: dict[str, Any], reference: dict[str, np.ndarray], count: int, threads: int) -> Judged:
+def _open_judge(gates: dict[str, Any]) -> tuple[Clip | None, str]:
+    """The judge that the bundle was built with, and what to say of it: a machine may not have it, and then its gate is not tried."""
+    judge = GateRecipe(**gates).judge
+    if judge is None:
+        return None, "none: the recipe named no judge"
+    try:
+        return Clip(judge), judge.model
+    except EdgeFusionError as error:
+        return None, f"not tried here: {error.what}"
+
+
+def _judged(
+    folder: Path,
+    facts: dict[str, Any],
+    reference: dict[str, np.ndarray],
+    count: int,
+    threads: int,
+    clip: Clip | None,
+) -> Judged:
     pictures = list(reference["pictures"][:count])
     tokens = [row[None] for row in reference["tokens"][:count]]
     if count <= len(pictures):
-        return Judged(tokens, pictures, "PyTorch fp32, stored in the bundle")
+        return Judged(tokens, pictures, "PyTorch fp32, stored in the bundle", facts["prompts"][:count], clip)
     if "fp32" not in facts["builds"]:
         raise EdgeFusionError(
             f"holds {len(pictures)} reference pictures and no fp32 build to draw more",
@@ -112,7 +134,7 @@ def _judged(folder: Path, facts: dict[str, Any], reference: dict[str, np.ndarray
     build = _open(folder, facts, "fp32", threads)
     more = [build.picture(tokens[i], i) for i in range(len(pictures), count)]
     source = f"PyTorch fp32 for {len(pictures)}, stored in the bundle; its own fp32 build for {len(more)}"
-    return Judged(tokens, pictures + more, source)
+    return Judged(tokens, pictures + more, source, lines, clip)
 
 
 def _busy() -> str:
@@ -154,9 +176,17 @@ def _verify_build(
         "graph_snr_db": {graph: parity.snr_db(reference[f"{graph}.out"], answers[graph]) for graph in GRAPHS},
         **parity.picture_parity(judged.pictures, pictures),
     }
-    missed += parity.failures(name.removesuffix(TILED), told["parity"], pictures, GateRecipe(**facts["gates"]))
+    precisions = facts["builds"][name]["precisions"]
+    if judged.clip is not None:
+        told["parity"]["judge"] = {
+            "pytorch": scores(judged.clip, judged.prompts, judged.pictures),
+            "build": scores(judged.clip, judged.prompts, pictures),
+        }
+    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]))
     progress(f"{name}: latency")
-    told["measured_ms"] = parity.latency_spread_ms(build, judged.tokens[0], inputs, runs)
+    told[f"{times_kind(facts['target'], precisions)}_ms"] = parity.latency_spread_ms(
+        build, judged.tokens[0], inputs, runs
+    )
     told["cold"] = _cold_start(folder, name, threads)
     return told
 

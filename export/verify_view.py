@@ -17,24 +17,33 @@ def gates_table(found: dict[str, Any]) -> Table:
     table = Table(
         "build",
         *[f"{_SHORT[graph]} SNR" for graph in GRAPHS],
-        "PSNR mean, min",
+        "PSNR all, min",
         "SSIM mean, min",
+        "CLIP, R@1",
         "blank",
         "verdict",
         title=f"{found['bundle']}: {found['prompts']} prompts against {found['reference']}",
     )
     for name, build in found["builds"].items():
         proof = build.get("parity")
-        cells = ["-"] * 6
+        cells = ["-"] * 7
         if proof:
             cells = [
                 *[f"{proof['graph_snr_db'][graph]:.1f}" for graph in GRAPHS],
-                f"{proof['psnr_db_mean']:.1f}, {proof['psnr_db_min']:.1f}",
+                f"{proof['psnr_db']:.1f}, {proof['psnr_db_min']:.1f}",
                 f"{proof['ssim_mean']:.3f}, {proof['ssim_min']:.3f}",
+                _judge_cell(proof.get("judge")),
                 str(build["blank_pictures"]),
             ]
         table.add_row(name, *cells, "MISSED: " + "; ".join(build["missed"]) if build["missed"] else "passed")
     return table
+
+
+def _judge_cell(judged: dict[str, Any] | None) -> str:
+    """The build's figures by the judge, and PyTorch's beside them."""
+    if judged is None:
+        return "-"
+    return "\n".join(f"{name} {one['clip_mean']:.3f}, {one['recall_at_1']:.2f}" for name, one in judged.items())
 
 
 def speed_table(found: dict[str, Any]) -> Table:
@@ -51,9 +60,10 @@ def speed_table(found: dict[str, Any]) -> Table:
     for name, build in found["builds"].items():
         if "cold" not in build:
             continue
-        spread = [build["measured_ms"][what] for what in (*GRAPHS, "picture")]
+        ms = build.get("measured_ms") or build["emulated_ms"]
+        spread = [ms[what] for what in (*GRAPHS, "picture")]
         table.add_row(
-            name,
+            name if "measured_ms" in build else f"{name} (emulated)",
             *[f"{one['median']:.1f}\n{one['low']:.1f}\nto {one['high']:.1f}" for one in spread],
             f"{build['cold']['cold_start_s']:.2f}",
             f"{build['cold']['peak_memory_bytes'] / 2**20:.0f}",

@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
     assert verify(out / "dataset") == funnel["kept"] > 8
     pipeline = DiffusionPipeline.from_pretrained(out / "student")
     assert pipeline.unet.config["block_out_channels"] == [8, 16, 16]
-    for target, names in {"onnx": {"fp32", "w8a16"}, "openvino": {"fp32", "w8"}}.items():
+    for target, names in {"onnx": {"fp32", "w8a16", "w8"}, "openvino": {"fp32", "w8"}}.items():
         builds = json.loads((out / "export" / target / "bundle.json").read_text())["builds"]
         assert set(builds) == names
         assert min(builds["fp32"]["parity"]["graph_snr_db"].values()) > 60

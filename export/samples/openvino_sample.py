@@ -25,8 +25,9 @@ ASKED = ask.parse_args()
 
 @functools.cache
 def model(graph):
-    path = HERE / FACTS["builds"][ASKED.build]["graphs"][graph]
-    return openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    path = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph])
+    hint = "bf16" if ".bf16." in path else "f32"
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
 
 def noise(draw, shape):

@@ -11,7 +11,7 @@ PROMPTS = ("a 3d render of a red apple on a white background", "a flat icon of a
 
 @pytest.fixture(scope="session")
 def student_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `onnx` (fp32, w8a16) and `openvino` (fp32, w8) bundles of the shipped student. Read only: copy before damage."""
+    """A folder with `onnx` (fp32, w8a16, w8) and `openvino` (fp32, w8) bundles of the shipped student. Read only: copy before damage."""
     folder = tmp_path_factory.mktemp("bundles")
     recipe = ExportRecipe(calibration_prompts=2, parity_prompts=2, latency_runs=1, threads=1)
     export_student(Path(resolve("zoo:student-fewstep")), PROMPTS, recipe, folder)

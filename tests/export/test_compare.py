@@ -12,13 +12,13 @@ def test_bundles_stand_side_by_side_with_full_precision(student_bundles: Path, t
     folders = [student_bundles / "onnx", student_bundles / "openvino"]
     page = write_compare(folders, tmp_path / "compare.html", prompts=2, runs=1, threads=1).read_text()
     pictures = re.findall(r'<img src="(data:image/png;base64,[^"]+)" alt="([^"]+)"', page)
-    # Two prompts; full precision, then fp32 and w8a16 of onnx, fp32 and w8 of openvino.
-    assert len(pictures) == 2 * 5 and pictures[0][1].startswith("PyTorch fp32, stored in onnx")
-    by_name = {alt.split(":")[0]: url for url, alt in pictures[:5]}
+    # Two prompts; full precision, then fp32, w8a16 and w8 of onnx, fp32 and w8 of openvino.
+    assert len(pictures) == 2 * 6 and pictures[0][1].startswith("PyTorch fp32, stored in onnx")
+    by_name = {alt.split(":")[0]: url for url, alt in pictures[:6]}
     assert by_name["w8, openvino"] != by_name["PyTorch fp32, stored in onnx"]
     assert len(set(by_name.values())) >= 3
     assert page.count("time emulated") == 1  # w8a16 alone
-    assert page.count("all hold") == 4
+    assert page.count("all hold") == 5
     assert "None of these bundles holds predicted" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # whole by itself
 

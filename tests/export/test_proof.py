@@ -108,12 +108,14 @@ def test_tokens_are_those_of_transformers(student_bundles: Path) -> None:
 def test_a_sound_bundle_proves_itself(student_bundles: Path, target: str) -> None:
     found = verify_bundle(student_bundles / target, prompts=3, runs=2, threads=1)
     assert found["ok"] and found["prompts"] == 3 and "own fp32 build for 1" in found["reference"]
-    assert list(found["builds"]) == ["fp32", {"onnx": "w8a16", "openvino": "w8"}[target]]
-    exact, rough = found["builds"].values()
+    assert list(found["builds"]) == ["fp32", *{"onnx": ["w8a16", "w8"], "openvino": ["w8"]}[target]]
+    exact, rough, *_ = found["builds"].values()
     assert min(exact["parity"]["graph_snr_db"].values()) > 60 and exact["parity"]["ssim_min"] > 0.99
     assert rough["parity"]["graph_snr_db"]["unet"] < exact["parity"]["graph_snr_db"]["unet"]
     for build in (exact, rough):
-        spread, cold = build["measured_ms"]["picture"], build["cold"]
+        # The CPU plays 16-bit activations, so that time is never called measured.
+        kind = "emulated_ms" if target == "onnx" and build is rough else "measured_ms"
+        spread, cold = build[kind]["picture"], build["cold"]
         assert 0 < spread["low"] <= spread["median"] <= spread["high"]
         assert 0 < cold["open_s"] < cold["cold_start_s"]
         # More than its weights, and not this test's PyTorch besides.

@@ -1,0 +1,114 @@
+"""README.md of a bundle: pictures, what it is, what it came from and under which licences, precisions, figures with their kind, how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from export.recipe import SourceRecipe
+from export.runtime import GRAPHS
+from factory.models import ZOO
+
+CARD = "README.md"
+
+_ZOO_SOURCES = (
+    SourceRecipe(
+        name="EdgeFusion's embedded zoo", part="weights", licence="Apache-2.0", used_for="teacher and student"
+    ),
+    SourceRecipe(name="@lobehub/fluent-emoji-3d 1.1.0", part="data", licence="MIT", used_for="pictures, style 3d"),
+    SourceRecipe(
+        name="@iconify-json/fluent-emoji-flat 1.2.6", part="data", licence="MIT", used_for="pictures, style flat"
+    ),
+    SourceRecipe(
+        name="@iconify-json/noto 1.2.9", part="data", licence="Apache-2.0", used_for="pictures, style cartoon"
+    ),
+    SourceRecipe(name="emojibase-data 17.0.0", part="data", licence="MIT", used_for="names and groups"),
+)
+"""Source: factory/pocket/README.md."""
+
+
+def provenance(student: Path, stated: Sequence[SourceRecipe]) -> dict[str, Any]:
+    """For bundle.json: the student's name, and every model and data set that it came from with its licence.
+
+    What a recipe states goes first; the shipped student knows its own. `sources` is empty where nobody said.
+    """
+    own = _ZOO_SOURCES if student.resolve().is_relative_to(ZOO.resolve()) else ()
+    return {"name": student.resolve().name, "sources": [one.model_dump() for one in stated or own]}
+
+
+def write_card(place: Path, facts: dict[str, Any]) -> None:
+    """CARD of a bundle, from what bundle.json will hold."""
+    (place / CARD).write_text(_text(facts))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    side = facts["latent_shape"][-1]
+    first = next(iter(facts["builds"]))
+    library = "onnxruntime" if facts["target"] == "onnx" else facts["target"]
+    parts = [
+        f"# {facts['student']['name']} for {facts['target']}",
+        "",
+        f"A text-to-image model for the edge: text to a picture in {facts['steps']} steps without guidance, as three static graphs (text encoder, UNet, VAE decoder) "
+        f"with latents of {side} x {side}. Distilled after EdgeFusion (arXiv 2404.11925); built and proven by `edgefusion export`.",
+        "",
+        f"![Rows: PyTorch in float32, then {', '.join(facts['builds'])}. Columns: the prompts below, seeds 0, 1, ...](parity.png)",
+        "",
+        f"Rows: PyTorch in float32, then {', '.join(facts['builds'])}. Columns, seeds 0, 1, ...: {'; '.join(facts['prompts'])}.",
+        "",
+        "## Run it",
+        "",
+        f"    pip install numpy {library} tokenizers",
+        f'    python sample.py "{facts["prompts"][0]}" --seed 3 --build {first} --out picture.png',
+        "",
+        "`sha256sum -c SHA256SUMS` finds a damaged file; `edgefusion export verify .` repeats the whole proof.",
+        "",
+        "## Precisions and sizes",
+        "",
+        "| build | text encoder | UNet | VAE decoder | MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, build in facts["builds"].items():
+        parts.append(
+            f"| {name} | {' | '.join(build['precisions'][graph] for graph in GRAPHS)} | {sum(build['bytes'].values()) / 2**20:.1f} |"
+        )
+    parts += [
+        "",
+        "w8a16, w8a8: int8 weights and 16- or 8-bit integer activations. w8, w4: int8 or 4-bit weights, float activations. "
+        f"In float wherever a graph is quantised: {', '.join(facts['keep']) or 'nothing'}.",
+        "",
+        "## Figures",
+        "",
+        f"Against PyTorch in float32 on {len(facts['prompts'])} prompts; times on {facts['measured_on']} with {facts['runtime']}. Measured: what this CPU needs. "
+        "Emulated: the CPU plays a chip's arithmetic, so that pictures are true and times say nothing of the chip. No phone or NPU was at hand.",
+        "",
+        "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms | kind of time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, build in facts["builds"].items():
+        proof, judged = build["parity"], build["parity"].get("judge")
+        kind = "measured" if build["measured_ms"] else "emulated"
+        parts.append(
+            f"| {name} | {proof['graph_snr_db']['unet']} | {proof['psnr_db']}, {proof['psnr_db_min']} | {proof['ssim_mean']} | "
+            + (f"{judged['build']['clip_mean']}, {judged['build']['recall_at_1']}" if judged else "not asked")
+            + f" | {build[f'{kind}_ms']['picture']} | {kind} |"
+        )
+    judged = next((b["parity"]["judge"]["pytorch"] for b in facts["builds"].values() if "judge" in b["parity"]), None)
+    if judged:
+        judge = facts["gates"]["judge"]["model"]
+        parts += [
+            "",
+            f"PyTorch's own pictures by the same judge ({judge}): {judged['clip_mean']}, {judged['recall_at_1']}.",
+        ]
+    return "\n".join([*parts, "", *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _licences(sources: Sequence[dict[str, str]]) -> list[str]:
+    if not sources:
+        return [
+            "## Licences",
+            "",
+            "Not stated. Licences of the weights and of the data bind this bundle too: state them in the recipe's `export.sources` before you publish it.",
+        ]
+    rows = [f"| {one['name']} | {one['part']} | {one['used_for']} | {one['licence']} |" for one in sources]
+    return ["## What it came from", "", "| name | part | used for | licence |", "|---|---|---|---|", *rows]

@@ -1,0 +1,70 @@
+"""OpenVINO's precisions of one graph, each from the float32 ONNX file, through NNCF."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from export.layers import kept_layers
+from export.quantise import Inputs
+
+_GROUP = 32
+"""Weights that share a scale in w4."""
+
+
+def quantise_openvino(
+    source: Path, target: Path, precision: str, calibration: Sequence[Inputs], keep: Sequence[str]
+) -> None:
+    """Write the ONNX file `source` as OpenVINO IR at `precision`; modules `keep` stay in float.
+
+    fp16 and bf16 store float16 weights; the arithmetic is what the runtime is asked for (`export.runtime`).
+    """
+    import openvino
+
+    if precision in ("fp32", "fp16", "bf16"):
+        openvino.save_model(openvino.convert_model(str(source)), str(target), compress_to_fp16=precision != "fp32")
+        return
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    model = openvino.Core().read_model(str(source))
+    # OpenVINO calls the layer of an ONNX node as the node, or, where it split a bias off, NAME/WithoutBiases.
+    patterns = [rf"^{re.escape(name)}(/WithoutBiases)?$" for name in kept_layers(source, keep)]
+    ignored = nncf.IgnoredScope(patterns=patterns, validate=False)
+    if precision == "w8a8":
+        done = _quiet(
+            nncf.quantize,
+            model,
+            nncf.Dataset(list(calibration)),
+            subset_size=len(calibration),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+            ignored_scope=ignored,
+        )
+    elif precision == "w8":
+        done = _quiet(nncf.compress_weights, model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
+    else:
+        from nncf.quantization.advanced_parameters import AdvancedCompressionParameters, GroupSizeFallbackMode
+
+        done = _quiet(
+            nncf.compress_weights,
+            model,
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=_GROUP,
+            all_layers=True,
+            ignored_scope=ignored,
+            advanced_parameters=AdvancedCompressionParameters(group_size_fallback_mode=GroupSizeFallbackMode.IGNORE),
+        )
+    openvino.save_model(done, str(target), compress_to_fp16=False)
+
+
+def _quiet(work: Any, *args: Any, **options: Any) -> Any:
+    """NNCF's work without its progress bars, which fill a log."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return work(*args, **options)
