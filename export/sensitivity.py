@@ -142,22 +142,27 @@ def only(whole: Any, plain: Any, layers: Collection[str]) -> Any:
 
     source = {node.name: node for node in plain.graph.node}
     opened, floats = _opened(whole), {tensor.name: tensor for tensor in plain.graph.initializer}
-    made = {name: node.name for node in plain.graph.node for name in node.output}
+    # What a quantised layer reads or writes is quantised for all who read it, as in the build.
+    touched = {name for node in plain.graph.node if node.name in layers for name in (*node.input, *node.output)}
     model = onnx.ModelProto()
     model.CopyFrom(whole)
+    floating: set[str] = set()
     for node in model.graph.node:
         if node.name in layers or node.name not in source:
             continue
         node.input[:] = [
             # A quantised bias keeps the name of the float one, so float tensors come back under a name of their own.
-            f"float:{name}" if name in floats else opened.get(name, name) if made.get(name) in layers else name
+            f"float:{name}" if name in floats else opened.get(name, name) if name in touched else name
             for name in source[node.name].input
         ]
+        # Of a layer that makes the graph's output the quantised model calls the float tensor otherwise.
+        node.output[:] = source[node.name].output
+        floating |= set(node.output)
     # What nothing leads to any more goes, and float weights that are wanted again come back.
     needed = {output.name for output in model.graph.output}
     nodes: list[Any] = []
     for node in reversed(model.graph.node):
-        if needed & set(node.output):
+        if needed & set(node.output) and not (node.name not in source and floating & set(node.output)):
             nodes.append(node)
             needed |= set(node.input)
     held = {tensor.name: tensor for tensor in model.graph.initializer}

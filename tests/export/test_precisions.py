@@ -13,7 +13,7 @@ from export.parity import failures, picture_parity
 from export.proof import read_reference, reference_inputs
 from export.quantise import quantise_onnx
 from export.recipe import ExportRecipe, GateRecipe, MixRecipe
-from export.sensitivity import part_of, propose
+from export.sensitivity import only, part_of, propose
 
 NEAR = {"fp32": 120.0, "fp16": 40.0, "w8a8": 10.0, "w8": 30.0, "w4": 10.0}
 """Least SNR in dB of the shipped UNet; each has its own arithmetic, so none may come out as another."""
@@ -51,6 +51,27 @@ def test_kept_modules_keep_their_float_weights(student_bundles: Path, tmp_path: 
     nodes = {node.name: node for node in onnx.load(str(tmp_path / "unet.onnx")).graph.node}
     assert all("opened" not in nodes[name].input[1] for name in kept)
     assert nodes["node_conv2d_49"].input[1].endswith("opened")  # conv_out was not named
+
+
+def test_a_scan_quantises_the_part_and_nothing_else(student_bundles: Path, tmp_path: Path) -> None:
+    import onnx
+
+    source = student_bundles / "onnx" / "unet.onnx"
+    reference = read_reference(student_bundles / "onnx")
+    inputs = reference_inputs(reference, "unet")
+    quantise_onnx(source, tmp_path / "all.onnx", "w8a8", [inputs], keep=())
+    whole, plain = onnx.load(str(tmp_path / "all.onnx")), onnx.load(str(source))
+
+    def snr(layers: list[str]) -> float:
+        onnx.save(only(whole, plain, layers), str(tmp_path / "some.onnx"))
+        return unet_snr(tmp_path / "some.onnx", inputs, reference["unet.out"])
+
+    every = list(layer_modules(source))
+    assert snr([]) > 100
+    one = snr([name for name in every if lies_in(layer_modules(source)[name], "up_blocks.2.attentions.0")])
+    all_of_it = unet_snr(tmp_path / "all.onnx", inputs, reference["unet.out"])
+    assert all_of_it + 3 < one < 60
+    assert snr(every) == pytest.approx(all_of_it, abs=0.01)
 
 
 def test_openvino_keeps_what_the_recipe_keeps(student_bundles: Path, tmp_path: Path) -> None:
