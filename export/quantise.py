@@ -107,7 +107,7 @@ def _weights4(source: Path, target: Path, kept: Sequence[str]) -> None:
 
     logging.disable(logging.WARNING)
     try:
-        work = MatMulNBitsQuantizer(
+        work: Any = MatMulNBitsQuantizer(
             onnx.load(str(source)), bits=4, block_size=_BLOCK, is_symmetric=True, nodes_to_exclude=list(kept)
         )
         work.process()

@@ -140,11 +140,12 @@ def only(whole: Any, plain: Any, layers: Collection[str]) -> Any:
     """The ONNX model `whole` (every layer quantised) with all but `layers` wired back to the float tensors of `plain`."""
     import onnx
 
-    source = {node.name: node for node in plain.graph.node}
-    opened, floats = _opened(whole), {tensor.name: tensor for tensor in plain.graph.initializer}
+    source: dict[str, Any] = {node.name: node for node in plain.graph.node}
+    opened: dict[str, str] = _opened(whole)
+    floats: dict[str, Any] = {tensor.name: tensor for tensor in plain.graph.initializer}
     # What a quantised layer reads or writes is quantised for all who read it, as in the build.
     touched = {name for node in plain.graph.node if node.name in layers for name in (*node.input, *node.output)}
-    model = onnx.ModelProto()
+    model: Any = onnx.ModelProto()
     model.CopyFrom(whole)
     floating: set[str] = set()
     for node in model.graph.node:
@@ -181,7 +182,9 @@ def only(whole: Any, plain: Any, layers: Collection[str]) -> Any:
 
 def _opened(whole: Any) -> dict[str, str]:
     """Float tensor to the same tensor after its quantisation."""
-    closed = {node.output[0]: node.input[0] for node in whole.graph.node if node.op_type == "QuantizeLinear"}
+    closed: dict[str, str] = {
+        node.output[0]: node.input[0] for node in whole.graph.node if node.op_type == "QuantizeLinear"
+    }
     return {
         closed[node.input[0]]: node.output[0]
         for node in whole.graph.node
@@ -200,5 +203,5 @@ def _open(model: Any) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, inputs)[0]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.storage import publish_bytes
 
@@ -15,11 +15,11 @@ from cluster.storage import publish_bytes
 def scan_table(found: dict[str, Any]) -> Table:
     """A row a part, most harmful first; what the scan proposes to keep is marked."""
     table = Table(
-        "part",
+        Column("part", no_wrap=True),
         "layers",
         "weights %",
-        "latents SNR dB",
-        "pictures PSNR dB",
+        "latents\nSNR dB",
+        "pictures\nPSNR dB",
         "keep",
         title=f"each part alone at {found['precision']}",
     )
@@ -30,7 +30,7 @@ def scan_table(found: dict[str, Any]) -> Table:
             f"{100 * row['weights']:.2f}",
             f"{row['snr_db']:.1f}",
             f"{row['psnr_db']:.1f}",
-            "proposed" if row["part"] in found["keep"] else "",
+            "keep" if row["part"] in found["keep"] else "",
         )
     return table
 
@@ -56,7 +56,7 @@ def write_scan(found: dict[str, Any], out: Path) -> list[Path]:
     axes.barh([row["part"] for row in rows], [10 ** (-row["snr_db"] / 10) for row in rows], color=colours)
     axes.set_xscale("log")
     axes.set_xlabel(f"error power over signal power of the final latents, that part alone at {found['precision']}")
-    axes.set_title("orange: proposed to stay in float", fontsize=9)
+    axes.set_title("orange: stays in float, by default or by the proposal", fontsize=9)
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     sink = io.BytesIO()

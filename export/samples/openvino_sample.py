@@ -26,8 +26,9 @@ ASKED = ask.parse_args()
 @functools.cache
 def model(graph):
     path = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph])
-    hint = "bf16" if ".bf16." in path else "f32"
-    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return openvino.Core().compile_model(
+        path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if ".bf16." in path else "f32"}
+    )
 
 
 def noise(draw, shape):
