@@ -182,7 +182,9 @@ def only(whole: Any, plain: Any, layers: Collection[str]) -> Any:
 
 def _opened(whole: Any) -> dict[str, str]:
     """Float tensor to the same tensor after its quantisation."""
-    closed: dict[str, str] = {node.output[0]: node.input[0] for node in whole.graph.node if node.op_type == "QuantizeLinear"}
+    closed: dict[str, str] = {
+        node.output[0]: node.input[0] for node in whole.graph.node if node.op_type == "QuantizeLinear"
+    }
     return {
         closed[node.input[0]]: node.output[0]
         for node in whole.graph.node
