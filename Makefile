@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test test-slow test-cluster test-vllm check bench format
+.PHONY: setup demo test test-long test-slow test-cluster test-vllm check bench format
 
 setup: .venv/ready
 
@@ -20,6 +20,10 @@ demo: setup
 # Two files of tests at a time: much of a test's time is waiting for processes that it starts.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What would make `make test` longer than ten minutes; CI runs it too.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'long and not slow'
 
 # Many kills at random moments, one training step at full size: a quarter of an hour, 12 GB.
 test-slow: setup

@@ -40,10 +40,13 @@ def gates_table(found: dict[str, Any]) -> Table:
 
 
 def _judge_cell(judged: dict[str, Any] | None) -> str:
-    """The build's figures by the judge, and PyTorch's beside them."""
+    """The build's figures by the judge, and PyTorch's in brackets."""
     if judged is None:
         return "-"
-    return "\n".join(f"{name} {one['clip_mean']:.3f}, {one['recall_at_1']:.2f}" for name, one in judged.items())
+    build, pytorch = (
+        f"{judged[who]['clip_mean']:.3f} {judged[who]['recall_at_1']:.2f}" for who in ("build", "pytorch")
+    )
+    return f"{build}\n({pytorch})"
 
 
 def speed_table(found: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import openvino
+import openvino as ov
 import tokenizers
 
 HERE = Path(__file__).parent
@@ -26,9 +26,7 @@ ASKED = ask.parse_args()
 @functools.cache
 def model(graph):
     path = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph])
-    return openvino.Core().compile_model(
-        path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if ".bf16." in path else "f32"}
-    )
+    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if ".bf16." in path else "f32"})
 
 
 def noise(draw, shape):

@@ -65,6 +65,7 @@ def test_on_ray_only_the_deadly_rows_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_on_ray_a_stage_that_kills_its_workers_at_once_ends_the_run(tmp_path: Path) -> None:
     def suicide() -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -53,6 +53,7 @@ def test_kept_modules_keep_their_float_weights(student_bundles: Path, tmp_path: 
     assert nodes["node_conv2d_49"].input[1].endswith("opened")  # conv_out was not named
 
 
+@pytest.mark.long
 def test_a_scan_quantises_the_part_and_nothing_else(student_bundles: Path, tmp_path: Path) -> None:
     import onnx
 

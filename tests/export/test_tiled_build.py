@@ -54,6 +54,7 @@ def test_a_bundle_holds_proven_tiled_builds_beside_the_untiled(bundles, target, 
     assert open_bundle(bundles / target, "fp32-tiled", 1)[0].shape == (1, 16, 8, 8)
 
 
+@pytest.mark.long
 def test_a_plan_without_tiles_makes_no_second_build(tmp_path) -> None:
     chosen = recipe("ethos-u85-1024").model_copy(update={"targets": ["onnx"], "precisions": ["fp32"]})
     export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], chosen, tmp_path)
@@ -62,6 +63,7 @@ def test_a_plan_without_tiles_makes_no_second_build(tmp_path) -> None:
     assert facts["tiling"] == {"profile": "ethos-u85-1024", "blocks_tiled": 0}
 
 
+@pytest.mark.long
 def test_a_recipe_may_ask_the_compiler_and_its_word_is_kept_apart(tmp_path) -> None:
     asked = recipe(SMALL).model_copy(update={"tiling": TilingRecipe(profile=SMALL, compile=True)})
     with pytest.raises(EdgeFusionError, match=r"not an Arm NPU|\[npu\]"):

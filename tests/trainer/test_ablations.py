@@ -17,6 +17,7 @@ from trainer.reproduce.ablations import BASE, AblationsRecipe, ablate, rows_of, 
 from trainer.reproduce.cli import app
 from trainer.reproduce.tables import chosen
 
+pytestmark = pytest.mark.long
 WITH_PEFT = importlib.util.find_spec("peft") is not None
 
 

@@ -74,6 +74,7 @@ def test_a_stand_in_follows_from_the_draw_alone_whoever_asks(tmp_path) -> None:
     assert all(stream.skipped == whole.skipped for stream in workers) and len(whole.skipped) == len(BAD)
 
 
+@pytest.mark.long
 def test_a_training_skips_names_and_resumes_to_the_byte(tiny_models, tmp_path, monkeypatch) -> None:
     folder, settings = write(tmp_path / "data"), recipe(tiny_models)
     loop.train(settings, folder, tmp_path / "whole", seed=1)

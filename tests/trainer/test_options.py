@@ -80,6 +80,7 @@ def plain(tiny_models: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.long
 def test_an_option_trains_resumes_to_the_byte_and_draws(tiny_models, data, plain, tmp_path, monkeypatch, name) -> None:
     settings = recipe(tiny_models, OPTIONS[name])
     whole, broken = resumed_at_every_step(settings, data, tmp_path, monkeypatch)

@@ -86,6 +86,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_two_workers_then_one_then_two_train_as_one_does(tiny_models, data, tmp_path) -> None:
     phase = {"batch_images": BATCH, "learning_rate": 1e-3, "steps": STEPS, "checkpoint_s": 1e-9, "warmup_steps": 5}
     recipe = TrainerRecipe.model_validate(
