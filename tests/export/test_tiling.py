@@ -10,7 +10,7 @@ from cluster.errors import ParityError
 from export.blocks import attention_blocks
 from export.graph import Graph, _Unet, to_onnx
 from export.profile import load_profile
-from export.quantise import to_openvino
+from export.quantise_openvino import quantise_openvino
 from export.solve import solve
 from export.tiling import TiledAttnProcessor, check_tiles, compare_scores, tile_unet, wanted_scores
 
@@ -131,7 +131,7 @@ def test_a_planned_unet_keeps_its_answer_and_its_tiles_survive_conversion(lowere
 def test_tiles_survive_in_openvino(lowered) -> None:
     plan, _, _, folder, _ = lowered
     for name in ("plain", "tiled"):
-        to_openvino(folder / f"{name}.onnx", folder / f"{name}.xml")
+        quantise_openvino(folder / f"{name}.onnx", folder / f"{name}.xml", "fp32", [], [])
     check_tiles(folder / "tiled.xml", plan)
     with pytest.raises(ParityError, match="changed the tiles"):
         check_tiles(folder / "plain.xml", plan)
