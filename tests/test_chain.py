@@ -76,8 +76,6 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
         builds = json.loads((out / "export" / target / "bundle.json").read_text())["builds"]
         assert set(builds) == names
         assert min(builds["fp32"]["parity"]["graph_snr_db"].values()) > 60
-        if target == "openvino":  # in so small a model ONNX's quantisation nodes weigh more than its weights
-            assert builds["w8"]["bytes"]["unet"] < builds["fp32"]["bytes"]["unet"]
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "")
 

@@ -110,6 +110,7 @@ def test_a_sound_bundle_proves_itself(student_bundles: Path, target: str) -> Non
     assert found["ok"] and found["prompts"] == 3 and "own fp32 build for 1" in found["reference"]
     assert list(found["builds"]) == ["fp32", *{"onnx": ["w8a16", "w8"], "openvino": ["w8"]}[target]]
     exact, rough, *_ = found["builds"].values()
+    assert rough["bytes"]["unet"] < 0.5 * exact["bytes"]["unet"]
     assert min(exact["parity"]["graph_snr_db"].values()) > 60 and exact["parity"]["ssim_min"] > 0.99
     assert rough["parity"]["graph_snr_db"]["unet"] < exact["parity"]["graph_snr_db"]["unet"]
     for build in (exact, rough):
