@@ -6,7 +6,7 @@ A row is the paper's pipeline with something left out or added; the machinery of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cluster.storage import publish_bytes
-from factory.models import quiet, resolve
 from trainer.lora import require_peft
 from trainer.options import AdversarialRecipe, LoraRecipe
 from trainer.reproduce.paper import HIGHER_IS_BETTER
 from trainer.reproduce.recipe import TablesRecipe
-from trainer.reproduce.runs import RESULTS, measure_teacher, result_of, run_row
-from trainer.reproduce.tables import Tick, claim, run_facts
+from trainer.reproduce.runs import RESULTS, Tick, result_of, run_rows
+from trainer.reproduce.tables import claim, run_facts
 from trainer.reproduce.verdicts import Cells, cells_of
 
 ABLATIONS, PAGE = "ablations.json", "ablations.md"
@@ -104,22 +103,7 @@ def ablate(
     if any("lora" in row.changes for row in rows):
         require_peft()
     claim(recipe, out)
-    quiet()
-    for model in (recipe.teacher, recipe.judge):
-        resolve(model)
-    jobs = [(seed, row) for seed in range(recipe.seeds) for row in rows]
-    done = sum(result_of(out, row.name, seed).exists() for seed, row in jobs)
-
-    def say(name: str) -> Callable[[str], object]:
-        return lambda what: tick(f"{name}: {what}", done, len(jobs))
-
-    measure_teacher(recipe, out, say("teacher"))
-    for seed, row in jobs:
-        if not result_of(out, row.name, seed).exists():
-            run_row(recipe, row, seed, out, say(f"{row.name}, seed {seed}"))
-            done += 1
-            write_ablations(recipe, out)
-    tick("done", done, len(jobs))
+    run_rows(recipe, out, rows, lambda: write_ablations(recipe, out), tick)
     return write_ablations(recipe, out)
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from cluster.storage import publish_bytes, publish_folder, sweep_partials
+from factory.models import quiet, resolve
 from trainer.loop import open_pipeline, train
 from trainer.measure import draw, evaluate, prepare, read_questions
 from trainer.mix import Source
@@ -46,6 +47,9 @@ class Row(Protocol):
         ...
 
 
+Tick = Callable[[str, int, int], object]
+"""(what is being done, runs done, of how many) -> anything."""
+
 RESULTS = "results"
 SHOWN = 8
 """Pictures of each number of steps that are kept to look at."""
@@ -54,6 +58,26 @@ SHOWN = 8
 def result_of(out: Path, row: str, seed: int) -> Path:
     """Where the figures of a row with a seed lie once they are there."""
     return out / RESULTS / f"{_slug(row)}-seed{seed}.json"
+
+
+def run_rows(recipe: TablesRecipe, out: Path, rows: Sequence[Row], write: Callable[[], object], tick: Tick) -> None:
+    """The teacher, then every row that lacks its figures, seed by seed, so that a whole table is there early; `write` after each."""
+    quiet()
+    for model in (recipe.teacher, recipe.judge):
+        resolve(model)
+    jobs = [(seed, row) for seed in range(recipe.seeds) for row in rows]
+    done = sum(result_of(out, row.name, seed).exists() for seed, row in jobs)
+
+    def say(name: str) -> Say:
+        return lambda what: tick(f"{name}: {what}", done, len(jobs))
+
+    measure_teacher(recipe, out, say("teacher"))
+    for seed, row in jobs:
+        if not result_of(out, row.name, seed).exists():
+            run_row(recipe, row, seed, out, say(f"{row.name}, seed {seed}"))
+            done += 1
+            write()
+    tick("done", done, len(jobs))
 
 
 def run_row(recipe: TablesRecipe, row: Row, seed: int, out: Path, say: Say) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,18 +12,15 @@ from typing import Any, TypeVar
 from cluster.errors import LedgerConflict, RecipeError
 from cluster.machine import commit, machine_facts
 from cluster.storage import publish_bytes
-from factory.models import quiet, resolve
 from trainer.reproduce.data import FUNNEL
 from trainer.reproduce.page import write_page
 from trainer.reproduce.paper import DATA_SETS, ROWS, TableRow
 from trainer.reproduce.recipe import TablesRecipe
-from trainer.reproduce.runs import RESULTS, Row, measure_teacher, result_of, run_row
+from trainer.reproduce.runs import RESULTS, Row, Tick, run_rows
 from trainer.reproduce.verdicts import SETTLED, cells_of, verdicts
 
 PROTOCOL, TABLES, PAGE = "protocol.json", "tables.json", "reproduction.md"
 AnyRow = TypeVar("AnyRow", bound=Row)
-Tick = Callable[[str, int, int], object]
-"""(what is being done, runs done, of how many) -> anything."""
 
 
 def chosen_rows(patterns: Sequence[str]) -> list[TableRow]:
@@ -49,23 +46,7 @@ def reproduce(
     Seed by seed, so that a whole table is there early. Raises LedgerConflict for a folder of another protocol.
     """
     claim(recipe, out)
-    quiet()
-    for model in (recipe.teacher, recipe.judge):
-        resolve(model)
-    jobs = [(seed, row) for seed in range(recipe.seeds) for row in rows]
-    done = sum(result_of(out, row.name, seed).exists() for seed, row in jobs)
-
-    def say(name: str) -> Callable[[str], object]:
-        return lambda what: tick(f"{name}: {what}", done, len(jobs))
-
-    measure_teacher(recipe, out, say("teacher"))
-    for seed, row in jobs:
-        if result_of(out, row.name, seed).exists():
-            continue
-        run_row(recipe, row, seed, out, say(f"{row.name}, seed {seed}"))
-        done += 1
-        write_tables(recipe, out)
-    tick("done", done, len(jobs))
+    run_rows(recipe, out, rows, lambda: write_tables(recipe, out), tick)
     return write_tables(recipe, out)
 
 
