@@ -22,14 +22,9 @@ _BLOCK = 32
 
 
 def quantise_onnx(
-    source: Path,
-    target: Path,
-    precision: str,
-    calibration: Sequence[Inputs],
-    keep: Sequence[str],
-    only: Sequence[str] | None = None,
+    source: Path, target: Path, precision: str, calibration: Sequence[Inputs], keep: Sequence[str]
 ) -> None:
-    """Write `source` at `precision`; modules `keep` stay in float. With `only`, those layers are quantised and no others."""
+    """Write `source` at `precision`; modules `keep` stay in float."""
     if precision == "fp16":
         return _half(source, target)
     kept = kept_layers(source, keep)
@@ -37,7 +32,7 @@ def quantise_onnx(
         return _weights8(source, target, kept)
     if precision == "w4":
         return _weights4(source, target, kept)
-    return _integers(source, target, precision, calibration, kept, only)
+    return _integers(source, target, precision, calibration, kept)
 
 
 def _integers(
@@ -46,7 +41,6 @@ def _integers(
     precision: str,
     calibration: Sequence[Inputs],
     kept: list[str],
-    only: Sequence[str] | None,
 ) -> None:
     """QDQ with unsigned activations of 16 or 8 bits and int8 weights per channel, for convolutions and matrix products."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -69,7 +63,6 @@ def _integers(
             per_channel=True,
             activation_type={"w8a16": QuantType.QUInt16, "w8a8": QuantType.QUInt8}[precision],
             weight_type=QuantType.QInt8,
-            nodes_to_quantize=None if only is None else list(only),
             nodes_to_exclude=kept,
             extra_options={"WeightSymmetric": True},
         )
