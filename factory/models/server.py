@@ -132,8 +132,9 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
             failure = ValueError(f"its answer is no {what.replace('/', ' ').removesuffix('s')} ({error})")
         endpoint.mend()
         if endpoint.life == life:
-            time.sleep(wait_s * 2**attempt)
             attempt += 1
+            if attempt < _TRIES:
+                time.sleep(wait_s * 2 ** (attempt - 1))
     raise StageError(
         f"the model server did not answer: {failure}",
         where=endpoint.url,
