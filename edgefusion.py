@@ -16,7 +16,7 @@ from cluster.cli import app as cluster_app
 from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError, LedgerConflict, StageError
 from cluster.heartbeat import heartbeat
-from cluster.machine import NEEDED, commit, machine_facts, other_load, version_of, watch_memory
+from cluster.machine import NEEDED, commit, machine_facts, load_per_core, version_of, watch_memory
 from cluster.needs import RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
@@ -139,7 +139,7 @@ class Chain:
             for step in todo:
                 begin(step)
                 began = time.monotonic()
-                self.facts.setdefault("load", {})[step] = round(other_load(), 1)
+                self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
                 result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))

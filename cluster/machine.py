@@ -60,8 +60,8 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def other_load() -> float:
-    """Processes that wanted a core in the last minute, for each core there is: far above 1, times taken now are too long."""
+def load_per_core() -> float:
+    """Processes that wanted a core in the last minute, our own included, for each core there is: far above 1, times taken now are too long."""
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 

@@ -15,7 +15,7 @@ from cluster.runner import ClusterRecipe, start_ray
 def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, threads: int, use_gpu: bool) -> None:
     """Run `train` to its end; when a worker dies all begin again up to `max_failures` times. Raises StageError.
 
-    With `train_workers_min` they may then be fewer, so `train` must take any number of workers that divides its batches.
+    With `train_workers_min` they may then be fewer, so `train` must take any number of workers.
     """
     if recipe.runner == "in-process":
         train()
