@@ -16,7 +16,7 @@ from cluster.cli import app as cluster_app
 from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError, LedgerConflict, StageError
 from cluster.heartbeat import heartbeat
-from cluster.machine import NEEDED, commit, machine_facts, load_per_core, version_of, watch_memory
+from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.needs import RunView
 from cluster.progress import console, progress_bars
 from cluster.recipe import Settings, load_recipe, recipe_digest
