@@ -16,9 +16,9 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline
 
+from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError
 from cluster.recipe import load_recipe
-from edgefusion import Chain, Recipe
 from factory.pack import verify
 
 FRONT_DOOR = Path(__file__).parent.parent / "edgefusion.py"

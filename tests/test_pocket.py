@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chain import Chain, Recipe
 from cluster.recipe import load_recipe
-from edgefusion import Chain, Recipe
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket.yaml"
 

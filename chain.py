@@ -1,0 +1,297 @@
+"""One run of a recipe into a folder, from prompts to the report: the steps of all wings in order, each done or not by what it leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+from rich.progress import Progress
+
+from cluster.errors import LedgerConflict, StageError
+from cluster.heartbeat import heartbeat
+from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
+from cluster.progress import progress_bars
+from cluster.recipe import Settings, recipe_digest
+from cluster.runner import ClusterRecipe, make_runner, stop_ray
+from cluster.storage import publish_bytes, sweep_partials
+from export.recipe import ExportRecipe
+from factory.recipe import FactoryRecipe
+from trainer.progress import follow_training
+from trainer.recipe import TrainerRecipe
+
+RUN = "run.json"
+
+
+class Recipe(Settings):
+    """Everything a run depends on."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="short name in lower-case letters, digits and dashes"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the plan and of training")
+    cluster: ClusterRecipe = ClusterRecipe()
+    factory: FactoryRecipe
+    trainer: TrainerRecipe
+    export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.trainer.adapt.steps == 0 and self.trainer.distill.steps == 0:
+            raise ValueError("trainer.adapt.steps and trainer.distill.steps are both 0, so there is nothing to train")
+        distill, export = self.trainer.distill, self.export
+        if distill.steps and distill.phases and export.steps % distill.phases:
+            raise ValueError(
+                f"export.steps ({export.steps}) is no multiple of trainer.distill.phases ({distill.phases}), and the student learns to "
+                "step from edge to edge only; change one of the two"
+            )
+        if distill.steps and distill.guidance_input and export.guidance_scale is None:
+            raise ValueError(
+                "trainer.distill.guidance_input needs export.guidance_scale, which a build is fixed at; "
+                f"choose one from {distill.guidance_min + 1:g} to {distill.guidance_max + 1:g}"
+            )
+        return self
+
+
+class Chain:
+    """One run of a recipe into a folder. Each step knows by its output whether it is done, so a rerun goes on where it stopped."""
+
+    STEPS = ("plan", "make", "select", "train", "student", "samples", "export", "report")
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
+        self.facts = self._claim()
+
+    def run(self, until: str = "report") -> bool:
+        """Run what is missing up to step `until`; returns False if there was nothing to do."""
+        steps = self.STEPS[: self.STEPS.index(until) + 1]
+        todo = [step for step in steps if not self._is_done(step)]
+        if not todo:
+            return False
+        if "train" in steps:
+            self._refuse_late_decisions()
+        from factory.models import quiet, resolve
+        from factory.plan import resolve_models
+        from trainer.mix import sources_of
+
+        if "train" in todo:
+            # A data set that is not there is told now, not after hours of making.
+            sources_of(self.recipe.trainer, self.data, self.recipe.cluster.cache)
+        resolve_models(self.recipe.factory)
+        resolve(self.recipe.trainer.teacher)
+        resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
+        quiet()
+        self._save()
+        sweep_partials(self.out)
+        with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
+            for step in todo:
+                begin(step)
+                began = time.monotonic()
+                self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
+                result = getattr(self, f"_{step}")(bars)
+                self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
+                self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
+                self.facts |= result or {}
+                self._save()
+        return True
+
+    def _claim(self) -> dict[str, Any]:
+        """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
+
+        Nothing is written yet: a recipe whose models are not there must not take the folder.
+        """
+        path, digest = self.out / RUN, recipe_digest(self.recipe)
+        if path.exists():
+            try:
+                facts = json.loads(path.read_text())
+                same = facts["recipe_digest"] == digest
+            except (ValueError, KeyError):
+                raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
+            if not same:
+                raise LedgerConflict(
+                    f"the folder holds a run of another recipe: {_first_difference(facts['recipe'], self.recipe)}",
+                    where=str(self.out),
+                    remedy="Choose another --out folder, or go back to that recipe",
+                )
+            return facts
+        if self.out.is_dir() and any(self.out.iterdir()):
+            raise LedgerConflict(
+                "the folder is not empty and holds no run", where=str(self.out), remedy="Choose another --out folder"
+            )
+        facts = {
+            "recipe_digest": digest,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": {package: version_of(package) for package in NEEDED},
+            "commit": commit(),
+            "machine": machine_facts(),
+            "seconds": {},
+            "load": {},
+        }
+        return facts
+
+    def _save(self) -> None:
+        publish_bytes(self.out / RUN, (json.dumps(self.facts, indent=2) + "\n").encode())
+
+    def _is_done(self, step: str) -> bool:
+        if step == "select":
+            return "funnel" in self.facts and self._holds_decisions()
+        if step == "export":
+            return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
+        proof = {
+            "plan": self.data / "plan.parquet",
+            "make": self.data / "manifest.parquet",
+            "train": self.student,
+            "student": self.student,
+            "samples": self.out / "samples",
+            "report": self.out / "report.html",
+        }
+        return proof[step].exists()
+
+    def _holds_decisions(self) -> bool:
+        """The shards, and the counts noted of them, include everything that people decided so far."""
+        from factory.make import is_packed
+        from factory.pack import packed_decisions
+
+        return is_packed(self.data) and self.facts.get("decisions_sha256", "") == packed_decisions(self.data)
+
+    def _refuse_late_decisions(self) -> None:
+        """A student must not be trained on two data sets, nor a report show the counts of one it never saw."""
+        from factory.decisions import digest_decisions, read_decisions
+
+        if "funnel" not in self.facts or not (self.training.exists() or self.student.exists()):
+            return
+        if self.facts.get("decisions_sha256", "") != digest_decisions(read_decisions(self.data)):
+            raise LedgerConflict(
+                "people decided anew about the data set after training began",
+                where=str(self.out),
+                remedy="Delete training, student, samples, export and report.html there to train on the curated pictures, "
+                "or take the decisions back",
+            )
+
+    def _plan(self, bars: Progress) -> None:
+        from factory.plan import make_plan
+
+        plan = self.recipe.factory.plan
+        total = plan.prompts if plan.kind == "written" else plan.limit
+        what = "writing prompts" if plan.kind == "written" else "taking in pictures"
+        task = bars.add_task(f"plan: {what}", total=total)
+        make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
+
+    def _make(self, bars: Progress) -> None:
+        from factory.make import make
+        from factory.units import unit_sizes, units_left
+
+        each = self.recipe.factory.make.unit_images
+        sizes = unit_sizes(self.data, each)
+        left = sum(sizes[number] for number in units_left(self.data, each))
+        task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
+        runner = make_runner(self.recipe.cluster)
+        try:
+            make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))
+        finally:
+            runner.close()
+
+    def _select(self, bars: Progress) -> dict[str, Any]:
+        from factory.pack import packed_decisions
+        from factory.views import pack_all
+
+        task = bars.add_task("select and pack", total=1)
+        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name)
+        bars.advance(task)
+        if not funnel["kept"]:
+            why = ", ".join(f"{count} {reason}" for reason, count in funnel["reasons"].items())
+            raise StageError(
+                f"the data set is empty: of {funnel['planned']} planned samples none was kept ({why})",
+                where=str(self.data),
+                remedy="Look at what came in, or loosen factory.select in a run of its own (another --out)",
+            )
+        return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
+
+    def _train(self, bars: Progress) -> None:
+        from cluster.training import launch
+        from trainer.loop import train
+        from trainer.mix import sources_of
+
+        recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
+        data = sources_of(recipe, self.data, self.recipe.cluster.cache)
+        with follow_training(bars, self.recipe.trainer, folder):
+            try:
+                launch(
+                    lambda: train(recipe, data, folder, seed),
+                    self.recipe.cluster,
+                    folder,
+                    recipe.threads,
+                    self.recipe.cluster.trains_on_gpu(),
+                )
+            finally:
+                if self.recipe.cluster.runner == "ray":
+                    stop_ray()
+
+    def _student(self, bars: Progress) -> None:
+        from trainer.sample import save_student
+
+        task = bars.add_task("student folder", total=1)
+        save_student(self.recipe.trainer, self.training, self.student)
+        bars.advance(task)
+
+    def _samples(self, bars: Progress) -> None:
+        from trainer.evaluate import write_samples
+
+        task = bars.add_task("samples: teacher and student", total=1)
+        recipe = self.recipe
+        write_samples(
+            recipe.trainer.teacher,
+            self.student,
+            self._prompts(16),
+            recipe.trainer.grid_seed,
+            self._guidance(),
+            recipe.trainer.judge or recipe.factory.make.scorer,
+            recipe.trainer.threads,
+            self.out / "samples",
+        )
+        bars.advance(task)
+
+    def _export(self, bars: Progress) -> None:
+        from export.bundle import export_student
+
+        task = bars.add_task("export", total=None)
+        export_student(
+            self.student,
+            self._prompts(16),
+            self.recipe.export,
+            self.out / "export",
+            lambda what: bars.update(task, description=f"export: {what}"),
+        )
+        bars.update(task, description="export", total=1, completed=1)
+
+    def _report(self, bars: Progress) -> None:
+        from export.report import write_report
+
+        task = bars.add_task("report", total=1)
+        write_report(self.out, self.facts)
+        bars.advance(task)
+
+    def _guidance(self) -> float:
+        """The teacher's scale where it draws; where pictures came in, the one that the student learned."""
+        teacher = self.recipe.factory.make.teacher
+        return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
+
+    def _prompts(self, count: int) -> list[str]:
+        from factory.pack import read_manifest
+
+        return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
+
+
+def _first_difference(there: dict[str, Any], here: Recipe) -> str:
+    """The first key with another value, in words."""
+
+    def walk(one: Any, other: Any, key: str) -> str:
+        if isinstance(one, dict) and isinstance(other, dict):
+            pairs = ((name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]))
+            return next((walk(a, b, f"{key}.{name}" if key else name) for name, a, b in pairs if a != b), "")
+        return f"{key} is {json.dumps(one)} there and {json.dumps(other)} now"
+
+    return walk(there, here.model_dump(mode="json"), "")
