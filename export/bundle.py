@@ -36,7 +36,7 @@ from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_fac
 from export.tiling import check_tiles
 from factory.models.clip import Clip
 from trainer.guidance import fix_guidance, takes_guidance
-from trainer.loop import open_pipeline
+from trainer.models import open_pipeline
 from trainer.sample import contact_sheet
 
 _SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}

@@ -9,6 +9,7 @@ cannot be read comes another of its data set, chosen by the draw number and the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,10 @@ class MixedStream:
     def batch_rows(self, step: int, batch: int) -> list[int]:
         """Row numbers of the global batch at `step`."""
         return [self._row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
+
+    def first_prompts(self, count: int) -> list[str]:
+        """Of the first samples, as the manifests have them."""
+        return list(itertools.islice((row["prompt"] for part in self.parts for row in part.rows), count))
 
     def read(self, row: int) -> Example:
         part = self._part_of(row)
