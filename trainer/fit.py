@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,11 +20,9 @@ from torch import nn
 
 from cluster.errors import StageError
 from trainer.optimise import new_optimiser
-from trainer.options import Tracker
 from trainer.recipe import PhaseRecipe
 from trainer.shard import shard, whole
 from trainer.state import Average, Background, Best, Log, load_state, save_state, state_of
-from trainer.track import require_trackers
 from trainer.watch import LossWatch
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,8 +76,9 @@ def fit(
     """Train `model` and return its average, or the best one that `validation` saw if it says so; `folder` keeps `state.pt`,
     `metrics.jsonl`, what `validation` leaves and TensorBoard's event file.
 
-    With `sharded`, weights and the optimiser's state are cut up among the workers; what is returned is whole. A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
-    StageError for a batch that is too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
+    With `sharded`, weights and the optimiser's state are cut up among the workers; what is returned is whole. A state is saved only
+    after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises StageError for a batch that is
+    too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
     run = _Run(phase, settings, digest, model, folder, accelerator, partner, validation, sharded)
     try:
@@ -89,22 +87,6 @@ def fit(
         return run.result()
     finally:
         run.close()
-
-
-def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> Accelerator:
-    """This process's share of the training; raises StageError where workers would train on their own, unaware of each other."""
-    # Accelerate looks for other CPU workers only if told that this is about CPUs.
-    require_trackers(trackers)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(), log_with=list(trackers) or None
-    )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world:
-        raise StageError(
-            f"{world} workers were started and Accelerate sees {accelerator.num_processes}",
-            remedy="Set cluster.train_workers=1, or mend the distributed set-up (MASTER_ADDR, RANK, LOCAL_RANK)",
-        )
-    return accelerator
 
 
 class _Spike(Exception):
@@ -120,9 +102,9 @@ class _Run:
         model: nn.Module,
         folder: Path,
         accelerator: Accelerator,
-        partner: Partner | None,
-        validation: Validation | None,
-        sharded: bool,
+        partner: Partner | None = None,
+        validation: Validation | None = None,
+        sharded: bool = False,
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
         if batch < workers:

@@ -23,11 +23,12 @@ from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
+from trainer.ahead import ReadAhead
 from trainer.distill import Distillation, denoiser
 from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
-from trainer.fit import BEST, STATE, LossAt, Partner, fit, new_accelerator
+from trainer.fit import BEST, STATE, LossAt, Partner, fit
 from trainer.guidance import add_guidance_input
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
@@ -40,6 +41,7 @@ from trainer.shard import shard
 from trainer.state import Average
 from trainer.track import end_trackers, start_trackers
 from trainer.validate import Looks
+from trainer.workers import new_accelerator
 
 DATA = "data.json"
 """What a training draws from: data sets, shares, encodings, samples that could not be read."""
@@ -131,6 +133,8 @@ def _open_stream(
     def publish() -> None:
         if main:
             publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
+
+    stream.ahead, stream.decode_ahead = ReadAhead(recipe.loaders), not recipe.cache_latents
 
     accelerator.wait_for_everyone()  # all have read the old file before there is a new one
     publish()

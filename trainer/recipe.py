@@ -176,6 +176,11 @@ class TrainerRecipe(Settings):
     validation: ValidationRecipe | None = Field(
         default=None, description="pictures and scores on the way; none if left out"
     )
+    loaders: int = Field(
+        default=2,
+        ge=0,
+        description="threads of each worker that read and decode the next step's samples during this one; 0 reads them when they are wanted",
+    )
     cache_latents: bool = Field(
         default=False, description="keep encoded pictures and prompts in memory after first use"
     )
