@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -327,6 +328,7 @@ class _Run:
                 loss=round(loss, 6),
                 **self.notes,
                 images_per_s=round(rate, 2),
+                memory_gib=round(_memory_bytes() / 2**30, 2),
                 time_s=round(time.time(), 2),
             )
             values = {"loss": loss, **self.notes, "images_per_s": rate}
@@ -334,3 +336,8 @@ class _Run:
             self.accelerator.log(
                 {f"{self.phase}/{name}": v for name, v in values.items()} | {f"{self.phase}/step": self.step + 1}
             )
+
+
+def _memory_bytes() -> int:
+    """The most that was allocated on the GPU, or what this process holds where there is none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
