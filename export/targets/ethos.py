@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.blocks import Block
 from export.profile import Profile
 from export.targets.attention import Reach, Softmax, Weights, attend, attend_heads, mix, random_weights, weights_of
+from export.targets.litert_run import LiteRtModel
 from export.targets.tflite import INSTALL, Writer
 
 __all__ = ["Reach", "Weights", "attend", "estimate", "lower", "lower_head", "random_weights", "weights_of"]
@@ -100,18 +101,7 @@ def estimate(path: Path, profile: Profile) -> Estimate:
 
 def emulate(path: Path, *inputs: np.ndarray) -> np.ndarray:
     """Run a written file with LiteRT's kernels on the CPU, float inputs to float output. Proves the arithmetic, not the speed."""
-    try:
-        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise TargetUnavailable("ai-edge-litert is not installed", remedy=INSTALL) from None
-    runner = Interpreter(str(path), num_threads=1)
-    runner.allocate_tensors()
-    for detail, value in zip(runner.get_input_details(), inputs, strict=True):
-        codes = np.clip(np.round(value / detail["quantization"][0]), -32767, 32767)
-        runner.set_tensor(detail["index"], codes.astype(np.int16))
-    runner.invoke()
-    detail = runner.get_output_details()[0]  # the block's own: `lower` puts it first
-    return runner.get_tensor(detail["index"]) * np.float32(detail["quantization"][0])
+    return LiteRtModel(path)(*inputs)
 
 
 def _vela() -> str:
