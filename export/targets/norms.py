@@ -24,8 +24,8 @@ def group_norm(
     width = x.shape[-1]
     member = np.kron(np.eye(groups, dtype=np.float32), np.ones((1, width // groups), np.float32))  # G C
     average = member * (groups / width)
-    mean = ops.dense(ops.pool(x, f"{name}.mean"), average, f"{name}.mean")
-    centred = ops.binary("SUB", x, ops.dense(mean, member.T, f"{name}.mean"), f"{name}.centred")
+    mean = ops.dense(ops.pool(x, f"{name}.mean"), average, f"{name}.group_mean")
+    centred = ops.binary("SUB", x, ops.dense(mean, member.T, f"{name}.group_mean_wide"), f"{name}.centred")
     power = ops.pool(ops.binary("MUL", centred, centred, f"{name}.square"), f"{name}.power")
     peaks = np.maximum(ops.peaks(name, power, groups), 1e-8)
     scaled = ops.dense(power, average / peaks[:, None], 1.1, eps / peaks)

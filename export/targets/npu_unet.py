@@ -5,7 +5,7 @@ The host gives latent, text states and the time vectors (`HostTime`); everything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ def torch_inputs(host: HostTime, row: Inputs) -> Inputs:
     return device_inputs(time, host.widths, row["latent"], row["text"])
 
 
-def calibrate(unet: Any, rows: Iterable[Inputs], progress: Callable[[str], None] = lambda what: None) -> Calibration:
-    """Scales of every activation over `rows` of UNet inputs. Raises StageError for a UNet that is not lowered.
+def calibrate(
+    unet: Any, rows: Iterable[Inputs], keep: Sequence[str] = (), progress: Callable[[str], None] = lambda what: None
+) -> Calibration:
+    """Scales of every activation over `rows` of UNet inputs; `keep` as for `write_unet`. Raises StageError for a UNet that is not lowered.
 
     Twice over them: the peaks of the groups' variances must be known before what is scaled by them can be measured.
     """
@@ -49,28 +51,36 @@ def calibrate(unet: Any, rows: Iterable[Inputs], progress: Callable[[str], None]
         found.reaches.clear()
         for i, row in enumerate(rows):
             progress(f"calibrating the NPU's unet: {turn * len(rows) + i + 1} of {2 * len(rows)}")
-            meter_unet(unet, host, row, found)
+            meter_unet(unet, host, row, found, keep)
     return found
 
 
 def meter_unet(
-    unet: Any, host: HostTime, row: Inputs, found: Calibration, keep: bool = False
+    unet: Any, host: HostTime, row: Inputs, found: Calibration, keep: Sequence[str] = (), values: bool = False
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The prediction 1 C H W as the operators give it in float32, and with `keep` every named value."""
-    meter = Meter(torch_inputs(host, row), found, keep)
+    """The prediction 1 C H W as the operators give it in float32, and with `values` every named one."""
+    meter = Meter(torch_inputs(host, row), found, values)
     with torch.inference_mode():
         # One head at a time: the same values, and no more memory than one head's scores.
-        said = Lowering(meter, unet, _one_head(unet)).run(row["latent"].shape[-1], row["text"].shape[1])
+        said = Lowering(meter, unet, _one_head(unet), keep=keep).run(row["latent"].shape[-1], row["text"].shape[1])
     return said.value.permute(0, 3, 1, 2).numpy(), meter.values or {}
 
 
 def write_unet(
-    unet: Any, side: int, tokens: int, found: Calibration, path: Path, cuts: Cuts, softmax: Softmax = "parts", release: bool = True
+    unet: Any,
+    side: int,
+    tokens: int,
+    found: Calibration,
+    path: Path,
+    cuts: Cuts,
+    softmax: Softmax = "parts",
+    release: bool = True,
+    keep: Sequence[str] = (),
 ) -> None:
-    """Write the file. Its first output is the prediction 1 H W C. Raises TargetUnavailable without ai-edge-litert."""
+    """Write the file; convolutions of the modules `keep` get weights of 16 bits. Its first output is the prediction 1 H W C. Raises TargetUnavailable without ai-edge-litert."""
     check_unet(unet)
     writer = Writer(found)
-    work = Lowering(writer, unet, cuts, softmax, release)
+    work = Lowering(writer, unet, cuts, softmax, release, keep)
     prediction = work.run(side, tokens)
     writer.save([prediction, *work.released], path)
 

@@ -121,3 +121,14 @@ class Ops(ABC):
     def arrange(self, x: Tensor, between: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
         """x reshaped to `between`, its axes put in `order`, reshaped to `shape`."""
         return self.reshape(self.transpose(self.reshape(x, between), order), shape)
+
+
+def int8_scale(weight: np.ndarray) -> np.ndarray:
+    """The scale of each of the first axis of float weights as int8."""
+    return np.maximum(np.abs(weight).reshape(len(weight), -1).max(axis=1), 1e-9) / 127
+
+
+def as_int8(weight: np.ndarray) -> np.ndarray:
+    """What float weights become in int8, in float again."""
+    scale = int8_scale(weight).reshape(-1, *[1] * (weight.ndim - 1))
+    return (np.round(weight / scale) * scale).astype(np.float32)

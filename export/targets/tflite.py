@@ -14,7 +14,7 @@ import numpy as np
 
 from cluster.errors import TargetUnavailable
 from cluster.storage import publish_bytes
-from export.targets.ops import FULL, UNIT, Calibration, Ops, Reach, Tensor
+from export.targets.ops import FULL, UNIT, Calibration, Ops, Reach, Tensor, int8_scale
 
 INSTALL = 'pip install "edgefusion[npu]"'
 
@@ -181,8 +181,7 @@ class Writer(Ops):
 
     def _weights(self, x: Tensor, weight: np.ndarray, bias: np.ndarray | None) -> list[int]:
         """int8 codes with a scale for each of the first axis, and the int64 bias in the scale of the sums."""
-        largest = np.maximum(np.abs(weight).reshape(len(weight), -1).max(axis=1), 1e-9)
-        scale = largest / 127
+        scale = int8_scale(weight)
         codes = np.round(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int8)
         found = [self._raw(codes.shape, self._s.TensorType.INT8, codes, scale)]
         if bias is not None:

@@ -15,9 +15,10 @@ from torch import nn
 
 from cluster.errors import StageError
 from export.blocks import Block
+from export.layers import lies_in
 from export.targets.attention import Reach, Softmax, Weights, attend_heads
 from export.targets.norms import geglu, group_norm, layer_norm, silu
-from export.targets.ops import Ops, Tensor
+from export.targets.ops import Ops, Tensor, as_int8
 
 Cuts = Mapping[str, tuple[int, int]]
 """Attention block to heads at once and query tiles."""
@@ -84,10 +85,24 @@ _BLOCKS = {
 class Lowering:
     """Walks a UNet once and adds its operators to `ops`."""
 
-    def __init__(self, ops: Ops, unet: Any, cuts: Cuts, softmax: Softmax = "parts", release: bool = True) -> None:
-        """`release`: give the head groups of tiled blocks to the outside as outputs, see `attention`."""
+    def __init__(
+        self,
+        ops: Ops,
+        unet: Any,
+        cuts: Cuts,
+        softmax: Softmax = "parts",
+        release: bool = True,
+        keep: Sequence[str] = (),
+    ) -> None:
+        """Convolutions of the modules `keep` get 16-bit weights, as two of 8 bits.
+
+        `release`: what waits while a tiled block runs (results of its heads, residuals, skips) becomes an output as well: outputs live
+        in DRAM, whereas in an NPU's memory they would leave the tiles no room.
+        """
         self.ops, self.unet, self.cuts, self.softmax, self.release = ops, unet, cuts, softmax, release
+        self.keep = keep
         self.released: list[Tensor] = []
+        self.waiting: list[Tensor] = []
         self.names = {module: name for name, module in unet.named_modules()}
 
     def run(self, side: int, tokens: int) -> Tensor:
@@ -100,7 +115,7 @@ class Lowering:
             for name, resnet in time_resnets(unet)
         }
         x = self._conv(unet.conv_in, latent)
-        skips = [x]
+        self.waiting = skips = [x]
         for block in unet.down_blocks:
             for resnet, attention in _pairs(block):
                 x = self._attend(attention, self._resnet(resnet, x))
@@ -141,8 +156,10 @@ class Lowering:
         normal = group_norm(ops, f"{name}.norm", x, norm.num_groups, norm.eps, np.ones(shape[-1], np.float32), None)
         weight, bias = _folded(transformer.proj_in, norm)
         h = ops.dense(ops.reshape(normal, [1, shape[1] * shape[2], shape[3]]), weight, f"{name}.proj_in", bias)
+        self.waiting.append(x)
         for block in transformer.transformer_blocks:
             h = self._block(block, h)
+        self.waiting.pop()
         weight, bias = _matrix(transformer.proj_out)
         h = ops.dense(h, weight, f"{name}.proj_out", bias)
         return ops.binary("ADD", ops.reshape(h, shape), x, f"{name}.sum")
@@ -153,7 +170,9 @@ class Lowering:
             if attention is None:
                 continue
             normal = layer_norm(ops, self.names[norm], h, norm.eps)
+            self.waiting.append(h)
             said = self._attention(attention, norm, normal, normal if attention is block.attn1 else self.text)
+            self.waiting.pop()
             h = ops.binary("ADD", h, said, f"{self.names[attention]}.sum")
         normal = layer_norm(ops, self.names[block.norm3], h, block.norm3.eps)
         weight, bias = _folded(block.ff.net[0].proj, block.norm3)
@@ -179,9 +198,13 @@ class Lowering:
         said, groups = attend_heads(
             self.ops, hidden, context, weights, attention.heads, group, tiles, reach, self.softmax
         )
-        if self.release and tiles > 1 and len(groups) > 1:
-            self.released += groups
+        if self.release and tiles > 1:
+            self._release(*groups, *self.waiting)
         return said
+
+    def _release(self, *tensors: Tensor) -> None:
+        known = {tensor.index for tensor in self.released}
+        self.released += [tensor for tensor in tensors if tensor.index not in known]
 
     def _group_norm(self, norm: Any, x: Tensor) -> Tensor:
         return group_norm(
@@ -189,8 +212,14 @@ class Lowering:
         )
 
     def _conv(self, conv: Any, x: Tensor) -> Tensor:
-        bias = None if conv.bias is None else _array(conv.bias)
-        return self.ops.conv(x, _array(conv.weight), self.names[conv], bias, conv.stride[0])
+        ops, name, weight = self.ops, self.names[conv], _array(conv.weight)
+        bias = np.zeros(len(weight), np.float32) if conv.bias is None else _array(conv.bias)
+        if not any(lies_in(name, part) for part in self.keep):
+            return ops.conv(x, weight, name, bias, conv.stride[0])
+        coarse = as_int8(weight)
+        most = ops.conv(x, coarse, f"{name}.coarse", bias, conv.stride[0])
+        rest = ops.conv(x, weight - coarse, f"{name}.rest", np.zeros(len(weight), np.float32), conv.stride[0])
+        return ops.binary("ADD", most, rest, name)
 
     def _join(self, x: Tensor, skip: Tensor) -> Tensor:
         reach = max(x.reach, skip.reach)
