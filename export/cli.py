@@ -22,6 +22,9 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
         "build", "UNet MiB", "UNet SNR dB", "pictures PSNR dB", "UNet ms", "picture ms", title=facts["runtime"]
     )
     for name, build in facts["builds"].items():
+        if build.get("not_run"):
+            table.add_row(name, f"{build['bytes']['unet'] / 2**20:.1f}", f"not run here: {build['not_run']}")
+            continue
         proof, ms = build["parity"], build["measured_ms"] or build["emulated_ms"]
         table.add_row(
             name if build["measured_ms"] else f"{name} (ms emulated)",
