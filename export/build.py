@@ -75,6 +75,7 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
             "emulated_ms": None,
             "not_run": target.not_here(),
             "fallback": {graph: target.fallback(place / file) for graph, file in names.items()},
+            "compiler_estimated": {graph: target.estimate(place / file) for graph, file in names.items()},
         }
         if facts["not_run"]:
             continue
@@ -103,10 +104,10 @@ def _lower(
     for graph in work.graphs:
         origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
         precision = precisions[graph.name]
-        name = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix}"
+        name = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
         names[graph.name] = name
         if not (place / name).exists():
-            source = Source(graph, work.sources / origin, work.calibration[graph.name], work.keep)
+            source = Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
             target.lower(source, precision, place / name)
     return names
 

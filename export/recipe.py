@@ -10,7 +10,7 @@ from cluster.recipe import Settings
 from export.layers import HIGH_PRECISION
 from factory.recipe import OpenClipScorer
 
-Target = Literal["onnx", "openvino", "qnn", "executorch", "coreml", "cuda", "tensorrt"]
+Target = Literal["onnx", "openvino", "qnn", "executorch", "coreml", "cuda", "tensorrt", "litert", "ethos", "exynos"]
 Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"]
 Named = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16", "mixed"]
 
@@ -22,8 +22,14 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "coreml": ("fp32", "fp16", "w8", "w4"),
     "cuda": ("fp32", "fp16", "w8"),
     "tensorrt": ("fp32", "fp16"),
+    "litert": ("fp32", "fp16", "w8a16"),
+    "ethos": ("fp32", "fp16", "w8a16"),
+    "exynos": ("fp32", "fp16", "w8a16"),
 }
 """What each target can store and run."""
+
+UNETS: dict[str, tuple[str, ...]] = {"litert": ("w8a16",), "ethos": ("w8a16",), "exynos": ("w8a16",)}
+"""What targets can make of the UNet where that is less."""
 
 
 class MixRecipe(Settings):
@@ -82,7 +88,8 @@ class ExportRecipe(Settings):
     targets: list[Target] = Field(
         default=["onnx", "openvino"],
         description="`onnx` (ONNX Runtime's CPU, browsers), `openvino`, `qnn` (Qualcomm HTP), "
-        "`executorch` (XNNPACK), `coreml` (Apple), `cuda` and `tensorrt` (NVIDIA, through ONNX Runtime). Those beyond the first two need extras",
+        "`executorch` (XNNPACK), `coreml` (Apple), `cuda` and `tensorrt` (NVIDIA, through ONNX Runtime), "
+        "`litert` (Android's runtime: an integer UNet), `ethos` (Arm's NPU, judged by its compiler), `exynos` (Samsung's, not compiled here). Those beyond the first two need extras",
     )
     precisions: list[Named | MixRecipe] = Field(
         default=["fp32", "w8a16", "w8"],
@@ -125,7 +132,7 @@ class ExportRecipe(Settings):
         for target in self.targets:
             if not self.builds(target):
                 raise ValueError(
-                    f"export.precisions has no build that {target} can run: it knows {', '.join(PRECISIONS[target])}"
+                    f"export.precisions has no build that {target} can run: it knows {', '.join(UNETS.get(target, PRECISIONS[target]))}"
                 )
         return self
 
@@ -134,7 +141,12 @@ class ExportRecipe(Settings):
         mixes = [entry if isinstance(entry, MixRecipe) else _mix(entry) for entry in self.precisions]
         if target is None:
             return mixes
-        return [mix for mix in mixes if set(mix.graphs().values()) <= set(PRECISIONS[target])]
+        return [
+            mix
+            for mix in mixes
+            if set(mix.graphs().values()) <= set(PRECISIONS[target])
+            and mix.unet in UNETS.get(target, PRECISIONS[target])
+        ]
 
 
 def _mix(name: Named) -> MixRecipe:

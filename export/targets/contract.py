@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError, TargetUnavailable
 if TYPE_CHECKING:
     from export.graph import Graph
     from export.runtime import Call
+    from export.solve import Plan
 
 GRAPHS = ("text_encoder", "unet", "vae_decoder")
 
@@ -26,12 +27,13 @@ GRAPHS = ("text_encoder", "unet", "vae_decoder")
 @dataclass(frozen=True)
 class Source:
     """What a target is given of one graph: the module (as PyTorch has it), the float32 ONNX file made of it, rows of inputs that
-    calibrate, and modules that stay in float where the graph is quantised."""
+    calibrate, modules that stay in float where the graph is quantised, and the recipe's plan of tiles."""
 
     graph: Graph
     onnx: Path
     calibration: Sequence[dict[str, np.ndarray]]
     keep: Sequence[str]
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class EdgeTarget:
         """Write one graph at `precision` to `path`. Raises StageError for a graph that the target's compiler refuses."""
         raise NotImplementedError
 
+    def suffix_of(self, graph: str) -> str:
+        """How the file of a graph ends."""
+        return self.suffix
+
     def files(self, path: Path) -> list[Path]:
         """All that belongs to a lowered graph."""
         return [path]
@@ -79,6 +85,10 @@ class EdgeTarget:
     def fallback(self, path: Path) -> dict[str, Any] | None:
         """Which operators of a lowered graph stay off the target's accelerator: `accelerated` (count), `not_accelerated` (kind to
         count), `said_by`. None where there is no accelerator that could refuse any."""
+        return None
+
+    def estimate(self, path: Path) -> dict[str, Any] | None:
+        """What the vendor's offline compiler says of a lowered graph's costs, with `said_by`; never a device's figures."""
         return None
 
     def runtime(self) -> str:

@@ -6,6 +6,7 @@ What is lowered is written in `attention`, in terms of `Ops`; here it is put int
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -27,12 +28,17 @@ __all__ = ["Reach", "Weights", "attend", "estimate", "lower", "lower_head", "ran
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the compiler says of one file; `cpu_operators` are those that it would not put on the NPU."""
+    """What the compiler says of one file; `cpu_operators` are those that it would not put on the NPU.
+
+    `npu_cycles` count the NPU's own work, without what it waits for memory; `latency_s` has both.
+    """
 
     dram_bytes: int
     latency_s: float
     npu_cycles: int
     cpu_operators: int
+    npu_operators: int
+    sram_bytes: int
 
 
 def lower(
@@ -67,8 +73,10 @@ def lower_head(
     writer.save([mix(writer, query, key, value, query_tiles, 8.0, 4.0, softmax)], path)
 
 
-def estimate(path: Path, profile: Profile) -> Estimate:
+def estimate(path: Path, profile: Profile, compiled: Path | None = None) -> Estimate:
     """What Vela says of a TFLite file on the profile's chip, with the profile's SRAM dedicated to the NPU.
+
+    `compiled`: where to put the file that it makes for the NPU.
 
     Raises TargetUnavailable without Vela, EdgeFusionError for a profile of another vendor or a file that it does not compile.
     """
@@ -93,9 +101,19 @@ def estimate(path: Path, profile: Profile) -> Estimate:
             raise EdgeFusionError(f"Vela does not compile it: {reason[0]}", where=str(path))
         with summaries[0].open(newline="") as file:
             row = next(csv.DictReader(file))
-    on_cpu = sum(" CPU " in line for line in done.stdout.splitlines())
+        if compiled is not None:
+            shutil.copyfile(next(Path(folder).glob("*_vela.tflite")), compiled)
+    counts = {kind: re.search(rf"{kind} operators = (\d+)", done.stdout) for kind in ("CPU", "NPU")}
+    if None in counts.values():
+        raise EdgeFusionError("Vela's report does not count operators", where=str(path), remedy=INSTALL)
+    on_cpu, on_npu = (int(found[1]) for found in counts.values() if found)
     return Estimate(
-        round(float(row["dram_total_bytes"])), float(row["inference_time"]), int(float(row["cycles_npu"])), on_cpu
+        round(float(row["dram_total_bytes"])),
+        float(row["inference_time"]),
+        int(float(row["cycles_npu"])),
+        on_cpu,
+        on_npu,
+        round(float(row["sram_memory_used"]) * 1024),
     )
 
 

@@ -31,6 +31,11 @@ class LiteRtModel:
         """Of the inputs, in the file's order."""
         return [detail["name"] for detail in self._inputs]
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the inputs' last axes."""
+        return [int(detail["shape"][-1]) for detail in self._inputs]
+
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
         """The first output for inputs in the file's order; values beyond a scale saturate."""
         for detail, value in zip(self._inputs, inputs, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.graph import Graph, to_onnx
 from export.targets.attention import Softmax
 from export.targets.meter import Meter
 from export.targets.ops import Calibration
@@ -83,6 +84,12 @@ def write_unet(
     work = Lowering(writer, unet, cuts, softmax, release, keep)
     prediction = work.run(side, tokens)
     writer.save([prediction, *work.released], path)
+
+
+def write_host(unet: Any, inputs: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the host's part as ONNX in float32: timestep and text (where the UNet pools it) to the time vectors 1 E."""
+    example = {name: inputs[name] for name in ("timestep", "text")}
+    to_onnx(Graph("unet_host", HostTime(unet).eval(), example, "time"), path)
 
 
 def _one_head(unet: Any) -> Cuts:

@@ -14,6 +14,9 @@ MODULES = {
     "qnn": "qnn",
     "executorch": "executorch_xnnpack",
     "coreml": "coreml",
+    "litert": "litert",
+    "ethos": "ethos_unet",
+    "exynos": "exynos",
 }
 """Target to the module of this package that holds it in `TARGETS`."""
 
