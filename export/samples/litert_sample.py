@@ -20,25 +20,11 @@ for name, default in (("--seed", 0), ("--build", next(iter(FACTS["builds"]))), (
     ask.add_argument(name, default=default, type=type(default))
 ASKED = ask.parse_args()
 FILES = {graph: HERE / name for graph, name in FACTS["builds"][ASKED.build]["graphs"].items()}
-UNET = Interpreter(str(FILES["unet"]))
-UNET.allocate_tensors()
 
 
 def run(path, **inputs):
-    model = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model = onnxruntime.InferenceSession(str(path))
     return model.run(None, {one.name: inputs[one.name] for one in model.get_inputs()})[0]
-
-
-def unet(latent, t, text):
-    """int16 in and out; the time vectors, which hang on the step alone, are the host's."""
-    time, inputs = run(FILES["unet"].with_suffix(".host.onnx"), timestep=t, text=text), UNET.get_input_details()
-    parts = np.split(time[0], np.cumsum([one["shape"][-1] for one in inputs[2:]])[:-1])
-    for one, value in zip(inputs, [latent.transpose(0, 2, 3, 1), text, *parts], strict=True):
-        codes = np.clip(np.round(value.reshape(one["shape"]) / one["quantization"][0]), -32767, 32767)
-        UNET.set_tensor(one["index"], codes.astype(np.int16))
-    UNET.invoke()
-    out = UNET.get_output_details()[0]
-    return (UNET.get_tensor(out["index"]) * np.float32(out["quantization"][0])).transpose(0, 3, 1, 2)
 
 
 def noise(draw, shape):
@@ -57,12 +43,20 @@ words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.j
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
 text = run(FILES["text_encoder"], input_ids=np.array([words.encode(ASKED.prompt).ids]))
-x = noise(0, FACTS["latent_shape"])
+unet, x = Interpreter(str(FILES["unet"])), noise(0, FACTS["latent_shape"])
+unet.allocate_tensors()
+fed, said = unet.get_input_details(), unet.get_output_details()[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
-    y = unet(x, np.array([row["t"]], np.float32), text)
+    # The time vectors, which hang on the step, are the host's; in the file everything is int16.
+    time = run(FILES["unet"].with_suffix(".host.onnx"), timestep=np.array([row["t"]], np.float32), text=text)
+    parts = np.split(time[0], np.cumsum([one["shape"][-1] for one in fed[2:]])[:-1])
+    for one, v in zip(fed, [x.transpose(0, 2, 3, 1), text, *parts], strict=True):
+        codes = np.round(v.reshape(one["shape"]) / one["quantization"][0]).clip(-32767, 32767)
+        unet.set_tensor(one["index"], codes.astype(np.int16))
+    unet.invoke()
+    y = (unet.get_tensor(said["index"]) * said["quantization"][0]).transpose(0, 3, 1, 2)
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
-    if "next_alpha" in row:
-        x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
+    x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape) if "next_alpha" in row else x
 rgb = (run(FILES["vae_decoder"], latent=x.astype(np.float32))[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
 Image.fromarray(rgb).save(ASKED.out)

@@ -20,9 +20,15 @@ _PROGRAM = (
 """E9965 (Exynos 2600) is the one chip that ai-edge-litert 2.3's plugin for Samsung knows."""
 
 
+NEEDS = (
+    "ai-edge-litert, and Samsung's SDK as the Python module ai_edge_litert_sdk_samsung, from Samsung: it is not on PyPI"
+)
+"""What the command needs; its plugin asks for that module."""
+
+
 def vendor_command(name: str) -> str:
-    """The line that compiles a file for the chip, where Samsung's SDK is installed."""
-    return f'pip install ai-edge-litert ai-edge-litert-sdk-samsung && python -c "{_PROGRAM.format(name=name)}"'
+    """The line that compiles a file for the chip."""
+    return f'python -c "{_PROGRAM.format(name=name)}"'
 
 
 class Exynos(LiteRt):
@@ -35,6 +41,7 @@ class Exynos(LiteRt):
             facts = {
                 "status": "not compiled here",
                 "compile": vendor_command(path.name),
+                "needs": NEEDS,
                 "operators": operators(path),
             }
             publish_bytes(coverage_path(path), (json.dumps(facts, indent=2) + "\n").encode())

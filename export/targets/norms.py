@@ -28,7 +28,7 @@ def group_norm(
     centred = ops.binary("SUB", x, ops.dense(mean, member.T, f"{name}.group_mean_wide"), f"{name}.centred")
     power = ops.pool(ops.binary("MUL", centred, centred, f"{name}.square"), f"{name}.power")
     peaks = np.maximum(ops.peaks(name, power, groups), 1e-8)
-    scaled = ops.dense(power, average / peaks[:, None], 1.1, eps / peaks)
+    scaled = ops.dense(power, average / peaks[:, None], 2.0, eps / peaks)
     root = ops.table("RSQRT", scaled, f"{name}.root")
     spread = member.T * gain[:, None] / np.sqrt(peaks)
     normal = ops.binary("MUL", centred, ops.dense(root, spread, f"{name}.gain"), f"{name}.normal")

@@ -96,7 +96,7 @@ class Lowering:
     ) -> None:
         """Convolutions of the modules `keep` get 16-bit weights, as two of 8 bits.
 
-        `release`: what waits while a tiled block runs (results of its heads, residuals, skips) becomes an output as well: outputs live
+        `release`: what waits while a tiled block runs (results of its heads, skips) becomes an output as well: outputs live
         in DRAM, whereas in an NPU's memory they would leave the tiles no room.
         """
         self.ops, self.unet, self.cuts, self.softmax, self.release = ops, unet, cuts, softmax, release
@@ -156,10 +156,8 @@ class Lowering:
         normal = group_norm(ops, f"{name}.norm", x, norm.num_groups, norm.eps, np.ones(shape[-1], np.float32), None)
         weight, bias = _folded(transformer.proj_in, norm)
         h = ops.dense(ops.reshape(normal, [1, shape[1] * shape[2], shape[3]]), weight, f"{name}.proj_in", bias)
-        self.waiting.append(x)
         for block in transformer.transformer_blocks:
             h = self._block(block, h)
-        self.waiting.pop()
         weight, bias = _matrix(transformer.proj_out)
         h = ops.dense(h, weight, f"{name}.proj_out", bias)
         return ops.binary("ADD", ops.reshape(h, shape), x, f"{name}.sum")
@@ -170,9 +168,7 @@ class Lowering:
             if attention is None:
                 continue
             normal = layer_norm(ops, self.names[norm], h, norm.eps)
-            self.waiting.append(h)
             said = self._attention(attention, norm, normal, normal if attention is block.attn1 else self.text)
-            self.waiting.pop()
             h = ops.binary("ADD", h, said, f"{self.names[attention]}.sum")
         normal = layer_norm(ops, self.names[block.norm3], h, block.norm3.eps)
         weight, bias = _folded(block.ff.net[0].proj, block.norm3)

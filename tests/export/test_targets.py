@@ -27,7 +27,7 @@ def test_every_target_of_a_recipe_has_one_contract() -> None:
         target = find_target(name)
         assert target.name == name and target.suffix.startswith(".")
         assert len((samples / f"{target.sample or name}_sample.py").read_text().splitlines()) < 60
-        assert ExportRecipe(targets=[name], precisions=["fp32"]).builds(name)
+        assert ExportRecipe(targets=[name], precisions=["fp32", "w8a16"]).builds(name)
 
 
 def test_a_missing_package_is_told_with_the_line_that_installs_it() -> None:
