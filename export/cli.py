@@ -213,6 +213,24 @@ def plan(
 
 
 @app.command()
+def npu(
+    model: Annotated[
+        str, typer.Argument(help="a model folder, zoo:NAME, a UNet's config.json, or bk-sdm-tiny, sd15, ...")
+    ],
+    profile: Annotated[str, typer.Option(help="an ethos-u85 profile, or a YAML file")] = "ethos-u85-1024",
+    size_px: Annotated[int | None, typer.Option(help="side of the picture in pixels; default: the model's own")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the files and npu.json")] = Path("npu"),
+    cut: Annotated[list[str] | None, typer.Option(help="untiled or tiled (repeatable); default: both")] = None,
+) -> None:
+    """A whole UNet as W8A16 TFLite and what Arm's compiler says of it: operators left to the CPU, DRAM traffic, latency (the npu extra)."""
+    from export.npu_report import CUTS, judge_unet, unet_table
+
+    found = judge_unet(model, profile, out, size_px, tuple(cut or CUTS), lambda what: typer.echo(what, err=True))
+    Console().print(unet_table(found))
+    typer.echo(f"wrote {out / 'npu.json'}")
+
+
+@app.command()
 def profiles() -> None:
     """The NPU profiles that plan and the recipe's export.tiling know."""
     from export.profile import load_profile, profile_names

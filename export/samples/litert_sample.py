@@ -1,6 +1,5 @@
 """Draws a picture with this bundle. Needs only: pip install numpy ai-edge-litert onnxruntime tokenizers pillow
-Then: python sample.py "a red apple" --seed 0 --out apple.png [--build w8a16]
-"""
+Then: python sample.py "a red apple" --seed 0 --out apple.png [--build w8a16]"""
 
 import argparse
 import json
@@ -28,7 +27,6 @@ def run(path, **inputs):
 
 
 def noise(draw, shape):
-    """bundle.json's generator: Philox4x32-10, then Box-Muller."""
     a, b, c, d = np.zeros((4, np.prod(shape)), np.uint64)
     a, c, low = a + np.uint64(draw), np.arange(a.size, dtype=np.uint64), 0xFFFFFFFF
     for i in range(10):
@@ -47,7 +45,6 @@ unet, x = Interpreter(str(FILES["unet"])), noise(0, FACTS["latent_shape"])
 unet.allocate_tensors()
 fed, said = unet.get_input_details(), unet.get_output_details()[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
-    # The time vectors, which hang on the step, are the host's; in the file everything is int16.
     time = run(FILES["unet"].with_suffix(".host.onnx"), timestep=np.array([row["t"]], np.float32), text=text)
     parts = np.split(time[0], np.cumsum([one["shape"][-1] for one in fed[2:]])[:-1])
     for one, v in zip(fed, [x.transpose(0, 2, 3, 1), text, *parts], strict=True):

@@ -56,6 +56,20 @@ def calibrate(
     return found
 
 
+def usual_calibration(unet: Any) -> Calibration:
+    """Scales to compile with where nothing was calibrated: a compiler's costs do not depend on them."""
+
+    class Usual(dict[str, Any]):
+        def __init__(self, value: Any) -> None:
+            super().__init__()
+            self.value = value
+
+        def __missing__(self, name: str) -> Any:
+            return self.value
+
+    return Calibration(Usual(4.0), Usual(np.ones(unet.config.norm_num_groups, np.float32)))
+
+
 def meter_unet(
     unet: Any, host: HostTime, row: Inputs, found: Calibration, keep: Sequence[str] = (), values: bool = False
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
