@@ -6,40 +6,29 @@ A build that misses a gate is not called built: the folder keeps no bundle.json 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.errors import CorruptShard, EdgeFusionError, ParityError
-from cluster.storage import digest_file, publish_folder
+from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.storage import publish_folder
 from export import parity
-from export.card import CARD, provenance, write_card
-from export.clip_gate import scores
-from export.graph import Graph, graphs_of, to_onnx
-from export.noise import GENERATOR
+from export.build import Work, arrays_of, build_target
+from export.graph import graphs_of, to_onnx
 from export.profile import load_profile
-from export.proof import BUNDLE, broken_files, write_reference, write_sample, write_sums
-from export.quantise import quantise_onnx
-from export.quantise_openvino import quantise_openvino
+from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
-from export.runtime import GRAPHS, OPENERS, Build, scheduler_constants, times_kind
+from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
-from export.solve import Plan
 from export.targets.judge import compile_plan
-from export.tiled_build import SOURCE, TILED, lower_tiled, plan_unet, tiling_facts
-from export.tiling import check_tiles
-from factory.models.clip import Clip
+from export.targets.registry import find_target
+from export.tiled_build import lower_tiled, plan_unet
 from trainer.guidance import fix_guidance, takes_guidance
 from trainer.models import open_pipeline
-from trainer.sample import contact_sheet
-
-_SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 
 Progress = Callable[[str], None]
 
@@ -51,6 +40,8 @@ def export_student(
     todo: list[Target] = [target for target in recipe.targets if not (folder / target / BUNDLE).exists()]
     if not todo:
         return
+    for name in todo:
+        find_target(name).require()
     import torch
 
     torch.set_num_threads(recipe.threads)
@@ -80,30 +71,27 @@ def export_student(
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)
     keep = keep_of(recipe, sources, calibration, reference, tokens[: recipe.calibration_prompts], progress)
-    torch_ms = parity.latency_ms(reference, judged[0], _arrays(graphs), recipe.latency_runs)
-    for target in todo:
-        progress(f"building {target}")
-        publish_folder(
-            folder / target,
-            lambda place, target=target: _build_target(
-                target,
-                place,
-                sources,
-                pipeline,
-                graphs,
-                reference,
-                calibration,
-                judged,
-                lines[recipe.calibration_prompts :],
-                wanted,
-                torch_ms,
-                recipe,
-                plan,
-                compiled,
-                keep,
-                student,
-            ),
-        )
+    torch_ms = parity.latency_ms(reference, judged[0], arrays_of(graphs), recipe.latency_runs)
+    work = Work(
+        pipeline=pipeline,
+        graphs=graphs,
+        sources=sources,
+        reference=reference,
+        calibration=calibration,
+        tokens=judged,
+        prompts=lines[recipe.calibration_prompts :],
+        wanted=wanted,
+        torch_ms=torch_ms,
+        recipe=recipe,
+        plan=plan,
+        compiled=compiled,
+        keep=keep,
+        student=student,
+    )
+    for name in todo:
+        progress(f"building {name}")
+        target = find_target(name)
+        publish_folder(folder / name, lambda place, target=target: build_target(target, place, work))
     shutil.rmtree(sources)
 
 
@@ -142,7 +130,7 @@ def open_bundle(folder: Path, precision: str, threads: int = 2) -> tuple[Build, 
         )
     if broken := broken_files(folder):
         raise CorruptShard("; ".join(broken), where=str(folder), remedy="Export again")
-    calls = OPENERS[facts["target"]](folder, facts["builds"][precision]["graphs"], threads)
+    calls = find_target(facts["target"]).open(folder, facts["builds"][precision]["graphs"], threads)
     return Build(calls, facts["scheduler"], facts["latent_shape"]), facts
 
 
@@ -177,138 +165,6 @@ def _calibrate(reference: Build, tokens: Sequence[np.ndarray]) -> dict[str, list
         found["text_encoder"].append({"input_ids": row})
         found["vae_decoder"].append({"latent": reference.denoise(row, 1000 + i, found["unet"].append)})
     return found
-
-
-def _build_target(
-    target: Target,
-    place: Path,
-    sources: Path,
-    pipeline: Any,
-    graphs: Sequence[Graph],
-    reference: Build,
-    calibration: dict[str, list[dict[str, np.ndarray]]],
-    judged: Sequence[np.ndarray],
-    prompts: Sequence[str],
-    wanted: Sequence[np.ndarray],
-    torch_ms: dict[str, float],
-    recipe: ExportRecipe,
-    plan: Plan | None,
-    compiled: dict[str, Any] | None,
-    keep: Sequence[str],
-    student: Path,
-) -> None:
-    """Fill `place` with the builds of one target, prove each, and write bundle.json last."""
-    builds: dict[str, Any] = {}
-    sheet = [list(wanted)]
-    # A plan that leaves every block untiled would only repeat the untiled builds.
-    variants = [""] if plan is None or not plan.tiled else ["", TILED]
-    clip = None if recipe.gates.judge is None else Clip(recipe.gates.judge)
-    for mix, variant in [(mix, variant) for mix in recipe.builds(target) for variant in variants]:
-        precision, precisions = mix.name, mix.graphs()
-        names = _lower(target, precisions, place, sources, calibration, keep, variant)
-        if plan is not None and variant == TILED:
-            check_tiles(place / names["unet"], plan)
-        build = Build(OPENERS[target](place, names, recipe.threads), reference.scheduler, reference.shape)
-        pictures = [build.picture(row, i) for i, row in enumerate(judged)]
-        proof = {
-            "graph_snr_db": parity.graph_parity(reference.calls, build.calls, _arrays(graphs)),
-            **parity.picture_parity(wanted, pictures),
-        }
-        if clip is not None:
-            proof["judge"] = {"pytorch": scores(clip, prompts, wanted), "build": scores(clip, prompts, pictures)}
-        missed = parity.failures(precisions, proof, pictures, recipe.gates)
-        if missed:
-            raise ParityError(
-                f"the {precision}{variant} build is too far from full precision: {'; '.join(missed)}",
-                where=f"{target}",
-                remedy="Loosen export.gates or leave the precision out of export.precisions",
-            )
-        builds[precision + variant] = {
-            "graphs": names,
-            "precisions": precisions,
-            "bytes": {graph: _size(place / name) for graph, name in names.items()},
-            "parity": proof,
-            "measured_ms": None,
-            "emulated_ms": None,
-        }
-        ms = parity.latency_ms(build, judged[0], _arrays(graphs), recipe.latency_runs)
-        builds[precision + variant][f"{times_kind(target, precisions)}_ms"] = ms
-        if plan is not None and variant == TILED:
-            kind = f"{times_kind(target, precisions)}_ms"
-            tiled_ms, untiled_ms = (builds[name][kind]["unet"] for name in (precision + TILED, precision))
-            builds[precision + TILED]["tiling"] = tiling_facts(plan, tiled_ms, untiled_ms, compiled)
-        sheet.append(pictures)
-    from PIL import Image
-
-    Image.fromarray(contact_sheet(sheet)).save(place / "parity.png")
-    pipeline.tokenizer.save_pretrained(place / "tokenizer")
-    write_reference(place, reference.calls, _arrays(graphs), judged, wanted)
-    write_sample(place, target)
-    facts = {
-        "target": target,
-        "runtime": f"{'onnxruntime' if target == 'onnx' else 'openvino'} {metadata.version('onnxruntime' if target == 'onnx' else 'openvino')}",
-        "measured_on": f"{platform.machine()} CPU, {recipe.threads} threads",
-        "steps": recipe.steps,
-        "latent_shape": list(reference.shape),
-        "scheduler": reference.scheduler,
-        "noise": GENERATOR,
-        "tokenizer": {"length": pipeline.tokenizer.model_max_length, "pad": pipeline.tokenizer.pad_token_id},
-        "prompts": list(prompts),
-        "student": provenance(student, recipe.sources),
-        "keep": list(keep),
-        "gates": recipe.gates.model_dump(),
-        "pytorch_fp32_ms": torch_ms,
-        "tiling": None if plan is None else {"profile": plan.profile, "blocks_tiled": len(plan.tiled)},
-        "builds": builds,
-        "files": {
-            str(f.relative_to(place)): digest_file(f)
-            for f in sorted(place.rglob("*"))
-            if f.is_file() and f.name != BUNDLE
-        },
-    }
-    write_card(place, facts)
-    facts["files"][CARD] = digest_file(place / CARD)
-    (place / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n")
-    write_sums(place)
-
-
-def _lower(
-    target: Target,
-    precisions: dict[str, str],
-    place: Path,
-    sources: Path,
-    calibration: dict[str, list[dict[str, np.ndarray]]],
-    keep: Sequence[str],
-    variant: str = "",
-) -> dict[str, str]:
-    """Write the files of one build, those that are not there yet; returns graph to file name."""
-    origins = {graph: f"{graph}.onnx" for graph in GRAPHS}
-    if variant == TILED:
-        origins["unet"] = SOURCE
-    names: dict[str, str] = {}
-    for graph, origin in origins.items():
-        precision = precisions[graph]
-        names[graph] = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{_SUFFIX[target]}"
-        if (place / names[graph]).exists():
-            continue
-        rows, source, path = calibration[graph], sources / origin, place / names[graph]
-        if target == "openvino":
-            quantise_openvino(source, path, precision, rows, keep)
-        elif precision == "fp32":
-            shutil.copyfile(source, path)
-        else:
-            quantise_onnx(source, path, precision, rows, keep)
-    return names
-
-
-def _size(path: Path) -> int:
-    """Bytes of a graph, an OpenVINO weights file included."""
-    weights = path.with_suffix(".bin")
-    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
-
-
-def _arrays(graphs: Sequence[Graph]) -> dict[str, dict[str, np.ndarray]]:
-    return {graph.name: {name: tensor.numpy() for name, tensor in graph.inputs.items()} for graph in graphs}
 
 
 def _tokenize(pipeline: Any, prompts: Sequence[str]) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from export.recipe import SourceRecipe
 from export.runtime import GRAPHS
+from export.targets.registry import find_target
 from factory.models import ZOO
 
 CARD = "README.md"
@@ -45,7 +46,7 @@ def write_card(place: Path, facts: dict[str, Any]) -> None:
 def _text(facts: dict[str, Any]) -> str:
     side = facts["latent_shape"][-1]
     first = next(iter(facts["builds"]))
-    library = "onnxruntime" if facts["target"] == "onnx" else facts["target"]
+    library = find_target(facts["target"]).library
     parts = [
         f"# {facts['student']['name']} for {facts['target']}",
         "",
@@ -86,6 +87,9 @@ def _text(facts: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, build in facts["builds"].items():
+        if build["not_run"]:
+            parts.append(f"| {name} | not run on the machine that built it: {build['not_run']} | | | | | |")
+            continue
         proof, judged = build["parity"], build["parity"].get("judge")
         kind = "measured" if build["measured_ms"] else "emulated"
         parts.append(
@@ -93,7 +97,8 @@ def _text(facts: dict[str, Any]) -> str:
             + (f"{judged['build']['clip_mean']}, {judged['build']['recall_at_1']}" if judged else "not asked")
             + f" | {build[f'{kind}_ms']['picture']} | {kind} |"
         )
-    judged = next((b["parity"]["judge"]["pytorch"] for b in facts["builds"].values() if "judge" in b["parity"]), None)
+    proofs = [build["parity"] for build in facts["builds"].values() if build["parity"]]
+    judged = next((proof["judge"]["pytorch"] for proof in proofs if "judge" in proof), None)
     if judged:
         judge = facts["gates"]["judge"]["model"]
         parts += [

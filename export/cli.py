@@ -22,6 +22,9 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
         "build", "UNet MiB", "UNet SNR dB", "pictures PSNR dB", "UNet ms", "picture ms", title=facts["runtime"]
     )
     for name, build in facts["builds"].items():
+        if build.get("not_run"):
+            table.add_row(name, f"{build['bytes']['unet'] / 2**20:.1f}", f"not run here: {build['not_run']}")
+            continue
         proof, ms = build["parity"], build["measured_ms"] or build["emulated_ms"]
         table.add_row(
             name if build["measured_ms"] else f"{name} (ms emulated)",
@@ -207,6 +210,24 @@ def plan(
     if out is not None:
         for path in write_plan(found, chip, model, out, compiled):
             typer.echo(f"wrote {path}")
+
+
+@app.command()
+def npu(
+    model: Annotated[
+        str, typer.Argument(help="a model folder, zoo:NAME, a UNet's config.json, or bk-sdm-tiny, sd15, ...")
+    ],
+    profile: Annotated[str, typer.Option(help="an ethos-u85 profile, or a YAML file")] = "ethos-u85-1024",
+    size_px: Annotated[int | None, typer.Option(help="side of the picture in pixels; default: the model's own")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the files and npu.json")] = Path("npu"),
+    cut: Annotated[list[str] | None, typer.Option(help="untiled or tiled (repeatable); default: both")] = None,
+) -> None:
+    """A whole UNet as W8A16 TFLite and what Arm's compiler says of it: operators left to the CPU, DRAM traffic, latency (the npu extra)."""
+    from export.npu_report import CUTS, judge_unet, unet_table
+
+    found = judge_unet(model, profile, out, size_px, tuple(cut or CUTS), lambda what: typer.echo(what, err=True))
+    Console().print(unet_table(found))
+    typer.echo(f"wrote {out / 'npu.json'}")
 
 
 @app.command()

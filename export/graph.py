@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cluster.errors import StageError
+from export.exact import with_small_upsampling, without_einsum
 
 
 class _TextEncoder(nn.Module):
@@ -30,7 +31,7 @@ class _Unet(nn.Module):
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = without_einsum(unet)
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return self.unet(latent, timestep, text, return_dict=False)[0]
@@ -41,7 +42,8 @@ class _Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.decoder, self.post, self.scale = vae.decoder, vae.post_quant_conv, vae.config.scaling_factor
+        self.decoder, self.scale = with_small_upsampling(vae.decoder), vae.config.scaling_factor
+        self.post = getattr(vae, "post_quant_conv", None)  # AutoencoderTiny has none
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         latent = latent / self.scale
@@ -78,8 +80,13 @@ def graphs_of(pipeline: Any) -> list[Graph]:
             {"latent": latent, "timestep": torch.tensor([999.0]), "text": text},
             "prediction",
         ),
-        Graph("vae_decoder", _Decoder(pipeline.vae).eval(), {"latent": latent}, "picture"),
+        decoder_graph(pipeline.vae, latent),
     ]
+
+
+def decoder_graph(vae: Any, latent: torch.Tensor) -> Graph:
+    """The graph of a diffusers autoencoder's decoder (AutoencoderKL, AutoencoderTiny) for latents of that shape."""
+    return Graph("vae_decoder", _Decoder(vae).eval(), {"latent": latent}, "picture")
 
 
 def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:

@@ -35,15 +35,9 @@ def quantise_onnx(
     return _integers(source, target, precision, calibration, kept)
 
 
-def _integers(
-    source: Path,
-    target: Path,
-    precision: str,
-    calibration: Sequence[Inputs],
-    kept: list[str],
-) -> None:
-    """QDQ with unsigned activations of 16 or 8 bits and int8 weights per channel, for convolutions and matrix products."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+def reader(calibration: Sequence[Inputs]) -> Any:
+    """Rows of inputs as ONNX Runtime's quantiser reads them."""
+    from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -52,12 +46,25 @@ def _integers(
         def get_next(self) -> Inputs | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             return next(self.rows, None)
 
+    return Reader()
+
+
+def _integers(
+    source: Path,
+    target: Path,
+    precision: str,
+    calibration: Sequence[Inputs],
+    kept: list[str],
+) -> None:
+    """QDQ with unsigned activations of 16 or 8 bits and int8 weights per channel, for convolutions and matrix products."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
     logging.disable(logging.WARNING)
     try:
         quantize_static(
             str(source),
             str(target),
-            Reader(),
+            reader(calibration),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(LAYERS),
             per_channel=True,

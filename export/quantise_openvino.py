@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def quantise_openvino(
 ) -> None:
     """Write the ONNX file `source` as OpenVINO IR at `precision`; modules `keep` stay in float.
 
-    fp16 and bf16 store float16 weights; the arithmetic is what the runtime is asked for (`export.runtime`).
+    fp16 and bf16 store float16 weights, w8bf16 and w8a8bf16 all that is not int8; the arithmetic is what the runtime is asked for
+    (`export.runtime`).
     """
     import openvino
 
@@ -30,11 +32,12 @@ def quantise_openvino(
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    model = openvino.Core().read_model(str(source))
+    whole = precision.removesuffix("bf16")
+    model = openvino.Core().read_model(str(source)) if whole == precision else _halved(source)
     # OpenVINO calls the layer of an ONNX node as the node, or, where it split a bias off, NAME/WithoutBiases.
     patterns = [rf"^{re.escape(name)}(/WithoutBiases)?$" for name in kept_layers(source, keep)]
     ignored = nncf.IgnoredScope(patterns=patterns, validate=False)
-    if precision == "w8a8":
+    if whole == "w8a8":
         done = _quiet(
             nncf.quantize,
             model,
@@ -44,7 +47,7 @@ def quantise_openvino(
             preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=ignored,
         )
-    elif precision == "w8":
+    elif whole == "w8":
         done = _quiet(nncf.compress_weights, model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
     else:
         from nncf.quantization.advanced_parameters import AdvancedCompressionParameters, GroupSizeFallbackMode
@@ -59,6 +62,17 @@ def quantise_openvino(
             advanced_parameters=AdvancedCompressionParameters(group_size_fallback_mode=GroupSizeFallbackMode.IGNORE),
         )
     openvino.save_model(done, str(target), compress_to_fp16=False)
+
+
+def _halved(source: Path) -> Any:
+    """The model with float16 weights. OpenVINO stores float32 in a model that holds int8 weights, whatever it is asked for, so this comes first."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "half.xml"
+        openvino.save_model(openvino.convert_model(str(source)), str(path), compress_to_fp16=True)
+        # Read from bytes: a model read from a file keeps the file open, and this one goes away.
+        return openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 def _quiet(work: Any, *args: Any, **options: Any) -> Any:

@@ -10,15 +10,26 @@ from cluster.recipe import Settings
 from export.layers import HIGH_PRECISION
 from factory.recipe import OpenClipScorer
 
-Target = Literal["onnx", "openvino"]
-Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4"]
-Named = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "mixed"]
+Target = Literal["onnx", "openvino", "qnn", "executorch", "coreml", "cuda", "tensorrt", "litert", "ethos", "exynos"]
+Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"]
+Named = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16", "mixed"]
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "w8a16", "w8a8", "w8", "w4"),
-    "openvino": ("fp32", "fp16", "bf16", "w8a8", "w8", "w4"),
+    "openvino": ("fp32", "fp16", "bf16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"),
+    "qnn": ("fp32", "fp16", "w8a16", "w8a8"),
+    "executorch": ("fp32", "w8a8"),
+    "coreml": ("fp32", "fp16", "w8", "w4"),
+    "cuda": ("fp32", "fp16", "w8"),
+    "tensorrt": ("fp32", "fp16"),
+    "litert": ("fp32", "fp16", "w8a16"),
+    "ethos": ("fp32", "fp16", "w8a16"),
+    "exynos": ("fp32", "fp16", "w8a16"),
 }
 """What each target can store and run."""
+
+UNETS: dict[str, tuple[str, ...]] = {"litert": ("w8a16",), "ethos": ("w8a16",), "exynos": ("w8a16",)}
+"""What targets can make of the UNet where that is less."""
 
 
 class MixRecipe(Settings):
@@ -74,11 +85,16 @@ class TilingRecipe(Settings):
 class ExportRecipe(Settings):
     """student -> builds."""
 
-    targets: list[Target] = Field(default=["onnx", "openvino"], description="`onnx` (ONNX Runtime) and `openvino`")
+    targets: list[Target] = Field(
+        default=["onnx", "openvino"],
+        description="`onnx` (ONNX Runtime's CPU, browsers), `openvino`, `qnn` (Qualcomm HTP), "
+        "`executorch` (XNNPACK), `coreml` (Apple), `cuda` and `tensorrt` (NVIDIA, through ONNX Runtime), "
+        "`litert` (Android's runtime: an integer UNet), `ethos` (Arm's NPU, judged by its compiler), `exynos` (Samsung's, not compiled here). Those beyond the first two need extras",
+    )
     precisions: list[Named | MixRecipe] = Field(
         default=["fp32", "w8a16", "w8"],
         description="builds. fp32, fp16, bf16 (openvino): all three graphs. w8a16 (onnx), w8a8: a UNet of int8 weights and 16- or "
-        "8-bit integer activations; w8, w4: int8 or 4-bit weights, float activations; the rest fp32. mixed: the paper's, w8a16 "
+        "8-bit integer activations; w8, w4: int8 or 4-bit weights, float activations; the rest fp32. w8bf16, w8a8bf16 (openvino): so, with all other arithmetic in bf16. mixed: the paper's, w8a16 "
         "between an fp16 text encoder and decoder. Or {name, text_encoder, unet, vae_decoder}. A target leaves out what it cannot run",
     )
     keep: list[str] | Literal["auto"] = Field(
@@ -116,7 +132,7 @@ class ExportRecipe(Settings):
         for target in self.targets:
             if not self.builds(target):
                 raise ValueError(
-                    f"export.precisions has no build that {target} can run: it knows {', '.join(PRECISIONS[target])}"
+                    f"export.precisions has no build that {target} can run: it knows {', '.join(UNETS.get(target, PRECISIONS[target]))}"
                 )
         return self
 
@@ -125,7 +141,12 @@ class ExportRecipe(Settings):
         mixes = [entry if isinstance(entry, MixRecipe) else _mix(entry) for entry in self.precisions]
         if target is None:
             return mixes
-        return [mix for mix in mixes if set(mix.graphs().values()) <= set(PRECISIONS[target])]
+        return [
+            mix
+            for mix in mixes
+            if set(mix.graphs().values()) <= set(PRECISIONS[target])
+            and mix.unet in UNETS.get(target, PRECISIONS[target])
+        ]
 
 
 def _mix(name: Named) -> MixRecipe:
@@ -134,4 +155,6 @@ def _mix(name: Named) -> MixRecipe:
         return MixRecipe(name=name, text_encoder="fp16", unet="w8a16", vae_decoder="fp16")
     if name in ("fp16", "bf16"):
         return MixRecipe(name=name, text_encoder=name, unet=name, vae_decoder=name)
+    if name in ("w8bf16", "w8a8bf16"):
+        return MixRecipe(name=name, text_encoder="bf16", unet=name, vae_decoder="bf16")
     return MixRecipe(name=name, unet=name)

@@ -6,18 +6,16 @@ The scheduler is a short table of constants in `bundle.json`, so a device needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.errors import ParityError, TargetUnavailable
+from cluster.errors import ParityError
 from export.noise import noise
+from export.targets.contract import GRAPHS
 
-GRAPHS = ("text_encoder", "unet", "vae_decoder")
+__all__ = ["GRAPHS", "Build", "Call", "scheduler_constants"]
 
-_EMULATED = {"onnx": ("fp16", "w8a16")}
-"""Where the CPU plays another arithmetic (16-bit integers, halves between casts): pictures are true, times say nothing of a chip."""
 
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Named inputs to the graph's one output."""
@@ -54,11 +52,6 @@ def _root(value: Any) -> float:
     return float(value) ** 0.5
 
 
-def times_kind(target: str, precisions: dict[str, str]) -> str:
-    """`measured` or `emulated`: what the times of a build on this CPU are."""
-    return "emulated" if set(precisions.values()) & set(_EMULATED.get(target, ())) else "measured"
-
-
 class Build:
     """An opened build: three callables and the scheduler's table."""
 
@@ -93,49 +86,3 @@ class Build:
                 "the build drew a picture that is not a number", remedy="Keep more of it in full precision"
             )
         return (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
-
-
-def open_onnx(folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-    """ONNX Runtime sessions on the CPU for the files `names` maps the graphs to."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    sessions = {
-        graph: onnxruntime.InferenceSession(str(folder / names[graph]), options, providers=["CPUExecutionProvider"])
-        for graph in GRAPHS
-    }
-
-    def call(session: Any) -> Call:
-        return lambda inputs: session.run(None, inputs)[0]
-
-    return {graph: call(session) for graph, session in sessions.items()}
-
-
-def open_openvino(folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-    """OpenVINO compiled models on the CPU: float32 arithmetic whatever the machine would prefer, but for graphs of bf16.
-
-    Raises TargetUnavailable for bf16 on a CPU without it.
-    """
-    import openvino
-
-    core = openvino.Core()
-
-    def opened(name: str) -> Any:
-        hint = "bf16" if ".bf16." in name else "f32"
-        if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise TargetUnavailable(
-                "this CPU has no bfloat16 arithmetic", where=name, remedy="Leave bf16 out of export.precisions here"
-            )
-        config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
-        return core.compile_model(str(folder / name), "CPU", config)
-
-    compiled = {graph: opened(names[graph]) for graph in GRAPHS}
-
-    def call(model: Any) -> Call:
-        return lambda inputs: np.array(model(inputs)[0])
-
-    return {graph: call(model) for graph, model in compiled.items()}
-
-
-OPENERS = {"onnx": open_onnx, "openvino": open_openvino}

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from export.bundle import read_bundle
 from export.clip_gate import scores
 from export.proof import SUMS, broken_files, read_reference, reference_inputs
 from export.recipe import GateRecipe
-from export.runtime import GRAPHS, OPENERS, Build, times_kind
+from export.runtime import GRAPHS, Build
+from export.targets.contract import check_open
+from export.targets.registry import find_target
 from export.words import tokenize
 from factory.models.clip import Clip
 
@@ -69,15 +70,11 @@ def verify_bundle(
         raise EdgeFusionError(
             f"there is no {missing[0]} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
         )
-    target = found["target"] = facts["target"]
-    if target not in OPENERS:
-        raise EdgeFusionError(
-            f"no {target} bundle runs on this machine", where=str(folder), remedy=f"Verified here: {', '.join(OPENERS)}"
-        )
-    library = "onnxruntime" if target == "onnx" else target
-    found["measured_on"] = (
-        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {library} {metadata.version(library)}"
-    )
+    found["target"] = facts["target"]
+    target = find_target(facts["target"])
+    target.require()
+    check_open(target, folder)
+    found["measured_on"] = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {target.runtime()}"
     found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)
@@ -144,7 +141,7 @@ def _busy() -> str:
 
 
 def _open(folder: Path, facts: dict[str, Any], name: str, threads: int) -> Build:
-    calls = OPENERS[facts["target"]](folder, facts["builds"][name]["graphs"], threads)
+    calls = find_target(facts["target"]).open(folder, facts["builds"][name]["graphs"], threads)
     return Build(calls, facts["scheduler"], facts["latent_shape"])
 
 
@@ -184,7 +181,7 @@ def _verify_build(
         }
     missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]))
     progress(f"{name}: latency")
-    told[f"{times_kind(facts['target'], precisions)}_ms"] = parity.latency_spread_ms(
+    told[f"{find_target(facts['target']).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
         build, judged.tokens[0], inputs, runs
     )
     told["cold"] = _cold_start(folder, name, threads)

@@ -25,8 +25,8 @@ ASKED = ask.parse_args()
 
 @functools.cache
 def model(graph):
-    path = HERE / FACTS["builds"][ASKED.build]["graphs"][graph]
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    kind = {"cuda": "CUDA", "tensorrt": "Tensorrt"}.get(FACTS["target"], "CPU") + "ExecutionProvider"
+    return onnxruntime.InferenceSession(str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph]), providers=[kind])
 
 
 def noise(draw, shape):

@@ -26,7 +26,7 @@ ASKED = ask.parse_args()
 @functools.cache
 def model(graph):
     path = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph])
-    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if ".bf16." in path else "f32"})
+    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if "bf16." in path else "f32"})
 
 
 def noise(draw, shape):

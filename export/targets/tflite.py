@@ -14,11 +14,13 @@ import numpy as np
 
 from cluster.errors import TargetUnavailable
 from cluster.storage import publish_bytes
+from export.targets.ops import FULL, UNIT, Calibration, Ops, Reach, Tensor, int8_scale
 
 INSTALL = 'pip install "edgefusion[npu]"'
 
-_FULL = 32767
-"""Largest int16 that is used on both sides of zero."""
+_MARGIN = 2.0
+"""How far beyond what a calibration saw the codes of a named tensor reach. Other prompts go further, and saturation does more harm
+than the bit that this costs of sixteen."""
 
 
 def schema() -> Any:
@@ -30,18 +32,11 @@ def schema() -> Any:
     return schema_py_generated
 
 
-class Tensor:
-    """A tensor of the file being written: its place, its shape and the largest value that its int16 codes reach."""
+class Writer(Ops):
+    """One graph being written. `found`: what a calibration found for names that stand for a reach."""
 
-    def __init__(self, index: int, shape: Sequence[int], reach: float) -> None:
-        self.index, self.shape, self.reach = index, tuple(shape), reach
-
-
-class Writer:
-    """One graph; operators run in the order in which they are added."""
-
-    def __init__(self) -> None:
-        self._s = schema()
+    def __init__(self, found: Calibration | None = None) -> None:
+        self._s, self._found = schema(), found or Calibration()
         self._model = self._s.ModelT()
         self._model.version, self._model.description = 3, b"edgefusion"
         self._model.buffers, self._model.operatorCodes = [self._s.BufferT()], []
@@ -50,47 +45,50 @@ class Writer:
         self._model.subgraphs = [self._graph]
         self._codes: dict[tuple[str, int], int] = {}
 
-    def input(self, shape: Sequence[int], reach: float) -> Tensor:
-        """An int16 input with values in [-reach, reach]."""
-        tensor = self._tensor(shape, reach)
+    def input(self, shape: Sequence[int], reach: Reach, name: str = "") -> Tensor:
+        tensor = self._tensor(shape, reach, name=name)
         self._graph.inputs.append(tensor.index)
         return tensor
 
     def constant(self, value: float, like: Tensor) -> Tensor:
-        """A scalar with the scale of `like`, to be broadcast."""
-        code = np.array([round(value / like.reach * _FULL)], np.int16)
+        code = np.array([round(value / like.reach * FULL)], np.int16)
         return self._tensor([1] * len(like.shape), like.reach, code)
 
-    def dense(self, x: Tensor, weight: np.ndarray, reach: float, bias: np.ndarray | None = None) -> Tensor:
-        """x 1 T D times float weight E D, plus bias E: 1 T E."""
-        largest = np.maximum(np.abs(weight).max(axis=1), 1e-9)
-        scale = largest / 127
-        codes = np.round(weight / scale[:, None]).astype(np.int8)
-        w = self._raw(codes.shape, self._s.TensorType.INT8, codes, scale)
-        inputs = [x.index, w]
-        if bias is not None:
-            scales = scale * x.reach / _FULL
-            sums = np.round(bias / scales).astype(np.int64)
-            inputs.append(self._raw(sums.shape, self._s.TensorType.INT64, sums, scales))
+    def vector(self, values: np.ndarray) -> Tensor:
+        reach = max(float(np.abs(values).max()), 1e-9)
+        codes = np.round(values / reach * FULL).astype(np.int16)
+        return self._tensor([1, 1, 1, len(values)], reach, codes)
+
+    def dense(self, x: Tensor, weight: np.ndarray, reach: Reach, bias: np.ndarray | None = None) -> Tensor:
         options = self._s.FullyConnectedOptionsT()
         options.keepNumDims = True
+        inputs = [x.index, *self._weights(x, weight, bias)]
         return self._add("FULLY_CONNECTED", 7, inputs, [*x.shape[:-1], len(weight)], reach, options)
 
-    def matmul(self, a: Tensor, b: Tensor, reach: float, transpose_b: bool = False) -> Tensor:
-        """Batched product of activations: B T D by B D S, or by B S D if `transpose_b`."""
+    def conv(self, x: Tensor, weight: np.ndarray, reach: Reach, bias: np.ndarray | None, stride: int = 1) -> Tensor:
+        options = self._s.Conv2DOptionsT()
+        options.strideH = options.strideW = stride
+        options.dilationHFactor = options.dilationWFactor = 1
+        options.padding = self._s.Padding.SAME
+        shape = [1, x.shape[1] // stride, x.shape[2] // stride, len(weight)]
+        if stride == 2 and weight.shape[-1] == 3:
+            # SAME would pad the far side; PyTorch's padding of 1 shows on the near side only, where the size is even.
+            x, options.padding = self._pad_near(x), self._s.Padding.VALID
+        inputs = [x.index, *self._weights(x, weight.transpose(0, 2, 3, 1), bias)]
+        return self._add("CONV_2D", 5, inputs, shape, reach, options)
+
+    def matmul(self, a: Tensor, b: Tensor, reach: Reach, transpose_b: bool = False) -> Tensor:
         options = self._s.BatchMatMulOptionsT()
         options.adjX, options.adjY, options.asymmetricQuantizeInputs = False, transpose_b, False
         columns = b.shape[-2] if transpose_b else b.shape[-1]
         return self._add("BATCH_MATMUL", 4, [a.index, b.index], [*a.shape[:-1], columns], reach, options)
 
     def softmax(self, x: Tensor) -> Tensor:
-        """Over the last axis."""
         options = self._s.SoftmaxOptionsT()
         options.beta = 1.0
-        return self._add("SOFTMAX", 3, [x.index], x.shape, _FULL / 32768, options)
+        return self._add("SOFTMAX", 3, [x.index], x.shape, UNIT, options)
 
     def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """Joined along `axis`; parts must share one scale."""
         if len(parts) == 1:
             return parts[0]
         shape = list(parts[0].shape)
@@ -99,8 +97,12 @@ class Writer:
         options.axis = axis
         return self._add("CONCATENATION", 3, [p.index for p in parts], shape, parts[0].reach, options)
 
+    def requantise(self, x: Tensor, reach: float) -> Tensor:
+        if x.reach == reach:
+            return x
+        return self._add("QUANTIZE", 3, [x.index], x.shape, reach, self._s.QuantizeOptionsT())
+
     def cut(self, x: Tensor, axis: int, start: int, size: int) -> Tensor:
-        """The slice [start, start + size) of `axis`."""
         if size == x.shape[axis]:
             return x
         begin, sizes = [0] * len(x.shape), list(x.shape)
@@ -109,7 +111,6 @@ class Writer:
         return self._add("SLICE", 4, inputs, sizes, x.reach, self._s.SliceOptionsT())
 
     def split(self, x: Tensor, axis: int, count: int) -> list[Tensor]:
-        """`count` equal parts along `axis`."""
         shape = list(x.shape)
         shape[axis] //= count
         options = self._s.SplitOptionsT()
@@ -119,37 +120,39 @@ class Writer:
         self._graph.operators[-1].outputs = [first.index, *(t.index for t in rest)]
         return [first, *rest]
 
-    def reduce(self, kind: str, x: Tensor, reach: float) -> Tensor:
-        """SUM or REDUCE_MAX over the last axis, which stays with size 1; values beyond `reach` saturate."""
-        options = self._s.ReducerOptionsT()
-        options.keepDims = True
-        inputs = [x.index, self._ints([len(x.shape) - 1])]
-        return self._add(kind, 3 if kind == "REDUCE_MAX" else 2, inputs, [*x.shape[:-1], 1], reach, options)
+    def reduce(self, kind: str, x: Tensor, reach: Reach) -> Tensor:
+        return self._reduced(kind, 3 if kind == "REDUCE_MAX" else 2, x, [len(x.shape) - 1], reach)
 
-    def binary(self, kind: str, a: Tensor, b: Tensor, reach: float) -> Tensor:
-        """ADD, SUB or MAXIMUM, broadcast to the larger shape."""
-        names = {"ADD": "AddOptionsT", "SUB": "SubOptionsT", "MAXIMUM": "MaximumMinimumOptionsT"}
+    def pool(self, x: Tensor, reach: Reach) -> Tensor:
+        return self._reduced("MEAN", 3, x, [1, 2], reach)
+
+    def double(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        options = self._s.ResizeNearestNeighborOptionsT()
+        inputs = [x.index, self._ints([2 * height, 2 * width])]
+        return self._add("RESIZE_NEAREST_NEIGHBOR", 4, inputs, [1, 2 * height, 2 * width, channels], x.reach, options)
+
+    def binary(self, kind: str, a: Tensor, b: Tensor, reach: Reach) -> Tensor:
+        names = {"ADD": "AddOptionsT", "SUB": "SubOptionsT", "MUL": "MulOptionsT", "MAXIMUM": "MaximumMinimumOptionsT"}
         shape = np.broadcast_shapes(a.shape, b.shape)
         return self._add(kind, 3, [a.index, b.index], shape, reach, getattr(self._s, names[kind])())
 
-    def table(self, kind: str, x: Tensor, reach: float) -> Tensor:
-        """EXP or LOG, which NPUs do by a look-up table."""
+    def table(self, kind: str, x: Tensor, reach: Reach) -> Tensor:
         return self._add(kind, 2, [x.index], x.shape, reach, self._s.ExpOptionsT() if kind == "EXP" else None)
 
-    def arrange(self, x: Tensor, between: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """x reshaped to `between`, its axes put in `order`, reshaped to `shape`."""
-        for kind, target in (("RESHAPE", between), ("TRANSPOSE", order), ("RESHAPE", shape)):
-            turned = [x.shape[axis] for axis in target] if kind == "TRANSPOSE" else list(target)
-            if kind == "RESHAPE" and turned == list(x.shape):
-                continue
-            options = None
-            if kind == "RESHAPE":
-                options = self._s.ReshapeOptionsT()
-                options.newShape = turned
-            x = self._add(
-                kind, 1 if kind == "RESHAPE" else 4, [x.index, self._ints(list(target))], turned, x.reach, options
-            )
-        return x
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        if tuple(shape) == x.shape:
+            return x
+        options = self._s.ReshapeOptionsT()
+        options.newShape = list(shape)
+        return self._add("RESHAPE", 1, [x.index, self._ints(list(shape))], shape, x.reach, options)
+
+    def transpose(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        shape = [x.shape[axis] for axis in order]
+        return self._add("TRANSPOSE", 4, [x.index, self._ints(list(order))], shape, x.reach, None)
+
+    def peaks(self, name: str, x: Tensor, count: int) -> np.ndarray:
+        return self._found.peaks[name]
 
     def save(self, outputs: Sequence[Tensor], path: Path) -> None:
         """Write the file whole."""
@@ -161,7 +164,7 @@ class Writer:
         publish_bytes(path, bytes(builder.Output()))
 
     def _add(
-        self, kind: str, version: int, inputs: Sequence[int], shape: Sequence[int], reach: float, options: Any
+        self, kind: str, version: int, inputs: Sequence[int], shape: Sequence[int], reach: Reach, options: Any
     ) -> Tensor:
         if (kind, version) not in self._codes:
             code = self._s.OperatorCodeT()
@@ -177,18 +180,45 @@ class Writer:
         self._graph.operators.append(node)
         return output
 
-    def _tensor(self, shape: Sequence[int], reach: float, data: np.ndarray | None = None) -> Tensor:
-        index = self._raw(shape, self._s.TensorType.INT16, data, np.array([reach / _FULL]))
+    def _weights(self, x: Tensor, weight: np.ndarray, bias: np.ndarray | None) -> list[int]:
+        """int8 codes with a scale for each of the first axis, and the int64 bias in the scale of the sums."""
+        scale = int8_scale(weight)
+        codes = np.round(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int8)
+        found = [self._raw(codes.shape, self._s.TensorType.INT8, codes, scale)]
+        if bias is not None:
+            scales = scale * x.reach / FULL
+            sums = np.round(bias / scales).astype(np.int64)
+            found.append(self._raw(sums.shape, self._s.TensorType.INT64, sums, scales))
+        return found
+
+    def _pad_near(self, x: Tensor) -> Tensor:
+        """A row above and a column to the left of zeros."""
+        _, height, width, channels = x.shape
+        inputs = [x.index, self._ints([[0, 0], [1, 0], [1, 0], [0, 0]])]
+        return self._add("PAD", 2, inputs, [1, height + 1, width + 1, channels], x.reach, self._s.PadOptionsT())
+
+    def _reduced(self, kind: str, version: int, x: Tensor, axes: list[int], reach: Reach) -> Tensor:
+        options = self._s.ReducerOptionsT()
+        options.keepDims = True
+        shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        return self._add(kind, version, [x.index, self._ints(axes)], shape, reach, options)
+
+    def _tensor(self, shape: Sequence[int], reach: Reach, data: np.ndarray | None = None, name: str = "") -> Tensor:
+        if isinstance(reach, str):
+            name, reach = name or reach, max(self._found.reaches[reach] * _MARGIN, 1e-6)
+        index = self._raw(shape, self._s.TensorType.INT16, data, np.array([reach / FULL]), name)
         return Tensor(index, shape, reach)
 
     def _ints(self, values: Any) -> int:
         array = np.array(values, np.int32)
         return self._raw(array.shape, self._s.TensorType.INT32, array, None)
 
-    def _raw(self, shape: Sequence[int], kind: int, data: np.ndarray | None, scale: np.ndarray | None) -> int:
+    def _raw(
+        self, shape: Sequence[int], kind: int, data: np.ndarray | None, scale: np.ndarray | None, name: str = ""
+    ) -> int:
         tensor = self._s.TensorT()
         tensor.shape, tensor.type = [int(size) for size in shape], kind
-        tensor.name = f"t{len(self._graph.tensors)}".encode()
+        tensor.name = (name or f"t{len(self._graph.tensors)}").encode()
         if scale is not None:
             tensor.quantization = self._s.QuantizationParametersT()
             tensor.quantization.scale = scale.astype(np.float32)

@@ -1,0 +1,179 @@
+"""One target's bundle: its builds lowered, proven beside PyTorch, and described in bundle.json, which is written last."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import ParityError
+from cluster.storage import digest_file
+from export import parity
+from export.card import CARD, provenance, write_card
+from export.clip_gate import scores
+from export.graph import Graph
+from export.noise import GENERATOR
+from export.proof import BUNDLE, write_reference, write_sample, write_sums
+from export.recipe import ExportRecipe
+from export.runtime import Build
+from export.solve import Plan
+from export.targets.contract import EdgeTarget, Source, bytes_of
+from export.tiled_build import SOURCE, TILED, tiling_facts
+from export.tiling import check_tiles
+from factory.models.clip import Clip
+from trainer.sample import contact_sheet
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all targets of one export share. Lists of tokens (1 T), prompts and `wanted` (H W 3 uint8, PyTorch's) belong together."""
+
+    pipeline: Any
+    graphs: Sequence[Graph]
+    sources: Path
+    """Folder of the float32 ONNX files."""
+    reference: Build
+    calibration: dict[str, list[dict[str, np.ndarray]]]
+    tokens: Sequence[np.ndarray]
+    prompts: Sequence[str]
+    wanted: Sequence[np.ndarray]
+    torch_ms: dict[str, float]
+    recipe: ExportRecipe
+    plan: Plan | None
+    compiled: dict[str, Any] | None
+    keep: Sequence[str]
+    student: Path
+
+
+def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
+    """Fill `place` with the builds of one target. Raises ParityError for one that misses a gate.
+
+    A build that this machine cannot run has no parity and no times; `not_run` says why.
+    """
+    recipe, plan = work.recipe, work.plan
+    builds: dict[str, Any] = {}
+    sheet = [list(work.wanted)]
+    # A plan that leaves every block untiled would only repeat the untiled builds.
+    tiles = plan is not None and bool(plan.tiled) and target.from_onnx
+    clip = None if recipe.gates.judge is None else Clip(recipe.gates.judge)
+    for mix, variant in [(mix, variant) for mix in recipe.builds(target.name) for variant in ["", TILED][: 1 + tiles]]:
+        name, precisions = mix.name + variant, mix.graphs()
+        names = _lower(target, precisions, place, work, variant)
+        if plan is not None and variant == TILED:
+            check_tiles(place / names["unet"], plan)
+        facts = builds[name] = {
+            "graphs": names,
+            "precisions": precisions,
+            "bytes": {graph: bytes_of(target, place / file) for graph, file in names.items()},
+            "parity": None,
+            "measured_ms": None,
+            "emulated_ms": None,
+            "not_run": target.not_here(),
+            "fallback": {graph: target.fallback(place / file) for graph, file in names.items()},
+            "compiler_estimated": {graph: target.estimate(place / file) for graph, file in names.items()},
+        }
+        if facts["not_run"]:
+            continue
+        build = Build(target.open(place, names, recipe.threads), work.reference.scheduler, work.reference.shape)
+        pictures = [build.picture(row, i) for i, row in enumerate(work.tokens)]
+        facts["parity"] = _prove(target, name, precisions, build, pictures, work, clip)
+        ms = parity.latency_ms(build, work.tokens[0], arrays_of(work.graphs), recipe.latency_runs)
+        kind = f"{target.times_kind(precisions)}_ms"
+        facts[kind] = ms
+        if plan is not None and variant == TILED:
+            facts["tiling"] = tiling_facts(plan, ms["unet"], builds[mix.name][kind]["unet"], work.compiled)
+        sheet.append(pictures)
+    _describe(target, place, work, builds, sheet)
+
+
+def arrays_of(graphs: Sequence[Graph]) -> dict[str, dict[str, np.ndarray]]:
+    """The example inputs of each graph."""
+    return {graph.name: {name: tensor.numpy() for name, tensor in graph.inputs.items()} for graph in graphs}
+
+
+def _lower(
+    target: EdgeTarget, precisions: dict[str, str], place: Path, work: Work, variant: str = ""
+) -> dict[str, str]:
+    """Write the files of one build, those that are not there yet; returns graph to file name."""
+    names: dict[str, str] = {}
+    for graph in work.graphs:
+        origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
+        precision = precisions[graph.name]
+        name = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
+        names[graph.name] = name
+        if not (place / name).exists():
+            source = Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
+            target.lower(source, precision, place / name)
+    return names
+
+
+def _prove(
+    target: EdgeTarget,
+    name: str,
+    precisions: dict[str, str],
+    build: Build,
+    pictures: Sequence[np.ndarray],
+    work: Work,
+    clip: Clip | None,
+) -> dict[str, Any]:
+    proof = {
+        "graph_snr_db": parity.graph_parity(work.reference.calls, build.calls, arrays_of(work.graphs)),
+        **parity.picture_parity(work.wanted, pictures),
+    }
+    if clip is not None:
+        proof["judge"] = {
+            "pytorch": scores(clip, work.prompts, work.wanted),
+            "build": scores(clip, work.prompts, pictures),
+        }
+    missed = parity.failures(precisions, proof, pictures, work.recipe.gates)
+    if missed:
+        raise ParityError(
+            f"the {name} build is too far from full precision: {'; '.join(missed)}",
+            where=target.name,
+            remedy="Loosen export.gates or leave the precision out of export.precisions",
+        )
+    return proof
+
+
+def _describe(
+    target: EdgeTarget, place: Path, work: Work, builds: dict[str, Any], sheet: list[list[np.ndarray]]
+) -> None:
+    """Tokenizer, references, sample, card, digests and bundle.json beside the builds."""
+    from PIL import Image
+
+    recipe, tokenizer = work.recipe, work.pipeline.tokenizer
+    Image.fromarray(contact_sheet(sheet)).save(place / "parity.png")
+    tokenizer.save_pretrained(place / "tokenizer")
+    write_reference(place, work.reference.calls, arrays_of(work.graphs), work.tokens, work.wanted)
+    write_sample(place, target.sample or target.name)
+    facts = {
+        "target": target.name,
+        "runtime": target.runtime(),
+        "measured_on": f"{platform.machine()} CPU, {recipe.threads} threads",
+        "steps": recipe.steps,
+        "latent_shape": list(work.reference.shape),
+        "scheduler": work.reference.scheduler,
+        "noise": GENERATOR,
+        "tokenizer": {"length": tokenizer.model_max_length, "pad": tokenizer.pad_token_id},
+        "prompts": list(work.prompts),
+        "student": provenance(work.student, recipe.sources),
+        "keep": list(work.keep),
+        "gates": recipe.gates.model_dump(),
+        "pytorch_fp32_ms": work.torch_ms,
+        "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},
+        "builds": builds,
+        "files": {
+            str(f.relative_to(place)): digest_file(f)
+            for f in sorted(place.rglob("*"))
+            if f.is_file() and f.name != BUNDLE
+        },
+    }
+    write_card(place, facts)
+    facts["files"][CARD] = digest_file(place / CARD)
+    (place / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n")
+    write_sums(place)

@@ -1,0 +1,58 @@
+"""Draws a picture with this bundle. Needs only: pip install numpy executorch torch tokenizers pillow
+Then: python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from executorch.runtime import Runtime
+from PIL import Image
+
+HERE = Path(__file__).parent
+FACTS = json.loads((HERE / "bundle.json").read_text())
+ask = argparse.ArgumentParser()
+ask.add_argument("prompt")
+ask.add_argument("--seed", type=int, default=0)
+ask.add_argument("--build", default=next(iter(FACTS["builds"])), choices=list(FACTS["builds"]))
+ask.add_argument("--out", default="out.png")
+ASKED = ask.parse_args()
+
+
+FILES = {graph: (HERE / name).read_bytes() for graph, name in FACTS["builds"][ASKED.build]["graphs"].items()}
+PROGRAMS = {graph: Runtime.get().load_program(data) for graph, data in FILES.items()}
+METHODS = {graph: program.load_method("forward") for graph, program in PROGRAMS.items()}
+
+
+def run(graph, *inputs):
+    return METHODS[graph].execute([torch.from_numpy(np.ascontiguousarray(x)) for x in inputs])[0].numpy().copy()
+
+
+def noise(draw, shape):
+    """bundle.json's generator: Philox4x32-10, then Box-Muller."""
+    a, b, c, d = np.zeros((4, np.prod(shape)), np.uint64)
+    a, c, low = a + np.uint64(draw), np.arange(a.size, dtype=np.uint64), 0xFFFFFFFF
+    for i in range(10):
+        p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        keys = ASKED.seed + i * 0x9E3779B9 & low, (ASKED.seed >> 32) + i * 0xBB67AE85 & low
+        a, b, c, d = (q >> 32) ^ b ^ keys[0], q & low, (p >> 32) ^ d ^ keys[1], p & low
+    u, v = (a + 0.5) / 2.0**32, (b + 0.5) / 2.0**32
+    return (np.sqrt(-2 * np.log(u)) * np.sin(2 * np.pi * v)).astype(np.float32).reshape(shape)
+
+
+words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
+words.enable_truncation(length)
+words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
+text = run("text_encoder", np.array([words.encode(ASKED.prompt).ids]))
+x = noise(0, FACTS["latent_shape"])
+for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
+    y = run("unet", x.astype(np.float32), np.array([row["t"]], np.float32), text)
+    kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
+    x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
+    if "next_alpha" in row:
+        x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
+rgb = (run("vae_decoder", x.astype(np.float32))[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+Image.fromarray(rgb).save(ASKED.out)

@@ -1,0 +1,104 @@
+"""ExecuTorch with XNNPACK, the runtime of PyTorch on phones' CPUs; runs on this CPU too.
+
+Lowered from the module itself by torch.export. Operators that XNNPACK does not take run by ExecuTorch's portable kernels, and
+`fallback` names them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.errors import StageError
+from export.targets.contract import GRAPHS, EdgeTarget, Source
+
+if TYPE_CHECKING:
+    from export.runtime import Call
+
+
+class ExecuTorch(EdgeTarget):
+    def lower(self, source: Source, precision: str, path: Path) -> None:
+        import torch
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        graph = source.graph
+        inputs = tuple(graph.inputs.values())
+        try:
+            with torch.no_grad():
+                module = graph.module.eval()
+                program = torch.export.export(module, inputs)
+                if precision == "w8a8":
+                    program = torch.export.export(_quantised(program.module(), source), inputs)
+                lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        except Exception as error:
+            raise StageError(
+                f"{graph.name} does not lower to ExecuTorch at {precision}: {str(error).strip().splitlines()[0]}",
+                remedy="--debug shows the whole report; leave executorch or this precision out",
+            ) from error
+        path.write_bytes(lowered.to_executorch().buffer)
+
+    def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
+        """Loaded programs. ExecuTorch's runtime takes as many threads as the machine has cores, whatever `threads` says."""
+        import torch
+        from executorch.runtime import Runtime
+
+        runtime = Runtime.get()
+        # A method does not keep its program alive by itself.
+        programs = {graph: runtime.load_program((folder / names[graph]).read_bytes()) for graph in GRAPHS}
+        methods = {graph: program.load_method("forward") for graph, program in programs.items()}
+
+        def call(graph: str) -> Call:
+            def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
+                given = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in _ORDER[graph]]
+                return methods[graph].execute(given)[0].numpy().copy()  # pyright: ignore[reportOptionalMemberAccess]
+
+            run.program = programs[graph]  # pyright: ignore[reportFunctionMemberAccess]
+            return run
+
+        return {graph: call(graph) for graph in GRAPHS}
+
+    def fallback(self, path: Path) -> dict[str, Any] | None:
+        """From the program's own table: delegated parts and the operators between them."""
+        from executorch.exir._serialize._program import deserialize_pte_binary
+
+        program = deserialize_pte_binary(path.read_bytes()).program
+        plan = program.execution_plan[0]
+        calls = [step.instr_args for chain in plan.chains for step in chain.instructions]
+        others = Counter(plan.operators[call.op_index].name for call in calls if type(call).__name__ == "KernelCall")
+        parts = sum(type(call).__name__ == "DelegateCall" for call in calls)
+        return {"accelerated_parts": parts, "not_accelerated": dict(others), "said_by": "the program's own plan"}
+
+
+_ORDER = {"text_encoder": ("input_ids",), "unet": ("latent", "timestep", "text"), "vae_decoder": ("latent",)}
+
+
+def _quantised(module: Any, source: Source) -> Any:
+    """int8 weights a channel and 8-bit activations, calibrated on the student's own trajectories; `keep` stays in float."""
+    import torch
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    from export.layers import lies_in
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    for name, _ in source.graph.module.named_modules():
+        if name and any(lies_in(name, part) for part in source.keep):
+            quantizer.set_module_name(name, None)  # pyright: ignore[reportArgumentType]
+    prepared = prepare_pt2e(module, quantizer)
+    for row in source.calibration:
+        prepared(*(torch.from_numpy(row[name]) for name in source.graph.inputs))
+    return convert_pt2e(prepared)
+
+
+TARGETS = {
+    "executorch": ExecuTorch(
+        "executorch", ".pte", "executorch", packages={"executorch": "executorch"}, extra="executorch", from_onnx=False
+    )
+}

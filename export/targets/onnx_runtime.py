@@ -1,0 +1,116 @@
+"""ONNX Runtime: `onnx` on the CPU (and in browsers), `cuda` and `tensorrt` on NVIDIA GPUs by its providers, from the same files."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import TargetUnavailable
+from export.quantise import quantise_onnx
+from export.targets.contract import GRAPHS, EdgeTarget, Source
+
+if TYPE_CHECKING:
+    from export.runtime import Call
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(EdgeTarget):
+    provider: str = "CPUExecutionProvider"
+    install: str = ""
+    """The line that brings the provider."""
+
+    def require(self) -> None:
+        if reason := self.not_here():
+            raise TargetUnavailable(
+                f"target {self.name}: {reason}",
+                remedy=f"On a machine with an NVIDIA GPU: {self.install}. Or leave {self.name} out of export.targets",
+            )
+
+    def not_here(self) -> str:
+        import onnxruntime
+
+        found = onnxruntime.get_available_providers()
+        if self.provider in found:
+            return ""
+        return f"ONNX Runtime has no {self.provider} here, only {', '.join(found)}"
+
+    def lower(self, source: Source, precision: str, path: Path) -> None:
+        if precision == "fp32":
+            shutil.copyfile(source.onnx, path)
+        else:
+            quantise_onnx(source.onnx, path, precision, source.calibration, source.keep)
+
+    def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
+        """Sessions of which every operator runs on the provider, or ONNX Runtime says on the CPU beside it (`fallback`)."""
+        import onnxruntime
+
+        self.require()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        sessions = {
+            graph: onnxruntime.InferenceSession(str(folder / names[graph]), options, providers=self._providers())
+            for graph in GRAPHS
+        }
+
+        def call(session: Any) -> Call:
+            return lambda inputs: session.run(None, inputs)[0]
+
+        return {graph: call(session) for graph, session in sessions.items()}
+
+    def fallback(self, path: Path) -> dict[str, Any] | None:
+        """From ONNX Runtime's own profile of one run: which nodes ran on which provider."""
+        if self.provider == "CPUExecutionProvider":
+            return None
+        return _placed(path, self._providers(), self.provider)
+
+    def _providers(self) -> list[Any]:
+        if self.name != "tensorrt":
+            return (
+                [self.provider] if self.provider == "CPUExecutionProvider" else [self.provider, "CPUExecutionProvider"]
+            )
+        return [(self.provider, {"trt_fp16_enable": True}), "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def _placed(path: Path, providers: list[Any], wanted: str) -> dict[str, Any]:
+    import json
+    import tempfile
+
+    import numpy as np
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+        session.run(None, {one.name: np.ones(one.shape, kinds[one.type]) for one in session.get_inputs()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
+    others: dict[str, int] = {}
+    for args in ran:
+        if args["provider"] not in (wanted, "CUDAExecutionProvider"):
+            others[args["op_name"]] = others.get(args["op_name"], 0) + 1
+    return {
+        "accelerated": len(ran) - sum(others.values()),
+        "not_accelerated": others,
+        "said_by": "ONNX Runtime's profile of one run",
+    }
+
+
+_GPU = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+
+TARGETS = {
+    "onnx": OnnxRuntime("onnx", ".onnx", "onnxruntime", emulated=("fp16", "w8a16")),
+    "cuda": OnnxRuntime("cuda", ".onnx", "onnxruntime", provider="CUDAExecutionProvider", install=_GPU, sample="onnx"),
+    "tensorrt": OnnxRuntime(
+        "tensorrt",
+        ".onnx",
+        "onnxruntime",
+        provider="TensorrtExecutionProvider",
+        install=f"{_GPU} and tensorrt",
+        sample="onnx",
+    ),
+}

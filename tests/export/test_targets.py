@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from cluster.errors import EdgeFusionError, TargetUnavailable
+from export.bundle import export_student, open_bundle
+from export.card import _text
+from export.parity import snr_db
+from export.proof import read_reference, reference_inputs
+from export.quantise_openvino import quantise_openvino
+from export.recipe import PRECISIONS, ExportRecipe, Target
+from export.targets.contract import EdgeTarget, check_open
+from export.targets.registry import MODULES, find_target
+from factory.models import resolve
+
+PROMPTS = ("a 3d render of a red apple on a white background", "a flat icon of a fox on a blue background")
+STUDENT = Path(resolve("zoo:student-fewstep"))
+
+
+def test_every_target_of_a_recipe_has_one_contract() -> None:
+    assert set(get_args(Target)) == set(MODULES) == set(PRECISIONS)
+    samples = Path("export/samples")
+    for name in MODULES:
+        target = find_target(name)
+        assert target.name == name and target.suffix.startswith(".")
+        assert len((samples / f"{target.sample or name}_sample.py").read_text().splitlines()) < 60
+        assert ExportRecipe(targets=[name], precisions=["fp32", "w8a16"]).builds(name)
+
+
+def test_a_missing_package_is_told_with_the_line_that_installs_it() -> None:
+    target = EdgeTarget("odd", ".odd", "odd-runtime", packages={"no_such_package_here": "odd-runtime"}, extra="odd")
+    with pytest.raises(TargetUnavailable, match=r"odd needs odd-runtime.*pip install 'edgefusion\[odd\]'"):
+        target.require()
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_told_before_any_work(name: str, tmp_path: Path) -> None:
+    if not find_target(name).not_here():
+        pytest.skip("this machine has it")
+    with pytest.raises(TargetUnavailable, match=r"only .*CPUExecutionProvider.*onnxruntime-gpu"):
+        export_student(STUDENT, PROMPTS, ExportRecipe(targets=[name]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_weights_with_bf16_arithmetic(student_bundles: Path, tmp_path: Path) -> None:
+    import openvino
+
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    reference = read_reference(student_bundles / "onnx")
+    inputs = reference_inputs(reference, "unet")
+    path = tmp_path / "unet.w8bf16.xml"
+    quantise_openvino(student_bundles / "onnx" / "unet.onnx", path, "w8bf16", [], ["conv_in"])
+    model = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    assert 20 < snr_db(reference["unet.out"], np.array(model(inputs)[0])) < 60
+    plain = (student_bundles / "openvino" / "unet.w8.bin").stat().st_size
+    assert path.with_suffix(".bin").stat().st_size < plain
+
+
+def test_a_build_that_does_not_run_here_says_so_everywhere(student_bundles: Path) -> None:
+    facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
+    build = facts["builds"]["w8"]
+    build |= {"not_run": "it runs on the moon", "parity": None, "measured_ms": None}
+    card = _text(facts)
+    assert "| w8 | not run on the machine that built it: it runs on the moon |" in card
+
+    class Elsewhere(EdgeTarget):
+        def not_here(self) -> str:
+            return "it runs on the moon"
+
+    with pytest.raises(EdgeFusionError, match="no far bundle runs on this machine: it runs on the moon"):
+        check_open(Elsewhere("far", ".far", "far"), Path("bundle"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["executorch", "coreml"])
+def test_a_bundle_of_an_extra(name: str, tmp_path: Path) -> None:
+    try:
+        find_target(name).require()
+    except TargetUnavailable as error:
+        pytest.skip(str(error))
+    recipe = ExportRecipe(
+        targets=[name], precisions=["fp32"], calibration_prompts=1, parity_prompts=1, latency_runs=1, threads=1
+    )
+    export_student(STUDENT, PROMPTS, recipe, tmp_path)
+    facts = json.loads((tmp_path / name / "bundle.json").read_text())
+    build = facts["builds"]["fp32"]
+    if build["not_run"]:
+        assert build["parity"] is build["measured_ms"] is build["emulated_ms"] is None
+        assert all(build["bytes"].values())
+        return
+    assert min(build["parity"]["graph_snr_db"].values()) > 60
+    opened, _ = open_bundle(tmp_path / name, "fp32", 1)
+    assert opened.picture(np.full((1, facts["tokenizer"]["length"]), 5), 0).shape[2] == 3
