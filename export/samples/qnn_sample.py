@@ -1,10 +1,9 @@
-"""Draws a picture with this bundle. Needs only: pip install numpy onnxruntime-qnn tokenizers pillow. On x86 an emulator plays the NPU, slowly.
-Then: python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]
+"""Draws a picture with this bundle. Needs only: pip install numpy onnxruntime-qnn tokenizers pillow. Without the NPU the CPU plays it. Then:
+python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]
 """
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,16 @@ for name, default in (("--seed", 0), ("--build", next(iter(FACTS["builds"]))), (
     ask.add_argument(name, default=default, type=type(default))
 ASKED = ask.parse_args()
 ort.register_execution_provider_library("QNNExecutionProvider", qnn.get_library_path())
-CHIPS = [one for one in ort.get_ep_devices() if one.ep_name == "QNNExecutionProvider"]
+CHIPS = [one for one in ort.get_ep_devices() if one.ep_name == "QNNExecutionProvider" and "NPU" in str(one.device.type)]
 
 
 def model(graph):
     path, options = HERE / FACTS["builds"][ASKED.build]["graphs"][graph], ort.SessionOptions()
-    if (origin := path.with_suffix(".qdq.onnx")).exists():
-        options.add_provider_for_devices(CHIPS[-1:], {"backend_path": qnn.get_qnn_htp_path()})
-    return ort.InferenceSession(str(origin if origin.exists() and platform.machine() == "x86_64" else path), options)
+    if (origin := path.with_suffix(".source.onnx")).exists():
+        path = path if CHIPS else origin
+        for chip in CHIPS[:1]:
+            options.add_provider_for_devices([chip], {"backend_path": qnn.get_qnn_htp_path()})
+    return ort.InferenceSession(str(path), options)
 
 
 def noise(draw, shape):
@@ -46,14 +47,14 @@ def noise(draw, shape):
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-UNET = model("unet")
-text = model("text_encoder").run(None, {"input_ids": np.array([words.encode(ASKED.prompt).ids])})[0]
+unet, ids = model("unet"), np.array([words.encode(ASKED.prompt).ids])
+text = model("text_encoder").run(None, {"input_ids": ids})[0]
 x = noise(0, FACTS["latent_shape"])
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
-    y = UNET.run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
+    y = unet.run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = (np.array(model("vae_decoder").run(None, {"latent": x}))[0, 0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
-Image.fromarray(rgb).save(ASKED.out)
+rgb = model("vae_decoder").run(None, {"latent": x})[0][0].transpose(1, 2, 0) * 255
+Image.fromarray(rgb.round().astype(np.uint8)).save(ASKED.out)

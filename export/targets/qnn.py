@@ -1,7 +1,8 @@
 """Qualcomm's HTP (the NPU of Snapdragon chips), by the compiler in onnxruntime-qnn's x86 wheel: context binaries for one chip.
 
-The wheel also holds an emulator of the NPU's arithmetic: pictures are what the chip's integers would give, times are not its times.
-Nothing here ran on a phone. Read the wheel's licence before you pass a context binary on.
+Nothing here ran on a phone. Pictures and SNR of a build are of the same graph played by ONNX Runtime's CPU, integers and halves as
+the chip has them; times so taken say nothing of it. The wheel's own emulator of the NPU runs small blocks (`emulator`) and dies of a
+whole UNet. Read the wheel's licence before you pass a context binary on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from cluster.errors import StageError, TargetUnavailable
 from export.layers import kept_nodes
+from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ INTEGERS = ("w8a16", "w8a8")
 
 
 class Qnn(EdgeTarget):
-    """A graph in integers or fp16 is NAME.onnx (for ONNX Runtime on the phone) with its context binary NAME_qnn.bin and NAME.qdq.onnx, from
-    which other chips are compiled and the emulator runs; fp32 is a plain ONNX file for the phone's CPU."""
+    """A graph in integers or fp16 is NAME.onnx (for ONNX Runtime on the phone) with its context binary NAME_qnn.bin, and NAME.source.onnx,
+    from which other chips are compiled; fp32 is a plain ONNX file for the phone's CPU."""
 
     def files(self, path: Path) -> list[Path]:
         return [path, *(p for p in (_binary(path), _origin(path)) if p.exists())]
@@ -58,21 +60,18 @@ class Qnn(EdgeTarget):
         if precision in INTEGERS:
             quantise_qnn(source.onnx, _origin(path), precision, source.calibration, source.keep)
         else:
-            shutil.copyfile(source.onnx, _origin(path))
+            quantise_onnx(source.onnx, _origin(path), precision, (), ())
         compile_context(_origin(path), path)
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-        """The emulator for graphs of the NPU, ONNX Runtime's CPU for the others."""
+        """ONNX Runtime's CPU on what was compiled, not on the context binaries: those run on their chip alone."""
         import onnxruntime
 
-        self.require()
-
         def opened(path: Path) -> Any:
-            if _origin(path).exists():
-                return emulator(_origin(path))
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = threads, 3
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            played = _origin(path) if _origin(path).exists() else path
+            return onnxruntime.InferenceSession(str(played), options, providers=["CPUExecutionProvider"])
 
         sessions = {graph: opened(folder / names[graph]) for graph in GRAPHS}
 
@@ -103,7 +102,7 @@ class Qnn(EdgeTarget):
 def quantise_qnn(
     source: Path, target: Path, precision: str, calibration: Sequence[dict[str, np.ndarray]], keep: Sequence[str]
 ) -> None:
-    """Every operator between QuantizeLinear and DequantizeLinear: unsigned activations of 16 or 8 bits, int8 weights a channel.
+    """Every operator between QuantizeLinear and DequantizeLinear: unsigned activations of 16 or 8 bits, uint8 weights, a channel where that is known.
 
     Operators of the modules `keep` stay in float, which the NPU computes in fp16.
     """
@@ -123,7 +122,7 @@ def quantise_qnn(
                 str(ready),
                 reader(calibration),
                 activation_type=activations,
-                weight_type=QuantType.QInt8,
+                weight_type=QuantType.QUInt8,  # signed ones make its compiler refuse LayerNormalization
                 per_channel=True,
                 nodes_to_exclude=kept_nodes(ready, keep),
             )
@@ -151,6 +150,8 @@ def compile_context(origin: Path, path: Path, chip: Chip = SM8650) -> None:
         else:
             failure = None
     if failure is not None or not _binary(path).exists():
+        for part in (path, _binary(path)):
+            part.unlink(missing_ok=True)  # of a graph cut in pieces it writes the pieces that it could
         raise StageError(
             f"Qualcomm's compiler does not take the graph for {chip.name}: {refused(said) or failure or 'it wrote no binary'}",
             where=origin.name,
@@ -159,7 +160,7 @@ def compile_context(origin: Path, path: Path, chip: Chip = SM8650) -> None:
 
 
 def emulator(origin: Path) -> Any:
-    """A session in which the whole graph runs on the emulated NPU."""
+    """A session in which the whole of a small graph runs on the emulated NPU. A whole UNet kills the process in `run` (onnxruntime-qnn 2.7)."""
     import onnxruntime
 
     options = _options({})
@@ -229,7 +230,7 @@ def _binary(path: Path) -> Path:
 
 
 def _origin(path: Path) -> Path:
-    return path.with_suffix(".qdq.onnx")
+    return path.with_suffix(".source.onnx")
 
 
 TARGETS = {

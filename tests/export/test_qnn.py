@@ -40,12 +40,12 @@ def test_an_attention_block_compiles_and_the_emulated_npu_agrees(tmp_path: Path)
 
     write_block(tmp_path / "block.onnx")
     rows = [{"x": np.random.default_rng(i).standard_normal((1, 64, 32)).astype(np.float32)} for i in range(4)]
-    quantise_qnn(tmp_path / "block.onnx", tmp_path / "block.w8a16.qdq.onnx", "w8a16", rows, [])
-    compile_context(tmp_path / "block.w8a16.qdq.onnx", tmp_path / "block.w8a16.onnx")
+    quantise_qnn(tmp_path / "block.onnx", tmp_path / "block.w8a16.source.onnx", "w8a16", rows, [])
+    compile_context(tmp_path / "block.w8a16.source.onnx", tmp_path / "block.w8a16.onnx")
     assert (tmp_path / "block.w8a16_qnn.bin").stat().st_size > 1000
     plain = onnxruntime.InferenceSession(str(tmp_path / "block.onnx"), providers=["CPUExecutionProvider"])
     wanted = np.asarray(plain.run(None, rows[0])[0])
-    got = np.asarray(emulator(tmp_path / "block.w8a16.qdq.onnx").run(None, rows[0])[0])
+    got = np.asarray(emulator(tmp_path / "block.w8a16.source.onnx").run(None, rows[0])[0])
     assert 25 < snr_db(wanted, got) < 100
 
 
@@ -53,9 +53,9 @@ def test_an_attention_block_compiles_and_the_emulated_npu_agrees(tmp_path: Path)
 def test_a_refused_operator_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     write_block(tmp_path / "block.onnx", extra="einsum")
     rows = [{"x": np.zeros((1, 64, 32), np.float32)}]
-    quantise_qnn(tmp_path / "block.onnx", tmp_path / "block.qdq.onnx", "w8a16", rows, [])
+    quantise_qnn(tmp_path / "block.onnx", tmp_path / "block.source.onnx", "w8a16", rows, [])
     with pytest.raises(StageError, match=r"does not take the graph for SM8650.*Einsum \("):
-        compile_context(tmp_path / "block.qdq.onnx", tmp_path / "block.ctx.onnx")
+        compile_context(tmp_path / "block.source.onnx", tmp_path / "block.ctx.onnx")
     assert not list(tmp_path.glob("*.bin"))
 
 
