@@ -165,9 +165,9 @@ class _Scorer(Settings):
 
 
 class PlainScorer(_Scorer):
-    """Scores that need no key: arithmetic on pixels, and detectors of the extra `scorers`."""
+    """Scores that need no key: arithmetic on pixels, and detectors of the extras `scorers` and `text`."""
 
-    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces"] = Field(description="which (docs/scores.md)")
+    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces", "text"] = Field(description="which (docs/scores.md)")
 
 
 class AestheticScorer(_Scorer):
