@@ -41,6 +41,10 @@ class Recipe(Settings):
     def _fits(self) -> Recipe:
         if self.trainer.adapt.steps == 0 and self.trainer.distill.steps == 0:
             raise ValueError("trainer.adapt.steps and trainer.distill.steps are both 0, so there is nothing to train")
+        if self.trainer.own_view is not None and self.trainer.own_view not in self.factory.views:
+            raise ValueError(
+                f"trainer.own_view is {self.trainer.own_view}, which is not among factory.views ({', '.join(self.factory.views) or 'none'})"
+            )
         distill, export = self.trainer.distill, self.export
         if distill.steps and distill.phases and export.steps % distill.phases:
             raise ValueError(
@@ -176,7 +180,7 @@ class Chain:
 
         plan = self.recipe.factory.plan
         total = plan.prompts if plan.kind == "written" else plan.limit
-        what = "writing prompts" if plan.kind == "written" else "taking in pictures"
+        what = {"written": "writing prompts", "file": "taking in prompts", "pictures": "taking in pictures"}[plan.kind]
         task = bars.add_task(f"plan: {what}", total=total)
         make_plan(self.recipe.factory, self.recipe.seed, self.data, lambda n: bars.advance(task, n))
 

@@ -15,15 +15,16 @@ from PIL import Image
 from cluster.storage import publish_bytes
 from export.bundle import read_bundle
 from export.pages import png_url
-from factory.ledger import further_scores, read_entries, read_pictures
-from factory.select import KEPT, SELECTION
+from factory.index import load_columns
+from factory.ledger import ENTRY, read_entry, read_pictures
+from factory.select import DEAD, KEPT, REJECTED, SELECTION
 from factory.stages import decode_picture
-from factory.units import planned_units
+from factory.units import plan_units
 from factory.views import list_views
 from trainer.looks import read_looks
 from trainer.state import read_log
 
-_SHOWN = 24
+_SHOWN, _DEAD = 24, 50
 _LOOKS = 6
 
 
@@ -58,48 +59,61 @@ def _busy(facts: dict[str, Any]) -> float | None:
 
 
 def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Kept and rejected pictures with scores and reasons, the score histogram, dead letters."""
+    """Kept and rejected pictures with scores and reasons, the score histogram, dead letters. Of the ledger only columns and what is shown is read."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
         return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}, "further": {}}
     import pyarrow.parquet as pq
 
-    entries = read_entries(data, planned_units(data, facts["recipe"]["factory"]["make"]["unit_images"]))
-    verdict = {row["id"]: row for row in pq.read_table(data / SELECTION).to_pylist()}
-    kept = [row for row in entries if verdict[row["id"]]["outcome"] == KEPT]
-    rejected = [row for row in entries if verdict[row["id"]]["outcome"] == "rejected"]
+    unit_images = facts["recipe"]["factory"]["make"]["unit_images"]
+    columns = load_columns(data, unit_images)
+    table = pq.read_table(data / SELECTION, columns=["outcome"])  # in the order of the plan, as the columns are
+    outcome = np.asarray(table["outcome"].to_numpy())
+    kept, rejected = outcome == KEPT, outcome == REJECTED
     rules = facts["recipe"]["factory"]["select"]
-    min_clip = rules["min_clip"]
-    wanted = {row["id"] for row in [*kept[:_SHOWN], *rejected[:_SHOWN]]}
-    units = {row["unit"]: row["pictures_sha256"] for row in entries if row["id"] in wanted}
+    shown = [np.flatnonzero(kept)[:_SHOWN], np.flatnonzero(rejected)[:_SHOWN], np.flatnonzero(outcome == DEAD)[:_DEAD]]
+    rows = _rows(data, unit_images, np.concatenate(shown))
+    reasons = pq.read_table(data / SELECTION, columns=["reason"])["reason"]
+    wanted = {rows[i]["id"] for i in [*shown[0].tolist(), *shown[1].tolist()]}
+    units = {row["unit"]: row["pictures_sha256"] for row in rows.values() if row["id"] in wanted}
     pictures = {key: picture for unit in units.items() for key, picture in read_pictures(data, *unit) if key in wanted}
 
-    def card(row: dict[str, Any]) -> dict[str, Any]:
+    def card(number: int) -> dict[str, Any]:
+        row = rows[number]
         return {
             "picture": png_url(decode_picture(pictures[row["id"]])) if row["id"] in pictures else "",
             "prompt": row["prompt"],
             "score": row["clip_score"],
-            "reason": verdict[row["id"]]["reason"],
+            "reason": reasons[number].as_py(),
         }
 
-    dead = [{"prompt": r["prompt"], "reason": r["reason"]} for r in entries if verdict[r["id"]]["outcome"] == "dead"]
+    scores = {name: (values[kept], values[rejected]) for name, values in columns.scores.items()}
+    names = [n for n in sorted(scores) if n not in ENTRY.names and not np.isnan(columns.scores[n]).all()]
     return {
-        "kept": [card(row) for row in kept[:_SHOWN]],
-        "rejected": [card(row) for row in rejected[:_SHOWN]],
-        "dead": dead[:50],
+        "kept": [card(i) for i in shown[0].tolist()],
+        "rejected": [card(i) for i in shown[1].tolist()],
+        "dead": [{"prompt": rows[i]["prompt"], "reason": reasons[i].as_py()} for i in shown[2].tolist()],
         "selections": list_views(data),
-        "histogram": _histogram(kept, rejected, "clip_score", "CLIP cosine of picture and prompt", min_clip),
-        "further": {name: _further(kept, rejected, name, rules["scores"].get(name, {})) for name in _names(entries)},
+        "histogram": _histogram(*scores["clip_score"], "CLIP cosine of picture and prompt", rules["min_clip"]),
+        "further": {name: _further(scores[name], name, rules["scores"].get(name, {})) for name in names},
     }
 
 
-def _names(entries: list[dict[str, Any]]) -> list[str]:
-    return sorted({name for row in entries for name, value in further_scores(row).items() if value is not None})
+def _rows(data: Path, unit_images: int, numbers: np.ndarray) -> dict[int, dict[str, Any]]:
+    """The ledger's rows with these numbers in the plan; only their units are opened."""
+    found: dict[int, dict[str, Any]] = {}
+    wanted, start = np.unique(numbers), 0
+    for unit, ids in plan_units(data, unit_images):
+        own = wanted[(wanted >= start) & (wanted < start + len(ids))]
+        entry = read_entry(data, unit) if len(own) else []
+        found |= {number: entry[number - start] for number in own.tolist()}
+        start += len(ids)
+    return found
 
 
-def _further(kept: list[dict[str, Any]], rejected: list[dict[str, Any]], name: str, rule: dict[str, Any]) -> str:
+def _further(values: tuple[np.ndarray, np.ndarray], name: str, rule: dict[str, Any]) -> str:
     bounds = [bound for key in ("least", "most") if (bound := rule.get(key)) is not None]
-    return _histogram(kept, rejected, name, name, *bounds)
+    return _histogram(*values, name, *bounds)
 
 
 def _training_part(folder: Path) -> list[dict[str, Any]]:
@@ -151,10 +165,9 @@ def _bundle_part(folder: Path) -> list[dict[str, Any]]:
     return [{**read_bundle(place), "sheet": _inline(place / "parity.png")} for place in places]
 
 
-def _histogram(
-    kept: list[dict[str, Any]], rejected: list[dict[str, Any]], name: str, label: str, *thresholds: float
-) -> str:
-    scores = [[row[name] for row in rows if row.get(name) is not None] for rows in (kept, rejected)]
+def _histogram(kept: np.ndarray, rejected: np.ndarray, label: str, *thresholds: float) -> str:
+    """`kept` and `rejected`: a score of each such row, NaN where it has none."""
+    scores = [values[~np.isnan(values)] for values in (kept, rejected)]
 
     def draw(axes: Any) -> None:
         axes.hist(scores, bins=40, stacked=True, color=["#2a9d8f", "#e76f51"], label=["kept", "rejected"])

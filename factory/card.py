@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from PIL import Image
 
 from cluster.storage import digest_file, publish_bytes
 from factory.models import fingerprint
-from factory.pack import MANIFEST, read_manifest, read_shard
+from factory.pack import MANIFEST, manifest_shards, read_shard
 from factory.recipe import FactoryRecipe, ScorerRecipe, TransformersCaptioner, TransformersWriter
 from factory.select import SUMMARY
 from factory.stages import decode_picture
@@ -27,25 +29,41 @@ _SHOWN, _ACROSS, _EDGE = 48, 12, 96
 _BALANCE_VALUES = 12
 
 
+@dataclass
+class _Facts:
+    """What the card says of the samples: numbers and counts, never the samples."""
+
+    clip: array[float] = field(default_factory=lambda: array("d"))
+    scores: dict[str, array[float]] = field(default_factory=dict)
+    attributes: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """The `json` of a sample."""
+        self.clip.append(facts["clip_score"])
+        for name, value in facts.get("scores", {}).items():
+            self.scores.setdefault(name, array("d")).extend([] if value is None else [value])
+        for key, value in facts.get("attributes", {}).items():
+            self.attributes.setdefault(key, Counter())[str(value)] += 1
+
+
 def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> Path:
     """Write README.md, card-samples.png and croissant.json of the packed data set in `folder`; returns the README's path."""
-    rows = read_manifest(folder)
-    facts, pictures = _read(folder, rows)
+    shards = manifest_shards(folder)
+    facts, pictures = _read(folder, list(shards))
+    count = len(facts.clip)
     publish_bytes(folder / GRID, _grid(pictures))
-    publish_bytes(folder / CROISSANT, (json.dumps(_croissant(folder, rows, name), indent=2) + "\n").encode())
-    publish_bytes(folder / CARD, _readme(folder, rows, facts, recipe, funnel, name).encode())
+    publish_bytes(folder / CROISSANT, (json.dumps(_croissant(folder, shards, count, name), indent=2) + "\n").encode())
+    publish_bytes(folder / CARD, _readme(folder, len(shards), facts, recipe, funnel, name).encode())
     return folder / CARD
 
 
-def _read(folder: Path, rows: Sequence[dict[str, str]]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Facts of every sample, and the first pictures of each shard for the grid."""
-    facts: list[dict[str, Any]] = []
-    pictures: list[np.ndarray] = []
-    shards = sorted({row["shard"] for row in rows})
+def _read(folder: Path, shards: Sequence[str]) -> tuple[_Facts, list[np.ndarray]]:
+    """Facts of all samples, and the first pictures of each shard for the grid. One sample lies in memory."""
+    facts, pictures = _Facts(), list[np.ndarray]()
     each = -(-_SHOWN // max(1, len(shards)))
     for shard in shards:
         for place, (_, members) in enumerate(read_shard(folder / shard)):
-            facts.append(json.loads(members["json"]))
+            facts.add(json.loads(members["json"]))
             if place < each and len(pictures) < _SHOWN:
                 pictures.append(decode_picture(next(v for k, v in members.items() if k not in ("json", "txt"))))
     return facts, pictures
@@ -62,30 +80,23 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
     return sink.getvalue()
 
 
-def _readme(
-    folder: Path,
-    rows: list[dict[str, str]],
-    facts: list[dict[str, Any]],
-    recipe: FactoryRecipe,
-    funnel: dict[str, Any],
-    name: str,
-) -> str:
-    shards = len({row["shard"] for row in rows})
+def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> str:
+    count = len(facts.clip)
     drawn = recipe.make.teacher is not None
     parts = [
         "---",
         f"pretty_name: {name}",
         "task_categories: [text-to-image]",
         "annotations_creators: [machine-generated]",
-        f"size_categories: [{_size(len(rows))}]",
+        f"size_categories: [{_size(count)}]",
         f"tags: [{'synthetic, ' if drawn else ''}webdataset, edgefusion]",
         "---",
         "",
         f"# {name}",
         "",
-        f"{len(rows):,} {'AI-generated' if drawn else 'real'} pictures with texts in {shards} WebDataset shards, made by EdgeFusion Factory.",
+        f"{count:,} {'AI-generated' if drawn else 'real'} pictures with texts in {shards} WebDataset shards, made by EdgeFusion Factory.",
         "",
-        f"![{min(len(rows), _SHOWN)} samples]({GRID})",
+        f"![{min(count, _SHOWN)} samples]({GRID})",
         "",
         "## From plan to shards",
         "",
@@ -95,10 +106,10 @@ def _readme(
         *(f"| {reason.replace('|', '/')} | {count:,} |" for reason, count in funnel["reasons"].items()),
         "",
         "planned = kept + rejected + dead. "
-        f"CLIP score of what is kept: {_spread([f['clip_score'] for f in facts])} (median, 5% and 95% quantile; by the filter's own CLIP).",
+        f"CLIP score of what is kept: {_spread(facts.clip)} (median, 5% and 95% quantile; by the filter's own CLIP).",
         "",
-        *_scores(facts),
-        *_balance(facts),
+        *_scores(facts.scores),
+        *_balance(facts.attributes),
         *_before_and_after(folder),
         "## Provenance",
         "",
@@ -136,7 +147,7 @@ def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
         found.append(("captions", make.captioner.model, _mark(make.captioner)))
     scorer = make.scorer
     mark = scorer.pretrained or _short(fingerprint(scorer.model))
-    sources = [("source", path, "") for path in plan.paths] if plan.kind == "pictures" else []
+    sources = [("source", path, "") for path in plan.paths] if plan.kind != "written" else []
     further = [(f"scores {one.label()}", *_scorer_mark(one)) for one in make.scores]
     return [*sources, *found, ("filter", scorer.model, mark), *further]
 
@@ -155,12 +166,8 @@ def _short(mark: str) -> str:
     return mark if "@" in mark else f"sha256 {mark[:16]}"
 
 
-def _balance(facts: list[dict[str, Any]]) -> list[str]:
+def _balance(counts: dict[str, Counter[str]]) -> list[str]:
     """How often each value of each attribute is among the kept; long lists by their ends."""
-    counts: dict[str, Counter[str]] = {}
-    for fact in facts:
-        for key, value in fact.get("attributes", {}).items():
-            counts.setdefault(key, Counter())[str(value)] += 1
     if not counts:
         return []
     lines = ["## Balance of what is kept", "", "| attribute | values |", "|---|---|"]
@@ -198,19 +205,15 @@ def _before_and_after(folder: Path) -> list[str]:
     ]
 
 
-def _scores(facts: list[dict[str, Any]]) -> list[str]:
+def _scores(values: dict[str, array[float]]) -> list[str]:
     """The further scores of what is kept."""
-    values: dict[str, list[float]] = {}
-    for fact in facts:
-        for name, value in fact.get("scores", {}).items():
-            values.setdefault(name, []).extend([] if value is None else [value])
     if not values:
         return []
     rows = [f"| {name} | {_spread(found)} | {len(found):,} |" for name, found in sorted(values.items())]
     return ["| score | median, 5% and 95% quantile | pictures |", "|---|---|---:|", *rows, ""]
 
 
-def _spread(scores: list[float]) -> str:
+def _spread(scores: array[float]) -> str:
     if not scores:
         return "none"
     low, middle, high = np.percentile(scores, [5, 50, 95])
@@ -222,7 +225,7 @@ def _size(count: int) -> str:
     return next((label for bound, label in bounds if count < bound), "n>1M")
 
 
-def _croissant(folder: Path, rows: list[dict[str, str]], name: str) -> dict[str, Any]:
+def _croissant(folder: Path, shards: dict[str, str], count: int, name: str) -> dict[str, Any]:
     """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set."""
     fields = ("id", "shard", "prompt", "picture_kind")
     return {
@@ -236,7 +239,7 @@ def _croissant(folder: Path, rows: list[dict[str, str]], name: str) -> dict[str,
         },
         "@type": "sc:Dataset",
         "name": name,
-        "description": f"{len(rows)} pictures with texts in WebDataset shards",
+        "description": f"{count} pictures with texts in WebDataset shards",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "distribution": [
             {
@@ -256,7 +259,7 @@ def _croissant(folder: Path, rows: list[dict[str, str]], name: str) -> dict[str,
                     "encodingFormat": "application/x-tar",
                     "sha256": digest,
                 }
-                for shard, digest in sorted({(row["shard"], row["shard_sha256"]) for row in rows})
+                for shard, digest in shards.items()
             ),
         ],
         "recordSet": [

@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError
 from cluster.stage import Row, Stage, Unit, apply
 from factory.make import select_and_pack
 from factory.plan import make_plan
+from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
 from factory.stages import make_stages
 from factory.units import planned_units
@@ -140,6 +141,8 @@ def planned_samples(recipe: FactoryRecipe) -> int:
     plan = recipe.plan
     if plan.kind == "written":
         return plan.prompts * plan.images_per_prompt
+    if plan.kind == "file":
+        return sum(1 for _ in read_prompts(plan)) * plan.images_per_prompt
     if plan.limit is None:
         raise EdgeFusionError(
             "the recipe does not say how many pictures its sources hold",
@@ -203,6 +206,8 @@ def _shortened(recipe: FactoryRecipe, samples: int) -> FactoryRecipe:
     if plan.kind == "written":
         prompts = min(plan.prompts, max(1, samples // plan.images_per_prompt))
         change: dict[str, Any] = {"prompts": prompts}
+    elif plan.kind == "file":
+        change = {"limit": min(plan.limit or samples, max(1, samples // plan.images_per_prompt))}
     else:
         change = {"limit": min(plan.limit or samples, samples)}
     return recipe.model_copy(update={"plan": plan.model_copy(update=change)})

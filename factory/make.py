@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 
+from cluster.errors import StageError
 from cluster.runner import Runner
+from cluster.stage import DEAD
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
@@ -19,8 +22,9 @@ from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import select, summarise, write_selection
 from factory.stages import make_stages
-from factory.units import plan_units, read_units, units_left
+from factory.units import plan_files, plan_units, read_table, read_units, units_left
 
+pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 NOTES = "attempts"
 """Folder of the data set that holds what workers are about to try (cluster/quarantine.py); gone when all are through."""
 
@@ -30,9 +34,29 @@ def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress
     sweep_partials(folder)
     todo = units_left(folder, recipe.make.unit_images)
     units = read_units(folder, recipe.make.unit_images, todo)
+    tried = dead = 0
+    hopeless = _dead_in_plan(folder)
     for unit in runner.run(make_stages(recipe.make, folder), units, notes=folder / NOTES):
         progress(len(unit.rows))
+        # Rows that died in the plan were never tried here.
+        outcomes = [row["outcome"] for row in unit.rows if row["id"] not in hopeless]
+        tried, dead = tried + len(outcomes), dead + outcomes.count(DEAD)
+        if tried >= recipe.make.dead_after and dead > recipe.make.max_dead_share * tried:
+            raise StageError(
+                f"{dead} of {tried} samples died, more than factory.make.max_dead_share ({recipe.make.max_dead_share:g}); "
+                "their reasons stand in the ledger",
+                where=str(folder / "ledger"),
+                remedy="Mend the cause, then edgefusion factory retry-failed and the same command again; or raise that key",
+            )
     return len(todo)
+
+
+def _dead_in_plan(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for path in plan_files(folder):
+        table = read_table(path, ["id", "outcome"])
+        found.update(table.filter(pc.equal(table["outcome"], DEAD))["id"].to_pylist())
+    return found
 
 
 def select_and_pack(

@@ -17,8 +17,10 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     stages = make_stages(recipe.make, Path())
     needs = tuple(Need("make", s.name, s.workers, s.cpus, s.gpus, memory.get(s.name, 0.0)) for s in stages)
     plan = recipe.plan
-    if plan.kind == "pictures":
-        return replace(view, needs=view.needs + needs, samples=plan.limit or 0, unit_images=recipe.make.unit_images)
+    if plan.kind != "written":
+        each = plan.images_per_prompt if plan.kind == "file" else 1
+        samples = (plan.limit or 0) * each
+        return replace(view, needs=view.needs + needs, samples=samples, unit_images=recipe.make.unit_images)
     served = plan.writer.kind == "vllm"
     return replace(
         view,

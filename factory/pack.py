@@ -226,6 +226,19 @@ def read_manifest(folder: Path) -> list[dict[str, str]]:
     return _manifest_rows(path, str(path))
 
 
+def manifest_shards(folder: Path) -> dict[str, str]:
+    """Shard to its SHA-256, in order; of a manifest of any length only these two columns are read."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise _no_manifest(folder)
+    try:
+        table = pq.read_table(path, columns=["shard", "shard_sha256"], read_dictionary=["shard", "shard_sha256"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+    pairs = table.group_by(["shard", "shard_sha256"]).aggregate([])
+    return dict(sorted(zip(pairs["shard"].to_pylist(), pairs["shard_sha256"].to_pylist(), strict=True)))
+
+
 def read_remote_manifest(data: bytes, where: str) -> list[dict[str, str]]:
     """The same of a manifest that was fetched from `where`; raises CorruptShard for a row that cannot be true whatever the shards hold."""
     rows = _manifest_rows(io.BytesIO(data), where)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from factory.download import download_all
 from factory.ingest import downloaded_rows, planned_rows, source_path
 from factory.models import ZOO, fingerprint, resolve
 from factory.models.text import PromptWriter, opened_late
-from factory.recipe import FactoryRecipe, PicturePlan
+from factory.prompts import Alike, prompt_file, read_prompts
+from factory.recipe import FactoryRecipe, PicturePlan, PromptFilePlan
 
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
@@ -47,6 +49,8 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
+_Brought = tuple[str, str, dict[str, str]]
+"""A prompt that the user brings, its group, its attributes."""
 Progress = Callable[[int], None]
 """Told how many more items are done."""
 
@@ -101,17 +105,21 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         return final
     if recipe.plan.kind == "pictures":
         return _plan_pictures(recipe.plan, final, progress)
+    if recipe.plan.kind == "file":
+        return _plan_file(recipe, recipe.plan, seed, final, progress)
     records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
     parts: list[pa.Table] = []
+    alike = Alike(recipe.plan.most_alike)
     with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
         for start in range(0, len(records), PART_PROMPTS):
             part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"
             if not part.exists():
                 some = records[start : start + PART_PROMPTS]
-                prompts = write_checked(writer(), some, recipe.plan.tries, seed + start)
+                prompts = write_checked(writer(), some, recipe.plan.tries, seed + start, alike)
                 rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
                 publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
             parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            remember(alike, parts[-1])
             progress(min(PART_PROMPTS, len(records) - start))
     table = _without_doubles(pa.concat_tables(parts))
     if all(value == DEAD for value in table["outcome"].to_pylist()):
@@ -120,6 +128,44 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         )
     publish_bytes(final, table_bytes(table))
     return final
+
+
+def _plan_file(recipe: FactoryRecipe, plan: PromptFilePlan, seed: int, final: Path, progress: Progress) -> Path:
+    """The prompts that the user brings; what will not do is planned as dead with its reason, in its place."""
+    alike, tables = Alike(plan.most_alike), [PLAN_SCHEMA.empty_table()]
+    for start, some in _in_parts(read_prompts(plan)):
+        prompts: list[tuple[str, str]] = []
+        for prompt, _, _ in some:
+            wrong = check_prompt(prompt) or ("the prompt is too like an earlier one" if alike.find(prompt) else "")
+            if not wrong:
+                alike.add(prompt)
+            prompts.append((prompt.encode("utf-8", "replace").decode() if wrong else prompt, wrong))
+        records = [(group, attributes) for _, group, attributes in some]
+        rows = enumerate_samples(recipe, plan.images_per_prompt, seed, start, records, prompts)
+        tables.append(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
+        progress(len(some))
+    table = _without_doubles(pa.concat_tables(tables))
+    if all(value == DEAD for value in table["outcome"].to_pylist()):
+        raise StageError(
+            "the files hold no usable prompt", where=", ".join(plan.paths), remedy="Check factory.plan.paths"
+        )
+    publish_bytes(final, table_bytes(table))
+    return final
+
+
+def _in_parts(rows: Iterator[_Brought]) -> Iterator[tuple[int, list[_Brought]]]:
+    """(number of the first, up to PART_PROMPTS of them)."""
+    start = 0
+    while some := list(itertools.islice(rows, PART_PROMPTS)):
+        yield start, some
+        start += len(some)
+
+
+def remember(alike: Alike, part: pa.Table) -> None:
+    """What a part of the plan holds alive, each prompt once however many pictures it has."""
+    there = zip(part["prompt"].to_pylist(), part["outcome"].to_pylist(), strict=True)
+    for prompt in dict.fromkeys(prompt for prompt, outcome in there if outcome != DEAD):
+        alike.add(prompt)
 
 
 def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
@@ -171,21 +217,24 @@ def sample_id(recipe: FactoryRecipe, prompt: str, seed: int) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def check_prompt(prompt: str, group: Group, record: dict[str, str]) -> str:
-    """Why a written prompt will not do; empty if it will."""
+def check_prompt(prompt: str, group: Group | None = None, record: Mapping[str, str] | None = None) -> str:
+    """Why a prompt will not do; empty if it will. A written one must mention what its group says."""
     if not prompt:
         return "the prompt is empty"
     if len(prompt) > 500 or not prompt.isprintable():
         return "the prompt is too long or holds odd characters"
+    if group is None or record is None:
+        return ""
     words = prompt.lower()
     lacking = [record[name] for name in group.must_mention if record[name].lower() not in words]
     return f"the prompt does not mention {lacking[0]}" if lacking else ""
 
 
 def write_checked(
-    writer: PromptWriter, some: list[tuple[Group, dict[str, str]]], tries: int, seed: int
+    writer: PromptWriter, some: list[tuple[Group, dict[str, str]]], tries: int, seed: int, alike: Alike
 ) -> list[tuple[str, str]]:
-    """(prompt, what is wrong with it or empty) for each record."""
+    """(prompt, what is wrong with it or empty) for each record; `alike` knows the prompts of earlier parts and stays as it is."""
+    own = Alike(alike.most)
     found: list[tuple[str, str]] = [("", "never written")] * len(some)
     for attempt in range(tries):
         todo = [i for i, (_, wrong) in enumerate(found) if wrong]
@@ -193,7 +242,12 @@ def write_checked(
             break
         written = writer.write([some[i][1] for i in todo], seed + 7919 * attempt)
         for i, prompt in zip(todo, written, strict=True):
-            found[i] = (prompt, check_prompt(prompt, *some[i]))
+            wrong = check_prompt(prompt, *some[i])
+            if not wrong and (alike.find(prompt) or own.find(prompt)):
+                wrong = "the prompt is too like an earlier one"
+            if not wrong:
+                own.add(prompt)
+            found[i] = (prompt, wrong)
     return found
 
 
@@ -202,7 +256,7 @@ def enumerate_samples(
     images_per_prompt: int,
     seed: int,
     start: int,
-    some: list[tuple[Group, dict[str, str]]],
+    some: Sequence[tuple[Group | str, dict[str, str]]],
     prompts: list[tuple[str, str]],
 ) -> list[dict[str, Any]]:
     """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id."""
@@ -214,7 +268,7 @@ def enumerate_samples(
                 {
                     "id": sample_id(recipe, prompt, own),
                     "prompt": prompt,
-                    "group": group.name,
+                    "group": group if isinstance(group, str) else group.name,
                     "attributes": json.dumps(record, ensure_ascii=False),
                     "seed": own,
                     "outcome": DEAD if wrong else PENDING,
@@ -228,7 +282,7 @@ def _without_doubles(table: pa.Table) -> pa.Table:
     """An id can only come twice by a wildly unlikely seed; the law counts on each coming once."""
     seen: set[str] = set()
     keep = [not (key in seen or seen.add(key)) for key in table["id"].to_pylist()]
-    return table.filter(pa.array(keep))
+    return table.filter(pa.array(keep, pa.bool_()))
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -252,6 +306,10 @@ def resolve_models(recipe: FactoryRecipe) -> None:
     if recipe.plan.kind == "pictures":
         for name in recipe.plan.paths:
             source_path(name)
+        return
+    if recipe.plan.kind == "file":
+        for name in recipe.plan.paths:
+            prompt_file(name)
         return
     writer = recipe.plan.writer
     if writer.kind != "openai":

@@ -59,6 +59,12 @@ class OpenAiWriter(TransformersWriter):
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]
 
 
+_ALIKE = (
+    "a prompt that shares this part of its words with an earlier one (Jaccard; 1: the same words) is refused: written anew while there are "
+    "tries, else dead"
+)
+
+
 class PromptPlan(Settings):
     """Which prompts are written."""
 
@@ -71,7 +77,30 @@ class PromptPlan(Settings):
     tries: int = Field(
         default=4, ge=1, description="how often a prompt that fails its check is written anew before it is dead"
     )
+    most_alike: float | None = Field(
+        default=None, gt=0, le=1, description=f"{_ALIKE}; left out: none is, for a small taxonomy says the same often"
+    )
     writer: Writer
+
+
+class PromptFilePlan(Settings):
+    """Which prompts the user brings."""
+
+    kind: Literal["file"] = "file"
+    paths: list[str] = Field(
+        min_length=1,
+        description="files of prompts: .txt (one a line), .jsonl (an object a line) or .parquet (one a row)",
+    )
+    prompt_column: str = Field(default="prompt", description="key or column with the prompt; .txt has none")
+    group_column: str | None = Field(
+        default=None, description="key or column with the prompt's group; `prompts` if left out"
+    )
+    attribute_columns: list[str] = Field(
+        default=[], description="keys or columns that are kept as attributes, for balance, caps and the page"
+    )
+    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt, each with its own seed")
+    limit: int | None = Field(default=None, ge=1, description="take the first so many prompts; all if left out")
+    most_alike: float | None = Field(default=1.0, gt=0, le=1, description=_ALIKE)
 
 
 class DownloadRecipe(Settings):
@@ -115,7 +144,10 @@ def _plan_kind(plan: Any) -> str:
 
 
 PlanRecipe = Annotated[
-    Annotated[PromptPlan, Tag("written")] | Annotated[PicturePlan, Tag("pictures")], Discriminator(_plan_kind)
+    Annotated[PromptPlan, Tag("written")]
+    | Annotated[PromptFilePlan, Tag("file")]
+    | Annotated[PicturePlan, Tag("pictures")],
+    Discriminator(_plan_kind),
 ]
 
 
@@ -165,9 +197,11 @@ class _Scorer(Settings):
 
 
 class PlainScorer(_Scorer):
-    """Scores that need no key: arithmetic on pixels, and detectors of the extra `scorers`."""
+    """Scores that need no key: arithmetic on pixels, and detectors of the extras `scorers` and `text`."""
 
-    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces"] = Field(description="which (docs/scores.md)")
+    kind: Literal["sharpness", "entropy", "blank", "nsfw", "faces", "text"] = Field(
+        description="which (docs/scores.md)"
+    )
 
 
 class AestheticScorer(_Scorer):
@@ -281,6 +315,13 @@ class MakeRecipe(Settings):
     render_gpus: float = Field(default=0, ge=0, description="GPUs a rendering actor")
     score_workers: int = Field(default=1, ge=1, description="scoring actors")
     threads: int = Field(default=1, ge=1, description="CPU threads a worker")
+    max_dead_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="stop when more than this share of the samples made in a run died, once `dead_after` were; 1 never stops",
+    )
+    dead_after: int = Field(default=512, ge=1, description="samples made before max_dead_share means something")
 
 
 class ScoreRule(Settings):
@@ -384,9 +425,9 @@ class FactoryRecipe(Settings):
         teacher, make = self.make.teacher, self.make
         if self.plan.kind == "pictures" and teacher is not None:
             raise ValueError("make.teacher draws prompts, but plan.kind is pictures: leave the teacher out")
-        if self.plan.kind == "written" and teacher is None:
+        if self.plan.kind != "pictures" and teacher is None:
             raise ValueError("make.teacher is missing: who is to draw the prompts?")
-        if self.plan.kind == "written" and (make.crop or make.captioner):
+        if self.plan.kind != "pictures" and (make.crop or make.captioner):
             raise ValueError("make.crop and make.captioner are for plan.kind pictures; drawn pictures need neither")
         if teacher is not None and teacher.batch_images > make.unit_images:
             raise ValueError(

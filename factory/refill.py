@@ -31,9 +31,11 @@ from factory.plan import (
     balanced,
     enumerate_samples,
     load_taxonomy,
+    remember,
     table_bytes,
     write_checked,
 )
+from factory.prompts import Alike
 from factory.recipe import FactoryRecipe
 from factory.retry import refuse_if_built
 from factory.units import REFILLS, plan_files, read_table
@@ -59,7 +61,9 @@ def plan_refill(
     taxonomy, EdgeFusionError if this very list was planned before, LedgerConflict if something was built on the data set.
     """
     if recipe.plan.kind != "written":
-        raise RecipeError("factory.plan takes pictures in, so no prompt can fill what lacks", remedy="Add sources")
+        raise RecipeError(
+            "factory.plan takes in what others made, so no prompt can be written for what lacks", remedy="Add sources"
+        )
     data = _read(listed)
     mark = hashlib.sha256(data).hexdigest()
     plans = plan_files(folder)
@@ -74,15 +78,19 @@ def plan_refill(
     # Far from the numbers of earlier prompts, for the seeds of the pictures come from them.
     offset = max(recipe.plan.prompts, len(known))
     parts: list[pa.Table] = []
+    alike = Alike(recipe.plan.most_alike)
+    for path in plans if alike.most is not None else []:
+        remember(alike, read_table(path, ["prompt", "outcome"]))
     with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
         for start in range(0, len(records), PART_PROMPTS):
             part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
             some = records[start : start + PART_PROMPTS]
             if not part.exists():
-                prompts = write_checked(writer(), some, recipe.plan.tries, seed + offset + start)
+                prompts = write_checked(writer(), some, recipe.plan.tries, seed + offset + start, alike)
                 rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, offset + start, some, prompts)
                 publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
             parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            remember(alike, parts[-1])
             progress(len(some))
     table = pa.concat_tables(parts)
     fresh = [not (key in known or known.add(key)) for key in table["id"].to_pylist()]

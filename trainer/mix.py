@@ -22,6 +22,7 @@ import numpy as np
 from cluster.cache import CacheRecipe, RemoteFolder, is_url
 from cluster.errors import CorruptShard, RecipeError
 from factory.pack import MANIFEST
+from factory.views import MAIN, view_folder
 from trainer.ahead import ReadAhead
 from trainer.options import OnCorrupt
 from trainer.recipe import TrainerRecipe
@@ -42,12 +43,12 @@ class Source:
 
 
 def sources_of(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None) -> list[Source]:
-    """The chain's own data set and the recipe's others, by absolute paths or URLs; one of weight 0 is left out.
+    """The chain's own data set, or the view of it that the recipe names, and the recipe's others, by absolute paths or URLs; one of weight 0 is left out.
 
     `cache` is where shards that come from URLs are kept. Raises RecipeError for a data set that is not there or comes twice, or if no
     weight is left.
     """
-    found = [Source(own.resolve(), recipe.own_weight)]
+    found = [Source(view_folder(own.resolve(), recipe.own_view or MAIN), recipe.own_weight)]
     for i, more in enumerate(recipe.more_data):
         folder = _place_of(more.data, cache or CacheRecipe())
         if not _is_there(folder):

