@@ -124,7 +124,7 @@ def generate(
     """Draw one picture."""
     from factory.models import quiet
     from factory.picture_file import check_picture_path, write_picture
-    from trainer.loop import open_pipeline
+    from trainer.models import open_pipeline
     from trainer.sample import generate as draw
 
     check_picture_path(out)

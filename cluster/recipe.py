@@ -37,7 +37,8 @@ def load_recipe(schema: type[AnySettings], path: Path | None, overrides: Sequenc
     mapping = _read(path) if path else {}
     for change in overrides:
         override(mapping, change)
-    return build_recipe(schema, mapping, str(path or "the options"))
+    changed = [change.partition("=")[0].strip() for change in overrides]
+    return build_recipe(schema, mapping, str(path or "the options"), changed)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,13 +57,16 @@ def _read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
-def build_recipe(schema: type[AnySettings], tree: dict[str, Any], where: str) -> AnySettings:
-    """Validate `tree`; raises RecipeError that names the first bad key, `where` it stands and the nearest valid name."""
+def build_recipe(
+    schema: type[AnySettings], tree: dict[str, Any], where: str, changed: Sequence[str] = ()
+) -> AnySettings:
+    """Validate `tree`; raises RecipeError that names the first bad key, `where` it stands (or that it was `changed` on the command
+    line) and the nearest valid name."""
     _refuse_passwords(tree, "", where)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise _explain(schema, error, where) from None
+        raise _explain(schema, error, where, changed) from None
 
 
 def _refuse_passwords(value: Any, key: str, where: str) -> None:
@@ -108,11 +112,12 @@ def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
         raise RecipeError(f"{option} {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
 
 
-def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
+def _explain(schema: type[BaseModel], error: ValidationError, where: str, changed: Sequence[str]) -> RecipeError:
     first = error.errors()[0]
     # A discriminated union puts its tag into the location; it is not a key of the file.
     path = [part for part in first["loc"] if isinstance(part, int) or not _is_tag(schema, first["loc"], part)]
     key = ".".join(str(part) for part in path)
+    where = _blamed(key, where, changed)
     if first["type"] == "extra_forbidden":
         known = _fields_at(schema, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.4)
@@ -127,7 +132,18 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str) -> Rec
     got = (
         "" if isinstance(first["input"], dict | list) or first["type"] == "value_error" else f", not {first['input']!r}"
     )
-    return RecipeError(f"{key or 'the recipe'}: {message}{got}", where=where, remedy=_describe(schema, path))
+    said = "" if where == f"--set {key}" else f"{key or 'the recipe'}: "
+    return RecipeError(f"{said}{message}{got}", where=where, remedy=_describe(schema, path))
+
+
+def _blamed(key: str, where: str, changed: Sequence[str]) -> str:
+    """Who gave `key` its value: an option of the command line, the file, or the file and an option that do not go together."""
+    for name in reversed(changed):
+        if f"{key}.".startswith(f"{name}."):
+            return f"--set {name}"
+        if f"{name}.".startswith(f"{key}.") or not key:
+            return f"{where} with --set {name}"
+    return where
 
 
 def _is_tag(schema: type[BaseModel], location: tuple[int | str, ...], part: int | str) -> bool:

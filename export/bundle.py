@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trainer.models import open_pipeline
 
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import publish_folder
@@ -29,6 +28,7 @@ from export.targets.judge import compile_plan
 from export.targets.registry import find_target
 from export.tiled_build import lower_tiled, plan_unet
 from trainer.guidance import fix_guidance, takes_guidance
+from trainer.models import open_pipeline
 
 Progress = Callable[[str], None]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from cluster.storage import publish_bytes
 from export.bundle import read_bundle
@@ -19,9 +20,11 @@ from factory.select import KEPT, SELECTION
 from factory.stages import decode_picture
 from factory.units import planned_units
 from factory.views import list_views
+from trainer.looks import read_looks
 from trainer.state import read_log
 
 _SHOWN = 24
+_LOOKS = 6
 
 
 def write_report(out: Path, facts: dict[str, Any]) -> Path:
@@ -112,9 +115,20 @@ def _training_part(folder: Path) -> list[dict[str, Any]]:
                     "last": float(np.mean([row["loss"] for row in rows[-10:]])),
                     "rate": rows[-1]["images_per_s"],
                     "plot": _curve(rows),
+                    "looks": _looks(folder / phase),
                 }
             )
     return found
+
+
+def _looks(folder: Path) -> list[dict[str, Any]]:
+    """Up to `_LOOKS` of the pictures drawn on the way, evenly spread, the first and the last among them."""
+    looks = read_looks(folder)
+    chosen = sorted({round(i * (len(looks) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)}) if looks else []
+    return [
+        {"step": looks[i].step, "scores": looks[i].scores, "sheet": png_url(np.asarray(Image.open(looks[i].sheet)))}
+        for i in chosen
+    ]
 
 
 def _skipped_part(folder: Path) -> list[dict[str, Any]]:

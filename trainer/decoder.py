@@ -25,12 +25,13 @@ from cluster.errors import RecipeError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
-from trainer.fit import STATE, fit, new_accelerator
+from trainer.fit import STATE, fit
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
 from trainer.metrics import mean_interval
 from trainer.recipe import DecoderRecipe
 from trainer.stream import EndlessOrder, open_samples
+from trainer.workers import new_accelerator
 
 PUBLISHED_WIDTH = 64
 L1_WEIGHT = 0.1

@@ -14,9 +14,9 @@ from trainer.stream import Example
 def read_batch(
     stream: MixedStream, encoder: Encoder, step: int, batch: int, share: slice
 ) -> tuple[torch.Tensor, list[Example]]:
-    """Clean latents B C H W and the samples of this rank's share of the global batch."""
-    draws = range(step * batch, (step + 1) * batch)[share]
-    examples = [stream.read_draw(draw, encoder.size_px) for draw in draws]
+    """Clean latents B C H W and the samples of this rank's share of the global batch; those of the next step are begun to be read."""
+    draws, following = (range(at * batch, (at + 1) * batch)[share] for at in (step, step + 1))
+    examples = stream.read_draws(draws, following, encoder.size_px)
     stream.settle()
     return encoder.latents(examples), examples
 

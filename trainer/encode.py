@@ -20,7 +20,7 @@ from factory.models import quiet, set_threads
 from factory.pack import MANIFEST
 from trainer.encodings import ENCODINGS, INDEX, encoders_digest, file_of, has_encodings, read_index, write_index
 from trainer.latents import Encoder
-from trainer.loop import open_pipeline
+from trainer.models import open_pipeline
 from trainer.recipe import EncodeRecipe
 from trainer.stream import ShardStream
 

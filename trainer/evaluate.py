@@ -15,7 +15,7 @@ from PIL import Image
 from cluster.storage import publish_folder
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
-from trainer.loop import open_pipeline
+from trainer.models import open_pipeline
 from trainer.sample import contact_sheet, generate, student_guidance
 
 STUDENT_STEPS = (4, 2, 1)

@@ -6,24 +6,24 @@ rollbacks. Knows no pictures and no UNets.
 
 from __future__ import annotations
 
+import copy
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from cluster.errors import StageError
 from trainer.optimise import new_optimiser
-from trainer.options import Tracker
 from trainer.recipe import PhaseRecipe
-from trainer.state import Average, Log, load_state, save_state
-from trainer.track import require_trackers
+from trainer.shard import shard, whole
+from trainer.state import Average, Background, Best, Log, load_state, save_state, state_of
 from trainer.watch import LossWatch
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,6 +37,18 @@ class HasHeads(Protocol):
     heads: nn.Module
 
 
+class Validation(Protocol):
+    """Looks at the average on the way; see trainer/validate.py."""
+
+    keeps_best: bool
+
+    def is_due(self, step: int, steps: int) -> bool: ...
+
+    def draw(self, average: Any, step: int, folder: Path) -> float | None:
+        """Leave pictures in `folder`; return how good they are, more being better."""
+        ...
+
+
 @dataclass(frozen=True)
 class Partner:
     """What learns beside the model from the same loss, at a rate of its own; it is saved with it and has no average."""
@@ -47,6 +59,7 @@ class Partner:
 
 MAX_ROLLBACKS = 5
 STATE = "state.pt"
+BEST = "best.pt"
 
 
 def fit(
@@ -58,35 +71,23 @@ def fit(
     folder: Path,
     accelerator: Accelerator,
     partner: Partner | None = None,
+    validation: Validation | None = None,
+    sharded: bool = False,
 ) -> Model:
-    """Train `model` and return its average; `folder` keeps `state.pt`, `metrics.jsonl` and TensorBoard's event file.
+    """Train `model` and return its average, or the best one that `validation` saw if it says so; `folder` keeps `state.pt`,
+    `metrics.jsonl`, what `validation` leaves and TensorBoard's event file.
 
-    A state is saved only after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises
-    StageError for a batch that is too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
+    With `sharded`, weights and the optimiser's state are cut up among the workers; what is returned is whole. A state is saved only
+    after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises StageError for a batch that is
+    too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
-    run = _Run(phase, settings, digest, model, folder, accelerator, partner)
+    run = _Run(phase, settings, digest, model, folder, accelerator, partner, validation, sharded)
     try:
         while run.step <= settings.steps:
             run.one_step(loss_at)
+        return run.result()
     finally:
         run.close()
-    return run.average.model
-
-
-def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> Accelerator:
-    """This process's share of the training; raises StageError where workers would train on their own, unaware of each other."""
-    # Accelerate looks for other CPU workers only if told that this is about CPUs.
-    require_trackers(trackers)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(), log_with=list(trackers) or None
-    )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world:
-        raise StageError(
-            f"{world} workers were started and Accelerate sees {accelerator.num_processes}",
-            remedy="Set cluster.train_workers=1, or mend the distributed set-up (MASTER_ADDR, RANK, LOCAL_RANK)",
-        )
-    return accelerator
 
 
 class _Spike(Exception):
@@ -103,6 +104,8 @@ class _Run:
         folder: Path,
         accelerator: Accelerator,
         partner: Partner | None = None,
+        validation: Validation | None = None,
+        sharded: bool = False,
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
         if batch < workers:
@@ -120,8 +123,16 @@ class _Run:
         self.workers = workers
         self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
         self.folder, self.state = folder, folder / STATE
+        self.validation, self.best, self.writing = validation, Best(folder / BEST, digest), Background()
         self.average = Average(model.train(), settings.ema_decay)
         self.average.model.to(accelerator.device)
+        self.empty: nn.Module | None = None
+        if sharded and workers > 1:
+            # What the average is poured into where it must be whole.
+            self.empty = copy.deepcopy(self.average.model).to("meta")
+            model.to(accelerator.device)
+            shard(model)
+            shard(self.average.model)
         groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         self.partner = partner.owner if partner else None
         if partner:
@@ -132,7 +143,10 @@ class _Run:
         if settings.compile_backend:
             model.compile(backend=settings.compile_backend)
             self.average.model.compile(backend=settings.compile_backend)
-        self.model, self.optimiser = accelerator.prepare(model, optimiser)
+        if self.empty is None:
+            self.model, self.optimiser = accelerator.prepare(model, optimiser)
+        else:  # prepared, it would be wrapped for whole replicas
+            self.model, self.optimiser = model, accelerator.prepare(optimiser)
         self.log: Log | None = None
         self._restore()
 
@@ -140,6 +154,7 @@ class _Run:
         """Look at the loss, keep the state that led to it if it is sound, then learn from it. Past the last step, only look."""
         try:
             loss, mean = self._loss(loss_at)
+            self._validate_if_due()
             self._checkpoint_if_due()
             if self.step < self.settings.steps:
                 self._learn(loss)
@@ -151,9 +166,42 @@ class _Run:
             self._note(mean)
         self.step += 1
 
+    def result(self) -> Any:
+        """The average to go on with, whole."""
+        self.accelerator.wait_for_everyone()  # the best one is there
+        found = self._whole_average()
+        if self.validation and self.validation.keeps_best and (best := self.best.recall()):
+            found.load_state_dict(best["average"])
+            self.accelerator.print(f"{self.phase}: the average of step {best['step']} drew best ({best['score']:.4f})")
+        return found
+
     def close(self) -> None:
         if self.log:
             self.log.close()
+        self.writing.wait()
+
+    def _whole_average(self) -> Any:
+        if self.empty is None:
+            return self.average.model
+        weights = whole(self.average.model.state_dict())  # all workers take part
+        found = copy.deepcopy(self.empty)
+        found.load_state_dict(weights, assign=True)
+        return found.requires_grad_(False).eval()
+
+    def _validate_if_due(self) -> None:
+        """Draw from the average that has learned `self.step` steps, whose loss was just found sound."""
+        if self.validation is None or not self.validation.is_due(self.step, self.settings.steps):
+            return
+        began = time.monotonic()
+        average = self._whole_average()
+        if self.accelerator.is_main_process:
+            score = self.validation.draw(average, self.step, self.folder)
+            if self.validation.keeps_best and score is not None:
+                self.best.offer(score, self.step, average.state_dict())
+            if self.log:
+                self.log.show(self.step)
+        self.accelerator.wait_for_everyone()
+        self.began += time.monotonic() - began
 
     def _loss(self, loss_at: LossAt) -> tuple[torch.Tensor, float]:
         """This rank's loss, and the mean over all ranks, of which all ranks therefore think the same."""
@@ -189,7 +237,7 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
         self.accelerator.backward(loss)
-        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        norm: Any = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
         if self.partner:  # by itself, or the louder one would quieten the other; its gradients are unscaled by now
             norm = norm + nn.utils.clip_grad_norm_(self.partner.heads.parameters(), settings.max_grad_norm)
         # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.
@@ -226,6 +274,7 @@ class _Run:
 
     def _restore(self) -> None:
         self.close()
+        self.accelerator.wait_for_everyone()  # what the main process was writing is there
         found = load_state(
             self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.digest
         )
@@ -236,6 +285,7 @@ class _Run:
             self.accelerator.unwrap_model(self.partner.heads).load_state_dict(more["partner"])
         if self.accelerator.scaler is not None and "scaler" in more:
             self.accelerator.scaler.load_state_dict(more["scaler"])
+        self.best.recall()
         self.kept = self.began_step = self.step
         self.began = self.saved_at = time.monotonic()
         if self.accelerator.is_main_process:
@@ -243,12 +293,16 @@ class _Run:
 
     def _checkpoint_if_due(self) -> None:
         due = time.monotonic() - self.saved_at > self.settings.checkpoint_s
+        if self.empty is not None:  # a state is gathered by all, so the main process's clock is everyone's
+            told = torch.tensor(float(due and self.accelerator.is_main_process), device=self.accelerator.device)
+            due = float(self.accelerator.reduce(told)) > 0  # pyright: ignore[reportArgumentType]
         base = self.settings.on_spike == "rollback" and not self.state.exists()
         if base or (due and self.kept < self.step < self.settings.steps):
             self._save()
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.empty is not None:
             more: dict[str, Any] = {
                 "losses": self.watch.losses,
                 "skipped": self.skipped,
@@ -259,7 +313,9 @@ class _Run:
             if self.accelerator.scaler is not None:
                 more["scaler"] = self.accelerator.scaler.state_dict()
             model = self.accelerator.unwrap_model(self.model)
-            save_state(self.state, self.step, model, self.average.model, self.optimiser, self.digest, more)
+            state = state_of(self.step, model, self.average.model, self.optimiser, self.digest, more)
+            if main:
+                self.writing.run(lambda: save_state(self.state, state))
         self.kept, self.saved_at = self.step, time.monotonic()
 
     def _note(self, loss: float) -> None:
@@ -272,6 +328,7 @@ class _Run:
                 loss=round(loss, 6),
                 **self.notes,
                 images_per_s=round(rate, 2),
+                memory_gib=round(_memory_bytes() / 2**30, 2),
                 time_s=round(time.time(), 2),
             )
             values = {"loss": loss, **self.notes, "images_per_s": rate}
@@ -279,3 +336,8 @@ class _Run:
             self.accelerator.log(
                 {f"{self.phase}/{name}": v for name, v in values.items()} | {f"{self.phase}/step": self.step + 1}
             )
+
+
+def _memory_bytes() -> int:
+    """The most that was allocated on the GPU, or what this process holds where there is none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

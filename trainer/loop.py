@@ -6,7 +6,6 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,34 +15,38 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
 from cluster.cache import RemoteFolder
-from cluster.errors import EdgeFusionError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
-from factory.models import quiet, resolve
+from factory.models import quiet
 from trainer.adversary import Opponent
+from trainer.ahead import ReadAhead
 from trainer.distill import Distillation, denoiser
 from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
-from trainer.fit import STATE, LossAt, Partner, fit, new_accelerator
-from trainer.guidance import add_guidance_input, takes_guidance
+from trainer.fit import BEST, STATE, LossAt, Partner, fit
+from trainer.guidance import add_guidance_input
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
 from trainer.mix import MixedStream, Source, as_sources
-from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+from trainer.models import LORA, PHASES, open_pipeline, refuse_misfit, schedule_of, student_for, teacher_of
+from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
+from trainer.sample import as_student, as_teacher
+from trainer.shard import shard
 from trainer.state import Average
-from trainer.surgery import SurgeryError, build_student, student_config
 from trainer.track import end_trackers, start_trackers
+from trainer.validate import Looks
+from trainer.workers import new_accelerator
 
-PHASES = ("adapt", "distill")
 DATA = "data.json"
 """What a training draws from: data sets, shares, encodings, samples that could not be read."""
-LORA = "lora"
+_LOOKED_AT = 8
+"""Prompts of a look where the recipe names none."""
 
 
 def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
@@ -71,14 +74,16 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
         done = folder / phase / "unet"
         if settings.steps == 0 or done.exists():
             continue
-        student: Any = _student_for(phase, recipe, pipeline, folder)
+        student: Any = student_for(phase, recipe, pipeline, folder)
         if isinstance(settings, DistillRecipe) and settings.teacher:
-            teacher = _teacher_of(settings.teacher, student, pipeline)
+            teacher = teacher_of(settings.teacher, student, pipeline)
         if isinstance(settings, DistillRecipe) and settings.guidance_input:
             student = add_guidance_input(student)
         # Cut first, halve then: the student gets the teacher's full numbers. Channels last is what convolutions are fastest with.
         student.to(memory_format=torch.channels_last)
         teacher.to(accelerator.device, getattr(torch, recipe.teacher_dtype), memory_format=torch.channels_last)
+        if recipe.sharding == "all" and accelerator.num_processes > 1:
+            shard(teacher)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         partner, lora = None, None
@@ -92,14 +97,19 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
                 opponent = Opponent(settings.adversarial, teacher, schedule, seed_of(seed, "heads", 0))
                 partner = Partner(opponent, settings.adversarial.learning_rate)
             loss_at = Distillation(settings, teacher, encoder, stream, schedule, seed, opponent)
-        average: Any = fit(phase, settings, digest, student, loss_at, folder / phase, accelerator, partner)
+        looks = _looks(recipe, phase, settings, pipeline, stream, accelerator)
+        sharded = recipe.sharding != "none"
+        average: Any = fit(
+            phase, settings, digest, student, loss_at, folder / phase, accelerator, partner, looks, sharded
+        )
         if accelerator.is_main_process:
             average.to(memory_format=torch.contiguous_format)
             if lora:
                 publish_folder(folder / phase / LORA, lambda place, unet=average: save_lora(unet, place))
                 merge_lora(average)
             publish_folder(done, average.save_pretrained)
-            (folder / phase / STATE).unlink(missing_ok=True)
+            for file in (STATE, BEST):
+                (folder / phase / file).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     end_trackers(accelerator)
     stream.close()
@@ -124,6 +134,8 @@ def _open_stream(
         if main:
             publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
 
+    stream.ahead, stream.decode_ahead = ReadAhead(recipe.loaders), not recipe.cache_latents
+
     accelerator.wait_for_everyone()  # all have read the old file before there is a new one
     publish()
     stream.on_skip = publish
@@ -131,97 +143,31 @@ def _open_stream(
     return stream
 
 
-def open_pipeline(model: str) -> Any:
-    """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError."""
-    try:
-        return DiffusionPipeline.from_pretrained(resolve(model), dtype=torch.float32, safety_checker=None)
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"{model} cannot be opened: {str(error).splitlines()[0]}",
-            remedy="Give a diffusers pipeline folder; hub names need a network or a filled cache",
-        ) from error
+def _looks(
+    recipe: TrainerRecipe,
+    phase: str,
+    settings: PhaseRecipe,
+    pipeline: Any,
+    stream: MixedStream,
+    accelerator: Accelerator,
+) -> Looks | None:
+    """How this phase is looked at on its way, if the recipe says that it is."""
+    validation = recipe.validation
+    if validation is None or phase not in validation.phases:
+        return None
+    prompts = validation.prompts or recipe.grid_prompts or stream.first_prompts(_LOOKED_AT)
+    if isinstance(settings, DistillRecipe):
+        grid = {"ddim_steps": settings.ddim_steps, "phases": settings.phases}
+        scale = validation.guidance if settings.guidance_input else 1.0
+        plans = [(steps, scale) for steps in validation.steps]
+        return Looks(validation, prompts, plans, lambda unet: as_student(pipeline, unet, **grid), accelerator.device)
 
+    def many_steps(unet: UNet2DConditionModel) -> Any:
+        drawn: Any = as_teacher(pipeline, unet)
+        drawn.scheduler = DPMSolverMultistepScheduler.from_config(drawn.scheduler.config)
+        return drawn
 
-def open_unet(model: str) -> UNet2DConditionModel:
-    """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32."""
-    place = Path(resolve(model))
-    if (place / "config.json").exists() and not (place / "model_index.json").exists():
-        return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)
-    return open_pipeline(model).unet
-
-
-def schedule_of(pipeline: Any) -> NoiseSchedule:
-    """The training schedule and prediction type of a pipeline's scheduler."""
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise StageError(f"the teacher predicts {prediction}", remedy="Use a teacher of epsilon or v_prediction")
-    return NoiseSchedule.from_alphas_cumprod(pipeline.scheduler.alphas_cumprod, prediction)
-
-
-def final_unet(folder: Path) -> Path:
-    """The UNet of the last phase that ran."""
-    for phase in reversed(PHASES):
-        if (folder / phase / "unet").exists():
-            return folder / phase / "unet"
-    raise EdgeFusionError(
-        "no phase was trained", where=str(folder), remedy="Set trainer.adapt.steps or trainer.distill.steps"
-    )
-
-
-def refuse_misfit(unet: Any, pipeline: Any, what: str, remedy: str) -> None:
-    """Raises StageError for a UNet that cannot read the pipeline's text states or draw its VAE's latents."""
-    config, text = unet.config, pipeline.text_encoder.config
-    width = config.encoder_hid_dim or config.cross_attention_dim
-    widths = set(width) if isinstance(width, list | tuple) else {width}
-    if widths != {text.hidden_size}:
-        raise StageError(
-            f"{what} reads text states of width {', '.join(map(str, sorted(widths)))}, and the text encoder makes {text.hidden_size}",
-            remedy=remedy,
-        )
-    channels = pipeline.vae.config.latent_channels
-    if {config.in_channels, config.out_channels} != {channels}:
-        raise StageError(
-            f"{what} takes latents of {config.in_channels} channels and gives {config.out_channels}, and the VAE's have {channels}",
-            remedy=remedy,
-        )
-
-
-def _student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) -> UNet2DConditionModel:
-    before = folder / "adapt" / "unet"
-    if phase == "distill" and before.exists():
-        return UNet2DConditionModel.from_pretrained(before)
-    teacher = pipeline.unet
-    try:
-        if recipe.start is None:
-            return build_student(teacher, recipe.student).float()
-        wanted = student_config(dict(teacher.config), recipe.student)
-    except SurgeryError as error:
-        raise StageError(
-            f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
-        ) from error
-    student: Any = open_unet(recipe.start)
-    out = "Leave trainer.start out to cut the student from the teacher"
-    if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
-        raise StageError(f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}", remedy=out)
-    refuse_misfit(student, pipeline, f"trainer.start {recipe.start}", out)
-    if phase == "distill" and takes_guidance(student) and not recipe.distill.guidance_input:
-        raise StageError(
-            f"trainer.start {recipe.start} takes guidance as an input",
-            remedy="Set trainer.distill.guidance_input=true with guidance_min below guidance_max, or start from another",
-        )
-    return student.float()
-
-
-def _teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any) -> Any:
-    """The UNet that phase 2 learns from where the recipe names one."""
-    if name == "student":
-        teacher: Any = copy.deepcopy(student)
-    else:
-        teacher = open_unet(name)
-        refuse_misfit(
-            teacher, pipeline, f"trainer.distill.teacher {name}", "Leave it out to learn from trainer.teacher"
-        )
-    return teacher.requires_grad_(False).eval()
+    return Looks(validation, prompts, [(validation.adapt_steps, validation.guidance)], many_steps, accelerator.device)
 
 
 def _adapt_loss(

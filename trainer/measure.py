@@ -27,8 +27,8 @@ from factory.models import fingerprint, quiet
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
 from trainer.fidelity import fidelity, require_fidelity
-from trainer.loop import open_pipeline
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
+from trainer.models import open_pipeline
 from trainer.recipe import EvaluateRecipe
 from trainer.sample import generate, is_few_step, student_guidance
 from trainer.stream import EndlessOrder, ShardStream

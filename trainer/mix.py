@@ -9,7 +9,9 @@ cannot be read comes another of its data set, chosen by the draw number and the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from cluster.cache import CacheRecipe, RemoteFolder, is_url
 from cluster.errors import CorruptShard, RecipeError
 from factory.pack import MANIFEST
+from trainer.ahead import ReadAhead
 from trainer.options import OnCorrupt
 from trainer.recipe import TrainerRecipe
 from trainer.stream import CorruptSample, EndlessOrder, Example, ShardStream
@@ -108,7 +111,12 @@ class MixedStream:
         self.gather: Callable[[list[tuple[int, str]]], list[tuple[int, str]]] = lambda new: new
         """Joins what the workers found since the last `settle`."""
         self.on_skip: Callable[[], object] = lambda: None
+        self.ahead = ReadAhead(0)
+        self.decode_ahead = True
+        """Whether pictures are decoded where they are read; not worth it where their latents are kept in memory."""
         self._sound: set[int] = set()
+        self._lock = threading.Lock()
+        """Held for the order and for what could not be read: samples are read by several threads."""
         self._new = {
             start + row: why
             for start, part in zip(self.starts, self.parts, strict=True)
@@ -122,6 +130,10 @@ class MixedStream:
         """Row numbers of the global batch at `step`."""
         return [self._row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
 
+    def first_prompts(self, count: int) -> list[str]:
+        """Of the first samples, as the manifests have them."""
+        return list(itertools.islice((row["prompt"] for part in self.parts for row in part.rows), count))
+
     def read(self, row: int) -> Example:
         part = self._part_of(row)
         return self.parts[part].read(row - self.starts[part])
@@ -129,12 +141,24 @@ class MixedStream:
     def _part_of(self, row: int) -> int:
         return max(i for i, start in enumerate(self.starts) if start <= row)
 
+    def read_draws(self, draws: Sequence[int], following: Sequence[int], size_px: int) -> list[Example]:
+        """The samples of `draws`; those of `following` are read meanwhile, if `ahead` has threads."""
+
+        def read(draw: int) -> Example:
+            example = self.read_draw(draw, size_px)
+            if self.decode_ahead and example.encoded is None:
+                example.pixels(size_px)
+            return example
+
+        return self.ahead.take(read, draws, following)
+
     def read_draw(self, draw: int, size_px: int) -> Example:
         """The sample of a draw, or its stand-in if it cannot be read. Raises CorruptShard if no stand-in can be read either.
 
         A picture is decoded at `size_px` before it is handed out for the first time.
         """
-        row = self._row_at(draw)
+        with self._lock:
+            row = self._row_at(draw)
         for attempt in range(1, _TRIES + 1):
             if row not in self.skipped and row not in self._new:
                 try:
@@ -144,7 +168,8 @@ class MixedStream:
                         self._sound.add(row)
                     return example
                 except CorruptSample as error:
-                    self._new[row] = error.reason
+                    with self._lock:
+                        self._new[row] = error.reason
             part = self._part_of(row)
             rng = np.random.default_rng((self.seed, 2, draw, attempt))
             row = self.starts[part] + int(rng.integers(len(self.parts[part])))
@@ -156,8 +181,9 @@ class MixedStream:
 
     def settle(self) -> None:
         """Tell all workers what each could not read. Raises CorruptShard, in all of them, when it is too much."""
-        new = {row: why for row, why in self.gather(sorted(self._new.items())) if row not in self.skipped}
-        self._new = {}
+        with self._lock:
+            found, self._new = self._new, {}
+        new = {row: why for row, why in self.gather(sorted(found.items())) if row not in self.skipped}
         if not new:
             return
         self.skipped |= new
@@ -222,6 +248,7 @@ class MixedStream:
         return lines
 
     def close(self) -> None:
+        self.ahead.close()
         for part in self.parts:
             part.close()
 

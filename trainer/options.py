@@ -4,12 +4,48 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
+from factory.recipe import OpenClipScorer
 
 OnCorrupt = Literal["stop", "skip"]
 Tracker = Literal["mlflow", "wandb"]
+Sharding = Literal["none", "student", "all"]
+Phase = Literal["adapt", "distill"]
+
+
+class ValidationRecipe(Settings):
+    """Pictures from a phase's moving average on the way: fixed prompts and seeds, a grid and scores for each look."""
+
+    every_steps: int = Field(
+        ge=1, description="optimiser steps between two looks; the start and the end are looked at too"
+    )
+    phases: list[Phase] = Field(default=["adapt", "distill"], min_length=1, description="the phases that are looked at")
+    prompts: list[str] = Field(
+        default=[],
+        description="what to draw; trainer.grid_prompts if empty, and if there are none, eight of the data set's",
+    )
+    seed: int = Field(default=1, description="seed of the first picture; the next one has the next")
+    steps: list[int] = Field(default=[4, 2, 1], min_length=1, description="denoising steps in phase 2")
+    adapt_steps: int = Field(default=25, ge=1, description="denoising steps in phase 1, by DPM++")
+    guidance: float = Field(
+        default=7.5, ge=0, description="guidance scale in phase 1, and of a student that takes guidance in phase 2"
+    )
+    scorer: OpenClipScorer | None = Field(
+        default=None,
+        description="scores each look; no scores if left out. Keep the judge of the final evaluation out of it",
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="what becomes the student: the `last` moving average, or the `best` that was looked at, by the mean score over `steps`",
+    )
+
+    @model_validator(mode="after")
+    def _best_by_something(self) -> ValidationRecipe:
+        if self.keep == "best" and self.scorer is None:
+            raise ValueError("keep is `best` and no scorer says what that is; name a scorer, or keep the last")
+        return self
 
 
 class AdversarialRecipe(Settings):

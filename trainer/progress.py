@@ -15,7 +15,7 @@ from trainer.recipe import TrainerRecipe
 @contextmanager
 def follow_training(bars: Progress, recipe: TrainerRecipe, folder: Path) -> Generator[None]:
     """A bar for each phase that runs."""
-    from trainer.loop import PHASES
+    from trainer.models import PHASES
 
     steps = {phase: getattr(recipe, phase).steps for phase in PHASES}
     with follow(bars, {f"train: {phase}": (folder / phase, count) for phase, count in steps.items() if count}):

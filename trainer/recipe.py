@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
 from factory.recipe import OpenClipScorer
-from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Tracker
+from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Sharding, Tracker, ValidationRecipe
 
 
 class PhaseRecipe(Settings):
@@ -168,6 +168,19 @@ class TrainerRecipe(Settings):
         default=[],
         description="also log to `mlflow` or `wandb`, into files below the training; TensorBoard is always there",
     )
+    sharding: Sharding = Field(
+        default="none",
+        description="what several workers cut up among themselves instead of each holding all of it (FSDP): the `student` with its average and "
+        "optimiser's state, or `all`, the teacher too",
+    )
+    validation: ValidationRecipe | None = Field(
+        default=None, description="pictures and scores on the way; none if left out"
+    )
+    loaders: int = Field(
+        default=2,
+        ge=0,
+        description="threads of each worker that read and decode the next step's samples during this one; 0 reads them when they are wanted",
+    )
     cache_latents: bool = Field(
         default=False, description="keep encoded pictures and prompts in memory after first use"
     )
@@ -190,6 +203,24 @@ class TrainerRecipe(Settings):
             raise ValueError(
                 "distill.lora needs a student to sit on, and the bare cut is none; set adapt.steps or name a `start`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> TrainerRecipe:
+        if self.sharding == "none":
+            return self
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                "sharding and mixed_precision fp16 do not go together: its scaler knows whole gradients; set bf16"
+            )
+        for name in ("adapt", "distill"):
+            phase: PhaseRecipe = getattr(self, name)
+            if phase.optimiser == "adamw-8bit" or phase.compile_backend:
+                raise ValueError(
+                    f"sharding takes neither {name}.optimiser adamw-8bit nor {name}.compile_backend; leave them out"
+                )
+        if self.distill.adversarial or self.distill.lora:
+            raise ValueError("sharding takes neither distill.adversarial nor distill.lora; leave one of them out")
         return self
 
 

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_folder
 from trainer.guidance import takes_guidance
-from trainer.loop import LORA, final_unet, open_pipeline
+from trainer.models import LORA, final_unet, open_pipeline
 from trainer.recipe import TrainerRecipe
 
 
@@ -59,6 +59,12 @@ def as_student(
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
+
+
+def as_teacher(teacher: Any, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The pipeline of a UNet that denoises as the teacher does, in many steps with guidance: a student after phase 1."""
+    parts = {**teacher.components, "unet": unet, "safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def is_few_step(pipeline: Any) -> bool:

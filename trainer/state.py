@@ -1,22 +1,30 @@
-"""What a training must keep to go on as if nothing had happened, saved as one file that is whole or absent; and its log.
+"""What a training must keep to go on as if nothing had happened, saved as files that are whole or absent; and its log.
 
 Data order and noise are functions of the draw number, so numbers are all there is to their state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import math
 import pickle
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from cluster.errors import CorruptShard
 from cluster.storage import publish_bytes, publish_file
+from trainer.looks import Look, read_looks
+from trainer.shard import load_whole, load_whole_optimiser, whole
 
 METRICS = "metrics.jsonl"
 VERSION = 2
@@ -28,6 +36,8 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        for module in self.model.modules():
+            module._forward_hooks.clear()  # they watch the student
         self.decay = decay
 
     @torch.no_grad()
@@ -45,33 +55,76 @@ class Found:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(
-    path: Path,
+def state_of(
     step: int,
     model: nn.Module,
     average: nn.Module,
     optimiser: Any,
     recipe_digest: str,
     more: dict[str, Any] | None = None,
-) -> None:
+) -> dict[str, Any]:
+    """A copy, in main memory, of all that a training goes on from; where tensors are sharded, all workers must call it together."""
+    return _copy(
+        {
+            "version": VERSION,
+            "step": step,
+            "model": whole(model.state_dict()),
+            "average": whole(average.state_dict()),
+            "optimiser": whole(optimiser.state_dict()),
+            "recipe": recipe_digest,
+            "more": more or {},
+        }
+    )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `path`, replacing the older state only when the new one is whole."""
-    state = {
-        "version": VERSION,
-        "step": step,
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "recipe": recipe_digest,
-        "more": more or {},
-    }
     publish_file(path, lambda partial: torch.save(state, partial))
+
+
+class Background:
+    """One piece of work at a time beside the training, which so does not wait for the disk."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Begin it, once the one before has ended. Raises what that one raised."""
+        self.wait()
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until it has ended. Raises what it raised, such as a disk that is full."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copy(tree: Any) -> Any:
+    if torch.is_tensor(tree):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return type(tree)((key, _copy(value)) for key, value in tree.items())
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any, recipe_digest: str) -> Found:
     """Restore all in place; step 0 if there is no state. Raises CorruptShard."""
     if not path.exists():
         return Found()
-    try:
+    with _readable(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state.get("version", 1) > VERSION:
             raise CorruptShard(
@@ -85,10 +138,47 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
                 where=str(path),
                 remedy="Train into a new output folder; encodings that the data set got since then can be deleted again",
             )
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        load_whole(model, state["model"])
+        load_whole(average, state["average"])
+        load_whole_optimiser(optimiser, state["optimiser"])
         return Found(int(state["step"]), dict(state.get("more", {})))
+
+
+@dataclass
+class Best:
+    """The weights that drew the best pictures so far, kept in `path`."""
+
+    path: Path
+    recipe_digest: str
+    score: float = -math.inf
+
+    def offer(self, score: float, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Keep them if they are better than what is kept."""
+        if score > self.score:
+            kept = {"recipe": self.recipe_digest, "step": step, "score": score, "average": weights}
+            publish_file(self.path, lambda partial: torch.save(kept, partial))
+            self.score = score
+
+    def recall(self) -> dict[str, Any] | None:
+        """`step`, `score` and `average`, or nothing. Raises CorruptShard."""
+        if not self.path.exists():
+            return None
+        with _readable(self.path):
+            kept = torch.load(self.path, weights_only=True, map_location="cpu")
+            if kept["recipe"] != self.recipe_digest:
+                raise CorruptShard(
+                    "is of another recipe or data set",
+                    where=str(self.path),
+                    remedy="Train into a new output folder",
+                )
+            self.score = float(kept["score"])
+        return kept
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Generator[None]:
+    try:
+        yield
     except (RuntimeError, KeyError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise CorruptShard(
             f"cannot be read ({str(error).splitlines()[0]})",
@@ -115,6 +205,9 @@ class Log:
         self._events = SummaryWriter(str(folder), flush_secs=10)
         for row in kept:
             self._draw(row)
+        for look in read_looks(folder):
+            if look.step <= step:
+                self._show(look)
         self._events.flush()
 
     def write(self, **row: float) -> None:
@@ -122,8 +215,19 @@ class Log:
             file.write(json.dumps(row) + "\n")
         self._draw(row)
 
+    def show(self, step: int) -> None:
+        """The look at `step`, which lies beside the log."""
+        for look in read_looks(self.path.parent):
+            if look.step == step:
+                self._show(look)
+
     def close(self) -> None:
         self._events.close()
+
+    def _show(self, look: Look) -> None:
+        self._events.add_image("looks", np.asarray(Image.open(look.sheet).convert("RGB")), look.step, dataformats="HWC")
+        for steps, score in look.scores.items():
+            self._events.add_scalar(f"looks/clip_{steps}_steps", score, look.step)
 
     def _draw(self, row: dict[str, Any]) -> None:
         for name in row.keys() - {"step", "steps", "time_s"}:

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import tarfile
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ class ShardStream:
             reasons = find_bad_samples(folder)
             self.damaged = {i: reasons[row["id"]] for i, row in enumerate(self.rows) if row["id"] in reasons}
         self._sha256 = {row["shard"]: row["shard_sha256"] for row in self.rows}
+        self._lock = threading.Lock()
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._order = EndlessOrder(len(self.rows), seed)
@@ -162,14 +164,16 @@ class ShardStream:
         return self._order.batch(step, batch)
 
     def read(self, row: int) -> Example:
+        """From any thread; one at a time is at the files."""
         entry = self.rows[row]
-        if self.encodings is not None:
-            return Example(entry["id"], entry["prompt"], b"", encoded=self.encodings.read(row))
-        places = self._places(row)
-        try:
-            data = {kind: self._bytes(entry["shard"], *place) for kind, place in places.items()}
-        except OSError as error:
-            raise self._unreadable(row, str(error)) from error
+        with self._lock:
+            if self.encodings is not None:
+                return Example(entry["id"], entry["prompt"], b"", encoded=self.encodings.read(row))
+            places = self._places(row)
+            try:
+                data = {kind: self._bytes(entry["shard"], *place) for kind, place in places.items()}
+            except OSError as error:
+                raise self._unreadable(row, str(error)) from error
         try:
             return Example(entry["id"], data["txt"].decode(), data[entry["picture_kind"]], json.loads(data["json"]))
         except ValueError as error:

@@ -25,8 +25,8 @@ from factory.pocket.clip import CHOICES
 from factory.pocket.evalset import Shown, read_evalset
 from factory.pocket.grammar import sentence
 from factory.recipe import OpenClipScorer
-from trainer.loop import open_pipeline
 from trainer.metrics import clip_scores, cmmd, frechet_distance, mean_interval, recall_hits
+from trainer.models import open_pipeline
 from trainer.sample import contact_sheet, generate
 
 TEACHER, STUDENT = "zoo:teacher", "zoo:student-fewstep"

@@ -22,7 +22,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from trainer.models import open_pipeline
 
 from cluster.errors import EdgeFusionError
 from export.blocks import ARCHITECTURES, read_architecture
@@ -30,6 +29,7 @@ from export.graph import Graph, _Unet, graphs_of, to_onnx
 from export.parity import snr_db
 from export.targets.qnn import SM8650, TARGETS, compile_context, quantise_qnn
 from factory.models import quiet
+from trainer.models import open_pipeline
 
 
 def main() -> None:

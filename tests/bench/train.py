@@ -35,13 +35,14 @@ from trainer.adversary import Opponent
 from trainer.distill import Distillation
 from trainer.encode import encode
 from trainer.encodings import encoders_digest, has_encodings
-from trainer.fit import Partner, _Run, new_accelerator
+from trainer.fit import Partner, _Run
 from trainer.latents import Encoder
-from trainer.loop import open_pipeline, schedule_of
 from trainer.mix import MixedStream, Source
+from trainer.models import open_pipeline, schedule_of
 from trainer.recipe import DistillRecipe, EncodeRecipe
 from trainer.stream import ShardStream
 from trainer.surgery import build_student
+from trainer.workers import new_accelerator
 
 TEACHER, SIZE_PX, BATCH = "zoo:teacher", 64, 16
 WARM, RUNS = 3, 8

@@ -28,8 +28,8 @@ def test_overrides_are_typed_and_change_the_digest() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("factory.plan.promts=3", ["factory.plan.promts", "Did you mean prompts?"]),
-        ("factory.plan.prompts=many", ["factory.plan.prompts", "valid integer", "prompts in all"]),
+        ("factory.plan.promts=3", ["--set factory.plan.promts: ", "Did you mean prompts?"]),
+        ("factory.plan.prompts=many", ["--set factory.plan.prompts: ", "valid integer", "prompts in all"]),
         ("factory.plan.prompts=0", ["factory.plan.prompts", "greater than or equal to 1"]),
         ("factory.plan.writer.kind=gpt", ["factory.plan.writer", "'transformers'"]),
         ("factory.plan.writer.temprature=1", ["factory.plan.writer.temprature", "Did you mean temperature?"]),
@@ -37,7 +37,10 @@ def test_overrides_are_typed_and_change_the_digest() -> None:
         ("cluster.runner=slurm", ["cluster.runner", "'in-process'"]),
         ("export.targets=[onyx]", ["export.targets.0", "'onnx'"]),
         ("factory.make.unit_images=8", ["batch_images", "larger than make.unit_images"]),
-        ("trainer.distill.guidance_max=1", ["guidance_max", "below guidance_min"]),
+        (
+            "trainer.distill.guidance_max=1",
+            ["pocket.yaml with --set trainer.distill.guidance_max: ", "below guidance_min"],
+        ),
         ("name=../evil", ["name", "pattern"]),
         ("trainer.adapt", ["--set takes key=value"]),
         ("seed.x=1", ["seed", "holds no keys"]),

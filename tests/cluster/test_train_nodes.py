@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from factory.pack import Sample, pack
 from factory.stages import encode_picture
 from tests.cluster.slow_train import ADAPT_STEPS, DISTILL_STEPS
-from trainer.loop import PHASES
+from trainer.models import PHASES
 from trainer.state import read_log
 
 

@@ -17,8 +17,8 @@ from factory.pocket.evalset import SPLITS, read_evalset
 from factory.pocket.fit import fit
 from factory.pocket.roster import TEACHER_ROLES
 from factory.recipe import OpenClipScorer, TransformersCaptioner
-from trainer.loop import open_pipeline
 from trainer.metrics import recall_hits
+from trainer.models import open_pipeline
 from trainer.sample import generate
 
 PROMPTS = [

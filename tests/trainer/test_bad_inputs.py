@@ -13,7 +13,7 @@ import trainer.loop as loop
 from cluster.errors import CorruptShard, StageError
 from trainer.guidance import add_guidance_input
 from trainer.recipe import TrainerRecipe
-from trainer.state import VERSION, Average, save_state
+from trainer.state import VERSION, Average, save_state, state_of
 from trainer.surgery import build_student, student_config
 
 
@@ -68,7 +68,8 @@ def test_a_checkpoint_of_a_newer_version(tiny_models, data, tmp_path, monkeypatc
     optimiser = torch.optim.AdamW(model.parameters())
     (tmp_path / "adapt").mkdir()
     monkeypatch.setattr("trainer.state.VERSION", VERSION + 1)
-    save_state(tmp_path / "adapt" / "state.pt", 3, model, Average(model, 0.9).model, optimiser, "a recipe")
+    state = state_of(3, model, Average(model, 0.9).model, optimiser, "a recipe")
+    save_state(tmp_path / "adapt" / "state.pt", state)
     monkeypatch.undo()
     with pytest.raises(CorruptShard, match=rf"newer version \(layout {VERSION + 1}; this one reads up to {VERSION}\)"):
         loop.train(recipe(tiny_models), data, tmp_path, seed=1)

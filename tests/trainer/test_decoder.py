@@ -17,7 +17,7 @@ from trainer.cli import app
 from trainer.decoder import multiply_accumulates, new_decoder, open_vae, psnr_db, train_decoder
 from trainer.latent_files import LatentFiles
 from trainer.latents import Encoder, decode_scaled
-from trainer.loop import open_pipeline
+from trainer.models import open_pipeline
 from trainer.recipe import DecoderRecipe
 from trainer.sample import generate
 from trainer.stream import open_samples

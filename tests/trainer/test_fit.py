@@ -18,6 +18,7 @@ from cluster.errors import CorruptShard, StageError, TargetUnavailable
 from trainer.fit import MAX_ROLLBACKS, fit
 from trainer.recipe import PhaseRecipe
 from trainer.state import METRICS, read_log
+from trainer.workers import new_accelerator
 
 
 def train(folder: Path, harm=lambda draw, loss: loss, seen: list[int] | None = None, **changes) -> nn.Linear:
@@ -177,7 +178,7 @@ def test_an_eight_bit_optimiser_that_cannot_run_here_is_refused_in_words(tmp_pat
 def test_a_tracker_that_is_not_installed_is_refused_in_words(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TargetUnavailable, match="pip install wandb"):
-        fit_module.new_accelerator("no", ["wandb"])
+        new_accelerator("no", ["wandb"])
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
@@ -187,7 +188,7 @@ def test_trackers_write_files_below_the_training(tmp_path, monkeypatch, name) ->
 
     for key in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "WANDB_MODE"):
         monkeypatch.delenv(key, raising=False)
-    accelerator = fit_module.new_accelerator("no", [name])
+    accelerator = new_accelerator("no", [name])
     start_trackers(accelerator, [name], tmp_path / "run" / "training", {"size_px": 32, "adapt": {"steps": 2}})
     settings = PhaseRecipe(steps=2, batch_images=4, learning_rate=1e-3)
     model = nn.Linear(3, 1)

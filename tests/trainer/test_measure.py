@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import trainer.measure as measure_module
 from cluster.errors import RecipeError, TargetUnavailable
 from trainer.cli import app
-from trainer.loop import open_pipeline
 from trainer.measure import evaluate, measure, read_questions, table
+from trainer.models import open_pipeline
 from trainer.recipe import EvaluateRecipe
 from trainer.sample import as_student
 

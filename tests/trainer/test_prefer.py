@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import CorruptShard, LedgerConflict
 from trainer.cli import app
-from trainer.loop import open_pipeline
+from trainer.models import open_pipeline
 from trainer.prefer.server import PreferServer
 from trainer.prefer.study import Study, open_study
 from trainer.prefer.votes import Vote, VoteFile, tally, wilson

@@ -14,7 +14,7 @@ from cluster.errors import EdgeFusionError
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, stop_ray
 from cluster.training import launch
-from trainer.loop import PHASES
+from trainer.models import PHASES
 from trainer.recipe import TrainerRecipe
 from trainer.state import read_log
 from trainer.stream import ShardStream
@@ -87,10 +87,19 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_two_workers_then_one_then_two_train_as_one_does(tiny_models, data, tmp_path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "student", "all"])
+def test_two_workers_then_one_then_two_train_as_one_does(tiny_models, data, tmp_path, sharding) -> None:
     phase = {"batch_images": BATCH, "learning_rate": 1e-3, "steps": STEPS, "checkpoint_s": 1e-9, "warmup_steps": 5}
     recipe = TrainerRecipe.model_validate(
-        {"teacher": str(tiny_models / "teacher"), "size_px": 32, "threads": 1, "adapt": phase, "distill": phase}
+        {
+            "teacher": str(tiny_models / "teacher"),
+            "size_px": 32,
+            "threads": 1,
+            "sharding": sharding,
+            "validation": {"every_steps": 3, "steps": [2], "adapt_steps": 2},
+            "adapt": phase,
+            "distill": phase,
+        }
     )
     run(recipe, data, tmp_path / "one", workers=1)
     try:  # adapt with two, then one; distill with one, then two

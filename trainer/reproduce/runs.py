@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from cluster.storage import publish_bytes, publish_folder, sweep_partials
 from factory.models import quiet, resolve
-from trainer.loop import open_pipeline, train
+from trainer.loop import train
 from trainer.measure import draw, evaluate, prepare, read_questions
 from trainer.mix import Source
+from trainer.models import open_pipeline
 from trainer.recipe import AdaptRecipe, DistillRecipe, EvaluateRecipe, TrainerRecipe
 from trainer.reproduce.data import Say, ensure_data, ensure_evaluation
 from trainer.reproduce.recipe import TablesRecipe
-from trainer.sample import as_student, contact_sheet
+from trainer.sample import as_student, as_teacher, contact_sheet
 
 
 class Row(Protocol):
@@ -196,8 +197,7 @@ def _assemble(recipe: TablesRecipe, row: Row, unet: Path, folder: Path) -> None:
         grid = {name: row.changes[name] for name in ("ddim_steps", "phases") if name in row.changes}
         pipeline: Any = as_student(teacher, student, **grid)
     else:
-        parts = {**teacher.components, "unet": student, "safety_checker": None, "feature_extractor": None}
-        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipeline = as_teacher(teacher, student)
     publish_folder(folder, pipeline.save_pretrained)
 
 
