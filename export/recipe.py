@@ -129,7 +129,7 @@ class ExportRecipe(Settings):
                 )
         return self
 
-    def builds(self, target: Target | None = None) -> list[MixRecipe]:
+    def builds(self, target: str | None = None) -> list[MixRecipe]:
         """The recipe's builds as mixes; of one target, those that it can run."""
         mixes = [entry if isinstance(entry, MixRecipe) else _mix(entry) for entry in self.precisions]
         if target is None:
