@@ -82,7 +82,7 @@ def with_small_upsampling(module: Any) -> Any:
         if isinstance(part, nn.Sequential):  # AutoencoderTiny's
             return _joined(part)
         plain = isinstance(part, Upsample2D) and part.use_conv and part.interpolate and part.norm is None
-        conv = getattr(part, "conv", None)
+        conv: Any = getattr(part, "conv", None)
         return _DoubleConv(conv) if plain and _is_usual(conv) else None
 
     return _replaced(module, change)

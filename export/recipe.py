@@ -18,7 +18,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "w8a16", "w8a8", "w8", "w4"),
     "openvino": ("fp32", "fp16", "bf16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"),
     "qnn": ("fp32", "fp16", "w8a16", "w8a8"),
-    "executorch": ("fp32", "w8a8"),
+    "executorch": ("fp32",),
     "coreml": ("fp32", "fp16", "w8", "w4"),
     "cuda": ("fp32", "fp16", "w8"),
     "tensorrt": ("fp32", "fp16"),
@@ -136,7 +136,7 @@ class ExportRecipe(Settings):
                 )
         return self
 
-    def builds(self, target: Target | None = None) -> list[MixRecipe]:
+    def builds(self, target: str | None = None) -> list[MixRecipe]:
         """The recipe's builds as mixes; of one target, those that it can run."""
         mixes = [entry if isinstance(entry, MixRecipe) else _mix(entry) for entry in self.precisions]
         if target is None:

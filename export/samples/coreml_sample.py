@@ -8,7 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
-import coremltools as ct
+import coremltools as ct  # pyright: ignore[reportMissingImports]
 import numpy as np
 import tokenizers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from executorch.runtime import Runtime
+from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 HERE = Path(__file__).parent

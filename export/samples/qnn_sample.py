@@ -1,6 +1,5 @@
 """Draws a picture with this bundle. Needs only: pip install numpy onnxruntime-qnn tokenizers pillow. Without the NPU the CPU plays it. Then:
-python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]
-"""
+python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]"""
 
 import argparse
 import json
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import onnxruntime_qnn as qnn
+import onnxruntime_qnn as qnn  # pyright: ignore[reportMissingImports]
 import tokenizers
 from PIL import Image
 
@@ -56,5 +55,5 @@ for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = model("vae_decoder").run(None, {"latent": x})[0][0].transpose(1, 2, 0) * 255
+rgb = np.array(model("vae_decoder").run(None, {"latent": x}))[0, 0].transpose(1, 2, 0) * 255
 Image.fromarray(rgb.round().astype(np.uint8)).save(ASKED.out)

@@ -22,7 +22,7 @@ class CoreMl(EdgeTarget):
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """fp32, fp16, or fp16 arithmetic with weights of 8 bits a channel (w8) or palettes of 16 values (w4)."""
-        import coremltools as ct
+        import coremltools as ct  # pyright: ignore[reportMissingImports]
         import torch
 
         graph = source.graph
@@ -52,7 +52,7 @@ class CoreMl(EdgeTarget):
         model.save(str(path))
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-        import coremltools as ct
+        import coremltools as ct  # pyright: ignore[reportMissingImports]
 
         if self.not_here():
             return super().open(folder, names, threads)
@@ -69,7 +69,7 @@ class CoreMl(EdgeTarget):
 
 
 def _compressed(model: Any, precision: str) -> Any:
-    import coremltools.optimize.coreml as optimise
+    import coremltools.optimize.coreml as optimise  # pyright: ignore[reportMissingImports]
 
     if precision == "w8":
         how = optimise.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel")

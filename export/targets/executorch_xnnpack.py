@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 class ExecuTorch(EdgeTarget):
     def lower(self, source: Source, precision: str, path: Path) -> None:
         import torch
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
+        from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
         graph = source.graph
-        inputs = tuple(graph.inputs.values())
         try:
             with torch.no_grad():
-                module = graph.module.eval()
-                program = torch.export.export(module, inputs)
-                if precision == "w8a8":
-                    program = torch.export.export(_quantised(program.module(), source), inputs)
+                program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()))
                 lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         except Exception as error:
             raise StageError(
@@ -44,7 +40,7 @@ class ExecuTorch(EdgeTarget):
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
         """Loaded programs. ExecuTorch's runtime takes as many threads as the machine has cores, whatever `threads` says."""
         import torch
-        from executorch.runtime import Runtime
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         runtime = Runtime.get()
         # A method does not keep its program alive by itself.
@@ -63,7 +59,7 @@ class ExecuTorch(EdgeTarget):
 
     def fallback(self, path: Path) -> dict[str, Any] | None:
         """From the program's own table: delegated parts and the operators between them."""
-        from executorch.exir._serialize._program import deserialize_pte_binary
+        from executorch.exir._serialize._program import deserialize_pte_binary  # pyright: ignore[reportMissingImports]
 
         program = deserialize_pte_binary(path.read_bytes()).program
         plan = program.execution_plan[0]
@@ -74,27 +70,6 @@ class ExecuTorch(EdgeTarget):
 
 
 _ORDER = {"text_encoder": ("input_ids",), "unet": ("latent", "timestep", "text"), "vae_decoder": ("latent",)}
-
-
-def _quantised(module: Any, source: Source) -> Any:
-    """int8 weights a channel and 8-bit activations, calibrated on the student's own trajectories; `keep` stays in float."""
-    import torch
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    from export.layers import lies_in
-
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    for name, _ in source.graph.module.named_modules():
-        if name and any(lies_in(name, part) for part in source.keep):
-            quantizer.set_module_name(name, None)  # pyright: ignore[reportArgumentType]
-    prepared = prepare_pt2e(module, quantizer)
-    for row in source.calibration:
-        prepared(*(torch.from_numpy(row[name]) for name in source.graph.inputs))
-    return convert_pt2e(prepared)
 
 
 TARGETS = {

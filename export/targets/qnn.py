@@ -185,7 +185,7 @@ def refused(said: Sequence[str]) -> str:
 
 def _options(provider: dict[str, str]) -> Any:
     import onnxruntime
-    import onnxruntime_qnn
+    import onnxruntime_qnn  # pyright: ignore[reportMissingImports]
 
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == _EP]
     if not devices:

@@ -169,6 +169,8 @@ def make_genai(folder: Path, size_px: int) -> None:
 
     place = folder / "genai"
     for name, (module, inputs, outputs) in plain_graphs(folder, size_px).items():
+        if "timestep" in inputs:
+            inputs["timestep"] = inputs["timestep"].long()  # GenAI hands it over so
         with torch.no_grad():
             model = openvino.convert_model(module, example_input=tuple(inputs.values()))
         for port, (label, example) in zip(model.inputs, inputs.items(), strict=True):

@@ -4,15 +4,19 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
+from torch import nn
 
 from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.bundle import export_student, open_bundle
 from export.card import _text
+from export.graph import Graph, decoder_graph
 from export.parity import snr_db
 from export.proof import read_reference, reference_inputs
 from export.quantise_openvino import quantise_openvino
 from export.recipe import PRECISIONS, ExportRecipe, Target
-from export.targets.contract import EdgeTarget, check_open
+from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
 from export.targets.registry import MODULES, find_target
 from factory.models import resolve
 
@@ -74,6 +78,62 @@ def test_a_build_that_does_not_run_here_says_so_everywhere(student_bundles: Path
 
     with pytest.raises(EdgeFusionError, match="no far bundle runs on this machine: it runs on the moon"):
         check_open(Elsewhere("far", ".far", "far"), Path("bundle"))
+
+
+def small_graphs() -> list[Graph]:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.words(input_ids)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.line = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Linear(8, 8)
+            self.out = nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            seen = self.norm(self.conv(latent)) + self.line(text).mean(1)[..., None, None]
+            return self.out(nn.functional.silu(seen) + (timestep / 1000).sin()[:, None, None, None])
+
+    torch.manual_seed(0)
+    latent = torch.randn(1, 4, 8, 8)
+    net = {"latent": latent, "timestep": torch.tensor([999.0]), "text": torch.randn(1, 5, 8)}
+    vae = AutoencoderTiny(decoder_block_out_channels=(8, 8), num_decoder_blocks=(1, 1))
+    return [
+        Graph("text_encoder", Text().eval(), {"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}, "text"),
+        Graph("unet", Net().eval(), net, "prediction"),
+        decoder_graph(vae, latent),
+    ]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("executorch", "fp32"), ("coreml", "fp16")])
+def test_small_graphs_lower_by_an_extra_and_agree(name: str, precision: str, tmp_path: Path) -> None:
+    target = find_target(name)
+    try:
+        target.require()
+    except TargetUnavailable as error:
+        pytest.skip(str(error))
+    names = {}
+    for graph in (graphs := small_graphs()):
+        rows = [{label: tensor.numpy() for label, tensor in graph.inputs.items()}]
+        names[graph.name] = f"{graph.name}{target.suffix}"
+        source = Source(graph, tmp_path / "none.onnx", rows, ["out"])
+        target.lower(source, precision, tmp_path / names[graph.name])
+        assert bytes_of(target, tmp_path / names[graph.name]) > 100
+    if target.not_here():
+        with pytest.raises(TargetUnavailable, match=target.not_here()):
+            target.open(tmp_path, names, 1)
+        return
+    calls = target.open(tmp_path, names, 1)
+    for graph in graphs:
+        wanted = graph.module(*graph.inputs.values()).detach().numpy()
+        got = calls[graph.name]({label: tensor.numpy() for label, tensor in graph.inputs.items()})
+        assert snr_db(wanted, got) > 90
+    assert (target.fallback(tmp_path / names["unet"]) or {})["accelerated_parts"] > 0
 
 
 @pytest.mark.long
