@@ -29,13 +29,13 @@ def group_norm(
     average = member * (groups / width)
     mean = ops.dense(ops.pool(x, f"{name}.mean"), average, f"{name}.group_mean")
     centred = ops.binary("SUB", x, ops.dense(mean, member.T, f"{name}.group_mean_wide"), f"{name}.centred")
-    peaks = np.maximum(ops.peaks(name, centred, groups), 1e-8)
+    peaks, least = np.maximum(ops.peaks(name, centred, groups), 1e-8), np.full(groups, eps)
     if peaks.max() > _FAR_APART * peaks.min():
         # Groups that live on few codes get more of them before they are squared; what the constants lose, the root gives back.
         level = ops.vector(member.T @ (1 / np.sqrt(peaks)))
-        centred, eps, peaks = ops.binary("MUL", centred, level, f"{name}.level"), eps / peaks, np.ones_like(peaks)
+        centred, least, peaks = ops.binary("MUL", centred, level, f"{name}.level"), eps / peaks, np.ones_like(peaks)
     power = ops.pool(ops.binary("MUL", centred, centred, f"{name}.square"), f"{name}.power")
-    scaled = ops.dense(power, average / peaks[:, None], 2.0, eps / peaks)
+    scaled = ops.dense(power, average / peaks[:, None], 2.0, least / peaks)
     root = ops.table("RSQRT", scaled, f"{name}.root")
     spread = member.T * gain[:, None] / np.sqrt(peaks)
     normal = ops.binary("MUL", centred, ops.dense(root, spread, f"{name}.gain"), f"{name}.normal")

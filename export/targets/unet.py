@@ -95,10 +95,11 @@ class Lowering:
     ) -> None:
         """Convolutions of the modules `keep` get 16-bit weights, as two of 8 bits.
 
-        `release`: what waits while a tiled block runs (its input, results of its heads) becomes an output as well: outputs live
+        `release`: results of heads that wait while a tiled block runs become outputs as well: outputs live
         in DRAM, whereas in an NPU's memory they would leave the tiles no room.
         """
-        self.ops, self.unet, self.cuts, self.softmax, self.release = ops, unet, cuts, softmax, release
+        self.ops, self.unet, self.cuts, self.release = ops, unet, cuts, release
+        self.softmax: Softmax = softmax
         self.keep = keep
         self.released: list[Tensor] = []
         self.names = {module: name for name, module in unet.named_modules()}
@@ -192,8 +193,8 @@ class Lowering:
         said, groups = attend_heads(
             self.ops, hidden, context, weights, attention.heads, group, tiles, reach, self.softmax
         )
-        if self.release and tiles > 1:
-            self.released += [hidden, *(groups if len(groups) > 1 else [])]
+        if self.release and tiles > 1 and len(groups) > 1:
+            self.released += groups
         return said
 
     def _group_norm(self, norm: Any, x: Tensor) -> Tensor:
