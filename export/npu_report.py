@@ -103,4 +103,5 @@ def _unet(model: str, config: dict[str, Any]) -> Any:
         torch.manual_seed(0)
         return UNet2DConditionModel.from_config(config).eval()
     place: Any = Path(resolve(model))
-    return UNet2DConditionModel.from_pretrained(place / "unet" if (place / "unet").is_dir() else place).eval()
+    unet: Any = UNet2DConditionModel.from_pretrained(place / "unet" if (place / "unet").is_dir() else place)
+    return unet.eval()

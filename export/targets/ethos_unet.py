@@ -74,7 +74,8 @@ def _plan(source: Source) -> Plan:
     """The recipe's plan where it is for one of Arm's chips, else one for PROFILE."""
     if source.plan is not None and load_profile(source.plan.profile).vela is not None:
         return source.plan
-    config: Any = source.graph.module.unet.config
+    wrapped: Any = source.graph.module
+    config = wrapped.unet.config
     side, tokens = source.graph.inputs["latent"].shape[-1], source.graph.inputs["text"].shape[1]
     return solve(attention_blocks(config, side, tokens), load_profile(PROFILE))
 

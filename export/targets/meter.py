@@ -89,7 +89,7 @@ class Meter(Ops):
         return self._made(x.value.permute(*order), x.reach)
 
     def peaks(self, name: str, x: Tensor, count: int) -> np.ndarray:
-        means = x.value.reshape(count, -1).mean(dim=1).numpy()
+        means = x.value.square().reshape(-1, count, x.shape[-1] // count).mean(dim=(0, 2)).numpy()
         before = self._found.peaks.get(name)
         self._found.peaks[name] = means if before is None else np.maximum(before, means)
         return self._found.peaks[name]

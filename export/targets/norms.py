@@ -16,6 +16,9 @@ _CUBE, _LINE = 0.07056, 1.5976
 _SATURATED = 12.0
 """Where the logistic function is within a code of 0 or 1."""
 
+_FAR_APART = 100.0
+"""Ratio of two groups' variances from which the smaller would keep too few codes when squared."""
+
 
 def group_norm(
     ops: Ops, name: str, x: Tensor, groups: int, eps: float, gain: np.ndarray, offset: np.ndarray | None
@@ -26,9 +29,13 @@ def group_norm(
     average = member * (groups / width)
     mean = ops.dense(ops.pool(x, f"{name}.mean"), average, f"{name}.group_mean")
     centred = ops.binary("SUB", x, ops.dense(mean, member.T, f"{name}.group_mean_wide"), f"{name}.centred")
+    peaks, least = np.maximum(ops.peaks(name, centred, groups), 1e-8), np.full(groups, eps)
+    if peaks.max() > _FAR_APART * peaks.min():
+        # Groups that live on few codes get more of them before they are squared; what the constants lose, the root gives back.
+        level = ops.vector(member.T @ (1 / np.sqrt(peaks)))
+        centred, least, peaks = ops.binary("MUL", centred, level, f"{name}.level"), eps / peaks, np.ones_like(peaks)
     power = ops.pool(ops.binary("MUL", centred, centred, f"{name}.square"), f"{name}.power")
-    peaks = np.maximum(ops.peaks(name, power, groups), 1e-8)
-    scaled = ops.dense(power, average / peaks[:, None], 2.0, eps / peaks)
+    scaled = ops.dense(power, average / peaks[:, None], 2.0, least / peaks)
     root = ops.table("RSQRT", scaled, f"{name}.root")
     spread = member.T * gain[:, None] / np.sqrt(peaks)
     normal = ops.binary("MUL", centred, ops.dense(root, spread, f"{name}.gain"), f"{name}.normal")

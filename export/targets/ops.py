@@ -33,7 +33,7 @@ class Tensor:
 
 @dataclass
 class Calibration:
-    """What runs of a Meter found: name to largest absolute value, and name to the peaks of the parts of a tensor."""
+    """What runs of a Meter found: name to largest absolute value, and name to the peaks of a norm's groups."""
 
     reaches: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, np.ndarray] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Ops(ABC):
 
     @abstractmethod
     def peaks(self, name: str, x: Tensor, count: int) -> np.ndarray:
-        """The largest mean that a calibration saw of each of `count` equal parts of the last axis of x; x is not changed."""
+        """The largest mean square that a calibration saw of each of `count` equal parts of the last axis of x, which is not changed."""
 
     def arrange(self, x: Tensor, between: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
         """x reshaped to `between`, its axes put in `order`, reshaped to `shape`."""

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from cluster.errors import StageError
-from export.blocks import Block
 from export.layers import lies_in
 from export.targets.attention import Reach, Softmax, Weights, attend_heads
 from export.targets.norms import geglu, group_norm, layer_norm, silu
@@ -96,13 +95,13 @@ class Lowering:
     ) -> None:
         """Convolutions of the modules `keep` get 16-bit weights, as two of 8 bits.
 
-        `release`: what waits while a tiled block runs (results of its heads, skips) becomes an output as well: outputs live
+        `release`: results of heads that wait while a tiled block runs become outputs as well: outputs live
         in DRAM, whereas in an NPU's memory they would leave the tiles no room.
         """
-        self.ops, self.unet, self.cuts, self.softmax, self.release = ops, unet, cuts, softmax, release
+        self.ops, self.unet, self.cuts, self.release = ops, unet, cuts, release
+        self.softmax: Softmax = softmax
         self.keep = keep
         self.released: list[Tensor] = []
-        self.waiting: list[Tensor] = []
         self.names = {module: name for name, module in unet.named_modules()}
 
     def run(self, side: int, tokens: int) -> Tensor:
@@ -115,7 +114,7 @@ class Lowering:
             for name, resnet in time_resnets(unet)
         }
         x = self._conv(unet.conv_in, latent)
-        self.waiting = skips = [x]
+        skips = [x]
         for block in unet.down_blocks:
             for resnet, attention in _pairs(block):
                 x = self._attend(attention, self._resnet(resnet, x))
@@ -194,13 +193,9 @@ class Lowering:
         said, groups = attend_heads(
             self.ops, hidden, context, weights, attention.heads, group, tiles, reach, self.softmax
         )
-        if self.release and tiles > 1:
-            self._release(*groups, *self.waiting)
+        if self.release and tiles > 1 and len(groups) > 1:
+            self.released += groups
         return said
-
-    def _release(self, *tensors: Tensor) -> None:
-        known = {tensor.index for tensor in self.released}
-        self.released += [tensor for tensor in tensors if tensor.index not in known]
 
     def _group_norm(self, norm: Any, x: Tensor) -> Tensor:
         return group_norm(
@@ -220,11 +215,6 @@ class Lowering:
     def _join(self, x: Tensor, skip: Tensor) -> Tensor:
         reach = max(x.reach, skip.reach)
         return self.ops.concat([self.ops.requantise(x, reach), self.ops.requantise(skip, reach)], axis=3)
-
-
-def cuts_of(blocks: Sequence[Block], head_group: int | None = None) -> dict[str, tuple[int, int]]:
-    """No tiles: all heads at once, or `head_group` of them."""
-    return {block.name: (head_group or block.heads, 1) for block in blocks}
 
 
 def _pairs(block: Any) -> list[tuple[Any, Any]]:
