@@ -176,8 +176,8 @@ class _Score:
 
 def _known(rows: list[Row], name: str) -> np.ndarray | None:
     """N x D float32 that an earlier stage left in every row, or None."""
-    found = [row.get(name) for row in rows]
-    return np.stack([np.frombuffer(one, np.float32) for one in found]) if all(found) else None
+    found = [row[name] for row in rows if row.get(name)]
+    return np.stack([np.frombuffer(one, np.float32) for one in found]) if len(found) == len(rows) else None
 
 
 class _Commit:

@@ -83,7 +83,7 @@ class Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pictures", type=int, nargs="?", default=5000)
     parser.add_argument("--img2dataset", metavar="PYTHON", help="interpreter of an environment with img2dataset")
     parser.add_argument("--data-juicer", metavar="PYTHON", help="interpreter of an environment with py-data-juicer")
