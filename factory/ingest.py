@@ -186,8 +186,8 @@ def _told(words: bytes | None, facts: bytes | None, recipe: PicturePlan) -> tupl
         json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")) if isinstance(found, dict) else {}
     )
     if words is None:
-        own = next((more[key] for key in (recipe.text_column, "caption", "text") if isinstance(more.get(key), str)), "")
-        words = own.encode("utf-8", "replace")
+        told = [more.get(key) for key in (recipe.text_column, "caption", "text")]
+        words = next((text.encode("utf-8", "replace") for text in told if isinstance(text, str)), b"")
     return *_text(words), more
 
 
