@@ -27,6 +27,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_PICTURE_BYTES = 64 << 20
 """A larger file is refused unread."""
 MAX_TEXT_CHARACTERS = 2000
+MAX_BESIDE_BYTES = 64 << 10
+"""Of a text or JSON beside a picture: a longer text is cut, a longer JSON left out."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,9 @@ def _row_group(file: str, group: int, column: str) -> pa.ChunkedArray:
 
 def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
     if path.is_dir():
-        yield from _read_folder(path)
+        yield from _read_folder(path, recipe)
     elif path.suffix == ".tar":
-        yield from _read_shard(path)
+        yield from _read_shard(path, recipe)
     elif path.suffix == ".parquet":
         yield from _read_parquet(path, recipe)
     else:
@@ -149,47 +151,87 @@ def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
         )
 
 
-def _read_folder(folder: Path) -> Iterator[Found]:
-    """Picture files at any depth with NAME.txt beside them; links that lead out of the folder are left alone."""
+def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
+    """Picture files at any depth with NAME.txt and NAME.json beside them; links that lead out of the folder are left alone."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or not path.is_file() or not path.resolve().is_relative_to(folder):
             continue
-        beside, size = path.with_suffix(".txt"), path.stat().st_size
-        text, wrong = _text(beside.read_bytes()[: 4 * MAX_TEXT_CHARACTERS + 4] if beside.is_file() else b"")
-        source = {"file": str(path), "at": 0, "size": size}
+        size = path.stat().st_size
+        words, facts = (_beside(path.with_suffix(kind), folder) for kind in (".txt", ".json"))
+        text, wrong, more = _told(words, facts, recipe)
+        source = {"file": str(path), "at": 0, "size": size, **_origin(path.relative_to(folder).as_posix(), more)}
         yield _judged(source, path.read_bytes() if size <= MAX_PICTURE_BYTES else b"", size, text, wrong)
 
 
-def _read_shard(path: Path) -> Iterator[Found]:
+def _beside(path: Path, folder: Path) -> bytes | None:
+    if not path.is_file() or not path.resolve().is_relative_to(folder):
+        return None
+    with path.open("rb") as file:
+        return file.read(MAX_BESIDE_BYTES + 1)
+
+
+def _told(words: bytes | None, facts: bytes | None, recipe: PicturePlan) -> tuple[str, str, dict[str, Any]]:
+    """(text, what is wrong with it, metadata) of what stands beside a picture. The .txt goes before the .json's own text.
+
+    A .json that is no object, or over the limit, is left out: the picture is no worse for it.
+    """
+    found: Any = None
+    if facts is not None and len(facts) <= MAX_BESIDE_BYTES:
+        try:
+            found = json.loads(facts, parse_constant=lambda name: None)  # NaN and its like are no JSON
+        except (ValueError, RecursionError):
+            found = None
+    # What cannot be written as UTF-8 (half a surrogate pair) must not stop the packing later.
+    more = (
+        json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace")) if isinstance(found, dict) else {}
+    )
+    if words is None:
+        told = [more.get(key) for key in (recipe.text_column, "caption", "text")]
+        words = next((text.encode("utf-8", "replace") for text in told if isinstance(text, str)), b"")
+    return *_text(words), more
+
+
+def _origin(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a source keeps of where its picture came from."""
+    known = {"name": name.encode("utf-8", "replace").decode()}
+    return {**known, "metadata": metadata} if metadata else known
+
+
+def _read_shard(path: Path, recipe: PicturePlan) -> Iterator[Found]:
     """Members of one key stand together, as in any WebDataset; links and folders are no members."""
     try:
         with tarfile.open(path, "r:") as archive:
-            key, picture, text = "", None, b""
+            key, picture, text, facts = "", None, None, None
             for entry in archive:
                 own, _, kind = entry.name.rpartition("/")[2].partition(".")
                 own = f"{entry.name.rpartition('/')[0]}/{own}"
                 if own != key:
                     if picture:
-                        yield _member(path, archive, picture, text)
-                    key, picture, text = own, None, b""
+                        yield _member(path, archive, picture, _told(text, facts, recipe))
+                    key, picture, text, facts = own, None, None, None
                 if not entry.isfile():
                     continue
                 if f".{kind.lower()}" in SUFFIXES and picture is None:
                     picture = entry
                 elif kind.lower() == "txt":
-                    text = _content(archive, entry, 4 * MAX_TEXT_CHARACTERS + 4)
+                    text = _content(archive, entry, MAX_BESIDE_BYTES + 1)
+                elif kind.lower() == "json":
+                    facts = _content(archive, entry, MAX_BESIDE_BYTES + 1)
             if picture:
-                yield _member(path, archive, picture, text)
+                yield _member(path, archive, picture, _told(text, facts, recipe))
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise StageError(
             f"the shard cannot be read to its end ({error})", where=str(path), remedy="Copy it again or leave it out"
         ) from error
 
 
-def _member(path: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo, text: bytes) -> Found:
-    source = {"file": str(path), "at": entry.offset_data, "size": entry.size}
+def _member(
+    path: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo, told: tuple[str, str, dict[str, Any]]
+) -> Found:
+    text, wrong, more = told
+    source = {"file": str(path), "at": entry.offset_data, "size": entry.size, **_origin(entry.name, more)}
     data = _content(archive, entry, entry.size) if entry.size <= MAX_PICTURE_BYTES else b""
-    return _judged(source, data, entry.size, *_text(text))
+    return _judged(source, data, entry.size, text, wrong)
 
 
 def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bytes:
@@ -205,21 +247,31 @@ def _read_parquet(path: Path, recipe: PicturePlan) -> Iterator[Found]:
         raise StageError(
             f"cannot be read ({error})", where=str(path), remedy="Copy it again or leave it out"
         ) from error
-    lacking = [name for name in (recipe.picture_column, recipe.text_column) if name not in names]
+    wanted = [recipe.picture_column, recipe.text_column, *recipe.metadata_columns]
+    lacking = [name for name in wanted if name not in names]
     if lacking:
         raise RecipeError(
             f"has no column {lacking[0]}; there are {names}",
             where=str(path),
-            remedy="Set factory.plan.picture_column and text_column",
+            remedy="Set factory.plan.picture_column, text_column and metadata_columns",
         )
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=[recipe.picture_column, recipe.text_column])
+        table = file.read_row_group(group, columns=wanted)
         columns = (table[recipe.picture_column], table[recipe.text_column])
-        for row, (data, text) in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
+        beside = table.select(recipe.metadata_columns).to_pylist() if recipe.metadata_columns else [{}] * len(table)
+        pairs = zip(*(column.to_pylist() for column in columns), beside, strict=True)
+        for row, (data, text, more) in enumerate(pairs):
             source = {"file": str(path), "at": [group, row], "column": recipe.picture_column}
+            source |= {"metadata": _plain(more)} if more else {}
             data = data if isinstance(data, bytes) else b""
             told = _text(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"")
             yield _judged(source, data, len(data), *told)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Cells as JSON: what has no JSON of its own (dates, bytes) as text."""
+    told = json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace")
+    return json.loads(told, parse_constant=lambda name: None)
 
 
 def _text(data: bytes) -> tuple[str, str]:

@@ -115,6 +115,9 @@ def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: 
         place = json.loads(row["source"])
         facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}
         facts["source"] = place.get("url") or f"{Path(place['file']).name}#{place['at']}"
+        facts |= {
+            key: place[name] for name, key in (("name", "original_path"), ("metadata", "metadata")) if name in place
+        }
     facts |= {"scores": more} if (more := further_scores(row)) else {}
     caption = decisions[row["id"]].caption if row["id"] in decisions else None
     if caption is not None:

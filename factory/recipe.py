@@ -128,10 +128,13 @@ class PicturePlan(Settings):
     kind: Literal["pictures"] = "pictures"
     paths: list[str] = Field(
         min_length=1,
-        description="folders (picture files with .txt beside them), WebDataset shards (.tar), Parquet files, or zoo:wild.parquet",
+        description="folders (picture files with .txt or .json beside them), WebDataset shards (.tar), Parquet files, or zoo:wild.parquet",
     )
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
     text_column: str = Field(default="text", description="Parquet column with the text")
+    metadata_columns: list[str] = Field(
+        default=[], description="further Parquet columns that are kept as each sample's `metadata`"
+    )
     limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
     download: DownloadRecipe | None = Field(
         default=None, description="`paths` are .txt, .csv or .parquet lists of URLs, and this is how they are fetched"

@@ -85,6 +85,7 @@ class _Crop:
                     "width_px": width,
                     "height_px": height,
                     SEEN: own[chosen].tobytes(),
+                    READ: texts[i].tobytes(),
                 }
             )
         return done
@@ -100,8 +101,8 @@ class _Crop:
 
 
 CROPS = ("centre", "start", "end")
-SEEN = "seen"
-"""CLIP's embedding (D float32) of a crop before it was encoded: nobody has to look at it twice."""
+SEEN, READ = "seen", "read"
+"""CLIP's embeddings (D float32) of a crop before it was encoded and of its text: nobody has to look at them twice."""
 DRAFT = 1.5
 """Nearer to the crop's own size, decoding at a fraction saves more, and leaves less for the better filter to do: 1.5 keeps over 30 dB."""
 
@@ -142,7 +143,7 @@ class _Caption:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         captions = self.model.describe([decode_picture(row["picture"]) for row in rows])
-        return [{**row, "prompt": caption} for row, caption in zip(rows, captions, strict=True)]
+        return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
 
 
 class _Score:
@@ -154,17 +155,15 @@ class _Score:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures = [decode_picture(row["picture"]) for row in rows]
-        known = [row.get(SEEN) for row in rows]
-        if all(known):
-            seen = np.stack([np.frombuffer(one, np.float32) for one in known if one])
-        else:
-            seen = self.clip.pictures(pictures)
         prompts = [row["prompt"] for row in rows]
-        scores = (seen * self.clip.texts(prompts)).sum(axis=1)
+        seen, read = _known(rows, SEEN), _known(rows, READ)
+        seen = self.clip.pictures(pictures) if seen is None else seen
+        read = self.clip.texts(prompts) if read is None else read
+        scores = (seen * read).sum(axis=1)
         further = self.further(Batch(pictures, prompts, seen))
         return [
             {
-                **{name: value for name, value in row.items() if name != SEEN},
+                **{name: value for name, value in row.items() if name not in (SEEN, READ)},
                 **({"outcome": REJECTED, "reason": "blank"} if float(picture.std()) < _BLANK_DEVIATION else {}),
                 "clip_score": round(float(score), 6),
                 "embedding": embedding.astype(np.float16).tobytes(),
@@ -173,6 +172,12 @@ class _Score:
             }
             for row, picture, score, embedding, more in zip(rows, pictures, scores, seen, further, strict=True)
         ]
+
+
+def _known(rows: list[Row], name: str) -> np.ndarray | None:
+    """N x D float32 that an earlier stage left in every row, or None."""
+    found = [row[name] for row in rows if row.get(name)]
+    return np.stack([np.frombuffer(one, np.float32) for one in found]) if len(found) == len(rows) else None
 
 
 class _Commit:

@@ -83,11 +83,13 @@ class Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pictures", type=int, nargs="?", default=5000)
     parser.add_argument("--img2dataset", metavar="PYTHON", help="interpreter of an environment with img2dataset")
     parser.add_argument("--data-juicer", metavar="PYTHON", help="interpreter of an environment with py-data-juicer")
     asked = parser.parse_args()
+    if asked.pictures <= FEW:
+        parser.error(f"PICTURES must be more than the {FEW} that show what start-up costs")
     load, costs = os.getloadavg()[0], dict[str, Cost]()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -115,6 +117,7 @@ def measured(root: Path, pictures: int, name: str, words: Callable[[Path, Path],
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     each = (used[1] - used[0]) / (pictures - FEW)
+    Console(stderr=True).print(f"{name}: {used[0]:.1f} and {used[1]:.1f} CPU s")
     return Cost(used[1], used[0] - each * FEW, each * 1000, told.strip().splitlines()[-1] if told.strip() else "")
 
 

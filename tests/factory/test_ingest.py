@@ -86,6 +86,28 @@ def test_folder_shard_and_parquet_give_the_same_pictures_and_texts(tmp_path: Pat
     assert [r["id"] for r in plan_of(tar)] == [r["id"] for r in found[1]]
 
 
+def test_where_a_picture_came_from_and_what_was_known_of_it_are_kept(tmp_path: Path) -> None:
+    known = {"caption": "a fox", "url": "http://x/1.png", "size": [80, 64], "odd": float("nan"), "half": "\ud800"}
+    files = {"a/1.png": drawing(1), "a/1.json": json.dumps(known).encode(), "a/2.png": drawing(2)}
+    files |= {"a/2.txt": b"said", "a/2.json": json.dumps({"caption": "not this"}).encode()}
+    files |= {"a/3.png": drawing(3), "a/3.json": b"[" * 9000, "a/4.png": drawing(4), "a/4.json": b"x" * (65 << 10)}
+    for name, data in files.items():
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    tar = write_tar(tmp_path / "a.tar", list(files.items()))
+    for rows in (plan_of(tmp_path / "folder"), plan_of(tar)):
+        assert [row["prompt"] for row in rows] == ["a fox", "said", "", ""]
+        sources = [json.loads(row["source"]) for row in rows]
+        assert [source["name"] for source in sources] == [f"a/{i}.png" for i in (1, 2, 3, 4)]
+        assert sources[0]["metadata"] == {**known, "odd": None, "half": "?"}
+        assert "metadata" in sources[1] and "metadata" not in sources[2] and "metadata" not in sources[3]
+    table = pa.table({"picture": [drawing(1)], "text": ["x"], "site": ["s"], "when": [pa.scalar(0, pa.timestamp("s"))]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    row = plan_of(tmp_path / "a.parquet", metadata_columns=["site", "when"])[0]
+    assert json.loads(row["source"])["metadata"] == {"site": "s", "when": "1970-01-01 00:00:00"}
+
+
 def test_a_source_that_changed_after_planning_stops_the_run(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("1.png", drawing(1)), ("1.txt", b"one")])
     row = plan_of(tar)[0]
