@@ -40,13 +40,14 @@ def test_an_error_is_told_at_its_own_draw_and_a_rollback_forgets_what_it_went_pa
             raise ValueError("draw 5")
         return example(draw)
 
+    before = set(threading.enumerate())
     ahead = ReadAhead(2)
     assert len(ahead.take(harmed, range(0, 4), range(4, 8))) == 4
     with pytest.raises(ValueError, match="draw 5"):
         ahead.take(harmed, range(4, 8), range(8, 12))
     assert [found.id for found in ahead.take(harmed, range(12, 14), range(14, 16))] == ["12", "13"]
     ahead.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("threads", [1, 4])
