@@ -101,7 +101,8 @@ def _unet(model: str, config: dict[str, Any]) -> Any:
 
     if model in ARCHITECTURES or Path(resolve(model)).is_file():
         torch.manual_seed(0)
-        return UNet2DConditionModel.from_config(config).eval()
+        drawn: Any = UNet2DConditionModel.from_config(config)
+        return drawn.eval()
     place: Any = Path(resolve(model))
     unet: Any = UNet2DConditionModel.from_pretrained(place / "unet" if (place / "unet").is_dir() else place)
     return unet.eval()
