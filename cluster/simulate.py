@@ -28,13 +28,18 @@ _TOO_LONG_S = 3 * 365 * 86400.0
 PLAYED_WINDOWS = 16
 
 
+class Endless(EdgeFusionError):
+    """More is lost than done."""
+
+
 def simulate(scenario: Scenario, seed: int = 0, played_windows: int = PLAYED_WINDOWS) -> Outcome:
-    """Play the scenario once. Raises TargetUnavailable without simpy, EdgeFusionError if it does not end within three years."""
-    dice, outcome = random.Random(seed), Outcome()
+    """Play the scenario once. Raises TargetUnavailable without simpy, Endless if it does not end within three years."""
+    outcome = Outcome()
+    # Dice of their own, so that a change of one part leaves the luck of the others as it was.
     if scenario.samples:
-        _Make(scenario, dice, outcome, max(3, played_windows)).play()
+        _Make(scenario, outcome, max(3, played_windows), _dice(seed, "nodes"), _dice(seed, "units")).play()
     for phase, per_s in scenario.phases:
-        _train(scenario, phase, per_s, dice, outcome)
+        _train(scenario, phase, per_s, _dice(seed, phase.name), outcome)
     outcome.cost = outcome.held_s / 3600 * scenario.price_per_gpu_hour
     return outcome
 
@@ -54,14 +59,35 @@ CURES: dict[str, dict[str, Any]] = {
 """What can limit a run, and the scenario without it."""
 
 
-def limits(scenario: Scenario, seed: int = 0) -> dict[str, float]:
-    """By how much of the whole time the run would be shorter if this alone cost nothing; the greatest first."""
-    whole = simulate(scenario, seed).total_s
+def limits(scenario: Scenario, seed: int = 0, plays: int = 3) -> dict[str, float]:
+    """By how much of the whole time the run would be shorter if this alone cost nothing; the greatest first.
+
+    Of a run that does not end, 1 for what alone would let it end.
+    """
+    whole = _total_s(scenario, seed, plays)
     found: dict[str, float] = {}
     for name, cure in CURES.items():
         cured = replace(scenario, **cure)
-        found[name] = 0.0 if cured == scenario or not whole else 1 - simulate(cured, seed).total_s / whole
+        left = whole if cured == scenario else _total_s(cured, seed, plays)
+        found[name] = 0.0 if not whole or left == whole else 1.0 if math.isinf(whole) else 1 - left / whole
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def said_limits(limiting: dict[str, float]) -> str:
+    """The three greatest that save a hundredth or more."""
+    told = [f"{name} {share:.0%}" for name, share in limiting.items() if share >= 0.01][:3]
+    return ", ".join(told) or "nothing alone"
+
+
+def _total_s(scenario: Scenario, seed: int, plays: int) -> float:
+    try:
+        return sum(simulate(scenario, seed + i).total_s for i in range(plays)) / plays
+    except Endless:
+        return math.inf
+
+
+def _dice(seed: int, what: str) -> random.Random:
+    return random.Random(f"{seed} {what}")
 
 
 def _life_s(scenario: Scenario, nodes: int, dice: random.Random) -> float:
@@ -86,9 +112,10 @@ class _Make:
     """Window after window; in each the slots take units, whose pictures then pass scorers and storage in turn."""
 
     scenario: Scenario
-    dice: random.Random
     out: Outcome
     played: int
+    dice: random.Random
+    unit_dice: random.Random
     now: float = field(default=0.0, init=False)
 
     def play(self) -> None:
@@ -196,7 +223,7 @@ class _Make:
             self._lose(slot)
 
     def _luck(self) -> float:
-        return math.exp(self.dice.gauss(0.0, self.sigma) - self.sigma**2 / 2) if self.sigma else 1.0
+        return math.exp(self.unit_dice.gauss(0.0, self.sigma) - self.sigma**2 / 2) if self.sigma else 1.0
 
     def _finish(self, size: int) -> None:
         """Queues whose every service time is known when a unit joins need no events: they come in the order in which they are served."""
@@ -248,8 +275,8 @@ def _train(play: Scenario, phase: Phase, per_s: float, dice: random.Random, out:
     out.train_s += clock
 
 
-def _endless(play: Scenario) -> EdgeFusionError:
-    return EdgeFusionError(
+def _endless(play: Scenario) -> Endless:
+    return Endless(
         f"with {play.preemptions_per_hour:g} preemptions an hour of each of {play.gpus} GPUs the run does not end in three years",
         remedy="Make units or checkpoint_s smaller, or use fewer nodes that are taken away less often",
     )
