@@ -26,6 +26,7 @@ from cluster.scenario import Outcome, Scenario
 
 _TOO_LONG_S = 3 * 365 * 86400.0
 PLAYED_WINDOWS = 16
+_WINDOWS_FOR_LIMITS = 6
 
 
 class Endless(EdgeFusionError):
@@ -81,7 +82,7 @@ def said_limits(limiting: dict[str, float]) -> str:
 
 def _total_s(scenario: Scenario, seed: int, plays: int) -> float:
     try:
-        return sum(simulate(scenario, seed + i).total_s for i in range(plays)) / plays
+        return sum(simulate(scenario, seed + i, _WINDOWS_FOR_LIMITS).total_s for i in range(plays)) / plays
     except Endless:
         return math.inf
 

@@ -36,12 +36,19 @@ class Point:
         return quantile([value(outcome) for outcome in self.outcomes], share) if self.outcomes else math.nan
 
 
-def write_page(path: Path, name: str, scenario: Scenario, seed: int = 0) -> None:
+def write_page(
+    path: Path,
+    name: str,
+    scenario: Scenario,
+    seed: int = 0,
+    samples: Sequence[int] = SAMPLES,
+    gpus: Sequence[int] = GPUS,
+) -> None:
     """One self-contained file. The curves hold everything but samples, or GPUs, as the scenario has it."""
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-    over_samples = [_point(replace(scenario, samples=count), seed) for count in SAMPLES]
-    over_gpus = [_point(replace(scenario, gpus=count), seed) for count in sorted({*GPUS, scenario.gpus})]
+    over_samples = [_point(replace(scenario, samples=count), seed) for count in samples]
+    over_gpus = [_point(replace(scenario, gpus=count), seed) for count in sorted({*gpus, scenario.gpus})]
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
     ).get_template("simulate.html.j2")

@@ -15,6 +15,7 @@ from cluster.errors import EdgeFusionError
 from cluster.needs import Phase
 from cluster.scenario import Outcome, Scenario
 from cluster.simulate import limits, simulate
+from cluster.simulate_page import write_page
 from edgefusion import app
 
 pytest.importorskip("simpy", reason="simpy is not installed: pip install -e '.[dev]'")
@@ -178,15 +179,13 @@ def test_training_holds_every_node_but_the_one_that_is_being_replaced() -> None:
 
 
 def test_the_page_holds_every_scale_and_needs_nothing_else(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    words = ["cluster", "simulate", "recipes/edgefusion.yaml", "--gpus", "8", "--repeats", "1", "--page", str(page)]
-    more = ["--make-per-s", "0.5", "--train-per-s", "20", "--preemptions-per-hour", "0.3"]
-    said = CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
-    assert said.exit_code == 0
-    text = page.read_text()
-    assert all(f">{scale}</td>" in text for scale in ("10^5", "10^6", "10^7", "10^8", "1,024"))
+    phase = Phase("adapt", 50_000, 256, checkpoint_s=900)
+    play = replace(CALM, phases=((phase, 20.0),), preemptions_per_hour=0.3, driver_s=0.015)
+    write_page(tmp_path / "page.html", "wide", play, samples=(10**5, 10**8), gpus=(1, 512))
+    text = (tmp_path / "page.html").read_text()
+    assert all(f">{scale}</td>" in text for scale in ("10^5", "10^8", "1", "4", "512"))
     assert "rendering on the GPUs" in text and "does not end in three years" in text
-    assert text.count("data:image/svg+xml") == 6 and "http" not in text.replace("data:image", "")
+    assert text.count("data:image/svg+xml") == 6 and "http" not in text
 
 
 def test_bandwidth_without_sizes_says_nothing() -> None:
