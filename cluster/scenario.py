@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.needs import Phase
+from cluster.runner import window_units
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Scenario:
     """For each planned unit, when the driver starts: the ledger is listed."""
     start_s: float = 0.0
     """Once, until Ray is there."""
-    window_units: int = 2048
-    """Units that the runner gives Ray at once; the next window waits for the last unit of this one and opens the models again."""
+    window_units: int | None = None
+    """Units that the runner gives Ray at once, its own choice if left out; the next window waits for the last unit of this one and
+    opens the models again."""
     window_s: float = 0.0
     """Until the first actor of a window opens its models."""
 
@@ -53,8 +55,13 @@ class Scenario:
         return -(-self.samples // self.unit_images)
 
     @property
+    def window(self) -> int:
+        """Units of a window."""
+        return self.window_units or window_units(self.gpus)
+
+    @property
     def windows(self) -> int:
-        return -(-self.units // self.window_units)
+        return -(-self.units // self.window)
 
     @property
     def stragglers(self) -> int:

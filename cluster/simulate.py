@@ -7,7 +7,7 @@ Ray's restarted actors do; an actor holds the unit it works on and one more (Ray
 the GPUs; training scales linearly to the pace of its slowest node, and loses what came after its last checkpoint whenever any node
 goes; plan, selection, packing and export take no time.
 
-Up to 16 windows of units (2,048 each) are played unit by unit. A longer run plays 16 and lets the mean of the 14 in the middle stand for
+Up to 16 windows of units (2,048 each, or 16 a GPU if that is more) are played unit by unit. A longer run plays 16 and lets the mean of the 14 in the middle stand for
 the others: windows begin alike, since each waits for the last unit of the one before. The spread between plays is then wider than the run's own.
 """
 
@@ -127,11 +127,11 @@ class _Make:
         ]
         self.sigma = play.unit_spread
         self._wait_until(play.start_s + play.listing_s * play.units)
-        whole, last = play.windows - 1, play.samples - (play.windows - 1) * play.window_units * play.unit_images
+        whole, last = play.windows - 1, play.samples - (play.windows - 1) * play.window * play.unit_images
         played = whole if play.windows <= self.played else self.played - 1
         first = Outcome()
         for number in range(played):
-            self._window(play.window_units * play.unit_images)
+            self._window(play.window * play.unit_images)
             if number == 0:
                 first = self._so_far()
         middle = self._so_far()

@@ -170,7 +170,7 @@ def _given(play: Scenario) -> list[tuple[str, str]]:
         ("scorers", scorers or f"{play.score_workers}, as fast as asked"),
         ("storage", f"{store}, {play.image_bytes / 1000:.3g} kB a picture, {play.storage_latency_s:g} s a commit"),
         ("driver", f"{play.driver_s * 1000:.3g} ms a unit, {play.listing_s * 1e6:.3g} s to list 10^6 units"),
-        ("start", f"{play.start_s:g} s once, {play.window_s:g} s for every window of {play.window_units:,} units"),
+        ("start", f"{play.start_s:g} s once, {play.window_s:g} s for every window of units"),
         ("price of a GPU hour", f"{play.price_per_gpu_hour:g}"),
     ]
 

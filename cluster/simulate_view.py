@@ -97,7 +97,7 @@ def mount_simulate(view_of: Callable[[Path, list[str]], RunView]) -> None:
             float,
             typer.Option(
                 min=0,
-                help=f"seconds until a window of 2,048 units begins to open its models (default: first unit of {_OVERHEAD}, later counts)",
+                help=f"seconds until a window of units (2,048, or 16 a GPU if more) begins to open its models (default: first unit of {_OVERHEAD}, later counts)",
             ),
         ] = WINDOW_S,
         price_per_gpu_hour: Annotated[float, typer.Option(min=0, help="in any currency")] = 0.0,
@@ -189,6 +189,6 @@ def _show(name: str, scenario: Scenario, outcomes: list[Outcome], limiting: dict
     )
     if scenario.windows > PLAYED_WINDOWS:
         typer.echo(
-            f"{PLAYED_WINDOWS} of {scenario.windows} windows of {scenario.window_units} units were played unit by unit; "
+            f"{PLAYED_WINDOWS} of {scenario.windows} windows of {scenario.window} units were played unit by unit; "
             f"the mean of the {PLAYED_WINDOWS - 2} in the middle stands for the others."
         )

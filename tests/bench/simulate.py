@@ -231,7 +231,7 @@ class Bench:
             rest = real[1:-1] if self.work == "pocket" else []
             return [troubled(first, case.workers, case.trouble, log), *rest, slow_commit(real[-1], data, case.trouble)]
 
-        factory.make.make_stages, cluster.runner._WINDOW_UNITS = stages, case.window_units
+        factory.make.make_stages, cluster.runner.window_units = stages, lambda workers: case.window_units
         runner, began = OnRay(self.cluster), time.monotonic()
         try:
             factory.make.make(self.recipe, data, runner)
