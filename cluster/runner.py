@@ -28,7 +28,13 @@ from cluster.recipe import Settings
 from cluster.stage import Stage, Unit, Worker, apply
 
 _WINDOW_UNITS = 2048
-"""Units that Ray Data holds at once."""
+_WINDOW_UNITS_A_WORKER = 16
+"""Units that Ray Data holds at once, at least; on wide clusters opening the models anew must stay little beside a worker's units."""
+
+
+def window_units(workers: int) -> int:
+    """Units that Ray Data is given at once, if the widest stage has so many workers."""
+    return max(_WINDOW_UNITS, _WINDOW_UNITS_A_WORKER * workers)
 
 
 class ClusterRecipe(Settings):
@@ -142,10 +148,10 @@ class OnRay:
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
         # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
         restarts = -1 if attempts else self.recipe.max_failures
-        rest = iter(units)
+        rest, at_once = iter(units), window_units(max((stage.workers for stage in stages), default=0))
         # Ray Data keeps something of every unit in the driver, so it is given a bounded number at a time: memory stays flat, and
         # opening the stages anew costs little beside the work of so many units.
-        while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, _WINDOW_UNITS)]:
+        while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, at_once)]:
             yield from self._window(stages, rows, attempts, restarts)
         if attempts:
             attempts.clear()

@@ -2,160 +2,262 @@
 """A prediction of a run on GPUs that can be taken away: time, cost, use and lost work, by discrete events (simpy).
 
 A prediction, never a measurement. What it assumes: one worker a GPU and one GPU a node; preemptions come independently, equally
-often at any moment; a lost node is replaced after `provision_s` and opens its models for `load_s`; training scales linearly, and
-loses what came after its last checkpoint whenever any node goes; plan, selection, packing and export take no time.
+often at any moment; a lost node is replaced after `provision_s`, opens its models for `load_s` and does what it had in hand again, as
+Ray's restarted actors do; an actor holds the unit it works on and one more (Ray Data's default); scoring and committing are queues behind
+the GPUs; training scales linearly to the pace of its slowest node, and loses what came after its last checkpoint whenever any node
+goes; plan, selection, packing and export take no time.
+
+Up to 16 windows of units (2,048 each, or 16 a GPU if that is more) are played unit by unit. A longer run plays 16 and lets the mean of the 14 in the middle stand for
+the others: windows begin alike, since each waits for the last unit of the one before. The spread between plays is then wider than the run's own.
 """
 
 from __future__ import annotations
 
-import json
+import heapq
 import math
 import random
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cluster.errors import EdgeFusionError, TargetUnavailable
 from cluster.needs import Phase
+from cluster.scenario import Outcome, Scenario
 
 _TOO_LONG_S = 3 * 365 * 86400.0
+PLAYED_WINDOWS = 16
+_WINDOWS_FOR_LIMITS = 6
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """What is run on what. Rates are images a second of one worker."""
-
-    gpus: int
-    samples: int
-    unit_images: int
-    make_per_s: float
-    phases: tuple[tuple[Phase, float], ...] = ()
-    """Training phases, each with the images a second of one GPU."""
-    score_workers: int = 1
-    score_per_s: float = math.inf
-    preemptions_per_hour: float = 0.0
-    """Of each GPU node."""
-    provision_s: float = 180.0
-    load_s: float = 60.0
-    price_per_gpu_hour: float = 0.0
+class Endless(EdgeFusionError):
+    """More is lost than done."""
 
 
-@dataclass
-class Outcome:
-    """GPU seconds but for the times of the clock, `make_s` and `train_s`. Everything held is in one of the four parts."""
-
-    make_s: float = 0.0
-    train_s: float = 0.0
-    useful_s: float = 0.0
-    lost_s: float = 0.0
-    """Work begun and thrown away."""
-    loading_s: float = 0.0
-    waiting_s: float = 0.0
-    """Held, but without work: for the last units, for scores, for a lost peer in training."""
-    preemptions: int = 0
-    cost: float = 0.0
-
-    @property
-    def held_s(self) -> float:
-        return self.useful_s + self.lost_s + self.loading_s + self.waiting_s
-
-    @property
-    def utilisation(self) -> float:
-        return self.useful_s / self.held_s if self.held_s else 0.0
-
-
-def simulate(scenario: Scenario, seed: int = 0) -> Outcome:
-    """Play the scenario once. Raises TargetUnavailable without simpy, EdgeFusionError if it does not end within three years."""
-    dice, outcome = random.Random(seed), Outcome()
+def simulate(scenario: Scenario, seed: int = 0, played_windows: int = PLAYED_WINDOWS) -> Outcome:
+    """Play the scenario once. Raises TargetUnavailable without simpy, Endless if it does not end within three years."""
+    outcome = Outcome()
+    # Dice of their own, so that a change of one part leaves the luck of the others as it was.
     if scenario.samples:
-        _Make(scenario, dice, outcome).play()
+        _Make(scenario, outcome, max(3, played_windows), _dice(seed, "nodes"), _dice(seed, "units")).play()
     for phase, per_s in scenario.phases:
-        _train(scenario, phase, per_s, dice, outcome)
+        _train(scenario, phase, per_s, _dice(seed, phase.name), outcome)
     outcome.cost = outcome.held_s / 3600 * scenario.price_per_gpu_hour
     return outcome
 
 
-def _next_loss_s(scenario: Scenario, nodes: int, dice: random.Random) -> float:
+CURES: dict[str, dict[str, Any]] = {
+    "rendering on the GPUs": {"make_per_s": math.inf},
+    "scoring": {"score_per_s": math.inf},
+    "storage": {"storage_mb_per_s": math.inf, "storage_latency_s": 0.0},
+    "the driver": {"driver_s": 0.0},
+    "the ledger listing": {"listing_s": 0.0},
+    "opening models and windows": {"load_s": 0.0, "window_s": 0.0, "start_s": 0.0},
+    "preemptions": {"preemptions_per_hour": 0.0},
+    "stragglers": {"straggler_share": 0.0},
+    "uneven units": {"unit_spread": 0.0},
+    "training": {"phases": ()},
+}
+"""What can limit a run, and the scenario without it."""
+
+
+def limits(scenario: Scenario, seed: int = 0, plays: int = 3) -> dict[str, float]:
+    """By how much of the whole time the run would be shorter if this alone cost nothing; the greatest first.
+
+    Of a run that does not end, 1 for what alone would let it end.
+    """
+    whole = _total_s(scenario, seed, plays)
+    found: dict[str, float] = {}
+    for name, cure in CURES.items():
+        cured = replace(scenario, **cure)
+        left = whole if cured == scenario else _total_s(cured, seed, plays)
+        found[name] = 0.0 if not whole or left == whole else 1.0 if math.isinf(whole) else 1 - left / whole
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def said_limits(limiting: dict[str, float]) -> str:
+    """The three greatest that save a hundredth or more."""
+    told = [f"{name} {share:.0%}" for name, share in limiting.items() if share >= 0.01][:3]
+    return ", ".join(told) or "nothing alone"
+
+
+def _total_s(scenario: Scenario, seed: int, plays: int) -> float:
+    try:
+        return sum(simulate(scenario, seed + i, _WINDOWS_FOR_LIMITS).total_s for i in range(plays)) / plays
+    except Endless:
+        return math.inf
+
+
+def _dice(seed: int, what: str) -> random.Random:
+    return random.Random(f"{seed} {what}")
+
+
+def _life_s(scenario: Scenario, nodes: int, dice: random.Random) -> float:
     rate = scenario.preemptions_per_hour * nodes / 3600
     return dice.expovariate(rate) if rate else math.inf
 
 
 @dataclass
+class _Slot:
+    """A GPU's place: the node that is there now, or comes."""
+
+    slower: float
+    gone_at: float
+    held_from: float = 0.0
+    """When the present node came or the next one comes."""
+    idle_since: float = 0.0
+    """No work of this window is left for it since."""
+
+
+@dataclass
 class _Make:
-    """Nodes take units from a queue; a unit that its node did not finish goes back."""
+    """Window after window; in each the slots take units, whose pictures then pass scorers and storage in turn."""
 
     scenario: Scenario
+    out: Outcome
+    played: int
     dice: random.Random
-    outcome: Outcome
-    done: int = field(default=0, init=False)
+    unit_dice: random.Random
+    now: float = field(default=0.0, init=False)
 
     def play(self) -> None:
-        try:
-            import simpy  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
-        except ImportError:
-            raise TargetUnavailable("simulation needs simpy", remedy="pip install 'edgefusion[simulate]'") from None
-        self.env: Any = simpy.Environment()
-        self.todo: Any = simpy.Store(self.env)
-        self.scorers: Any = simpy.Resource(self.env, self.scenario.score_workers)
-        whole, rest = divmod(self.scenario.samples, self.scenario.unit_images)
-        sizes = [self.scenario.unit_images] * whole + [rest] * bool(rest)
-        self.units = len(sizes)
-        self.todo.items.extend(sizes)
-        self.finished: Any = self.env.event()
-        nodes = [self.env.process(self._node()) for _ in range(self.scenario.gpus)]
-        self.env.run(until=self.env.any_of([self.env.all_of(nodes), self.env.timeout(_TOO_LONG_S)]))
-        if self.done < self.units:
+        play = self.scenario
+        slow = play.stragglers
+        self.slots = [
+            _Slot(play.straggler_factor if i < slow else 1.0, _life_s(play, 1, self.dice)) for i in range(play.gpus)
+        ]
+        self.sigma = play.unit_spread
+        self._wait_until(play.start_s + play.listing_s * play.units)
+        whole, last = play.windows - 1, play.samples - (play.windows - 1) * play.window * play.unit_images
+        played = whole if play.windows <= self.played else self.played - 1
+        first = Outcome()
+        for number in range(played):
+            self._window(play.window * play.unit_images)
+            if number == 0:
+                first = self._so_far()
+        middle = self._so_far()
+        self._window(last)
+        self.out.make_s = self.now
+        if played < whole:
+            _add(self.out, first, middle, (whole - played) / (played - 1))
+
+    def _so_far(self) -> Outcome:
+        return replace(self.out, make_s=self.now)
+
+    def _window(self, samples: int) -> None:
+        play = self.scenario
+        self._wait_until(self.now + play.window_s)
+        whole, rest = divmod(samples, play.unit_images)
+        self.sizes = iter([play.unit_images] * whole + [rest] * bool(rest))
+        self.began, self.handed_out, self.left = self.now, 0, whole + bool(rest)
+        self.scorers = [self.now] * play.score_workers
+        self.stored = self.now
+        self.env: Any = _simpy().Environment(initial_time=self.now)
+        for slot in self.slots:
+            slot.idle_since = self.now
+            self.env.process(self._node(slot))
+        self.env.run()
+        # Some slots have nothing left to do while others work on.
+        self._wait_until(max(self.stored, *self.scorers))
+
+    def _wait_until(self, when: float) -> None:
+        """Every slot holds what it holds, idle."""
+        for slot in self.slots:
+            since = max(slot.idle_since, slot.held_from)
+            while since < when:
+                self.out.waiting_s += min(when, slot.gone_at) - since
+                if slot.gone_at > when:
+                    break
+                since = self._lose(slot)
+            slot.idle_since = when
+        self.now = when
+
+    def _lose(self, slot: _Slot) -> float:
+        self.out.preemptions += 1
+        slot.held_from = slot.gone_at + self.scenario.provision_s
+        slot.gone_at = slot.held_from + _life_s(self.scenario, 1, self.dice)
+        if slot.held_from > _TOO_LONG_S:
             raise _endless(self.scenario)
-        self.outcome.make_s = self.env.now
+        return slot.held_from
 
-    def _node(self) -> Generator[Any, Any, None]:
-        env, out, play = self.env, self.outcome, self.scenario
-        while not self.finished.triggered:
-            gone_at = env.now + _next_loss_s(play, 1, self.dice)
-            loaded = min(play.load_s, gone_at - env.now)
-            yield env.timeout(loaded)
-            out.loading_s += loaded
-            while env.now < gone_at and not self.finished.triggered:
-                began, get = env.now, self.todo.get()
-                yield env.any_of([get, self.finished])
-                out.waiting_s += env.now - began
-                if not get.triggered:
-                    get.cancel()
-                    return
-                size = get.value
-                needs = size / play.make_per_s
-                # A loss while it waited strikes here; the unit was not begun.
-                left = max(0.0, gone_at - env.now)
-                yield env.timeout(min(needs, left))
-                if needs > left:
-                    out.lost_s += left
-                    yield self.todo.put(size)
-                else:
-                    out.useful_s += needs
-                    env.process(self._score(size))
-            if self.finished.triggered:
+    def _take(self) -> tuple[int, float] | None:
+        """(pictures, when the driver has it ready) of the next unit, or None."""
+        if not self.left:
+            return None
+        self.left -= 1
+        self.handed_out += 1
+        return next(self.sizes), self.began + self.handed_out * self.scenario.driver_s
+
+    def _node(self, slot: _Slot) -> Generator[Any, Any, None]:
+        env, out, play = self.env, self.out, self.scenario
+        mine: tuple[int, float] | None = None
+        after: tuple[int, float] | None = None
+        needs = 0.0
+        while True:
+            slot.idle_since = max(env.now, slot.held_from)
+            if mine is None and not self.left:
                 return
-            out.preemptions += 1
-            yield env.any_of([env.timeout(play.provision_s), self.finished])
+            yield env.timeout(max(0.0, slot.held_from - env.now))
+            loaded = min(play.load_s, slot.gone_at - env.now)
+            yield env.timeout(loaded)
+            # Of those that are ready at this moment each gets one before any gets a second.
+            mine = mine or self._take()
+            if mine is None:
+                return
+            out.loading_s += loaded
+            yield env.timeout(0)
+            while env.now < slot.gone_at and mine is not None:
+                after = after or self._take()
+                size, ready = mine
+                waits, left = max(0.0, ready - env.now), slot.gone_at - env.now
+                needs = needs or size / play.make_per_s * slot.slower * self._luck()
+                yield env.timeout(min(waits + needs, left))
+                out.waiting_s += min(waits, left)
+                if waits + needs > left:
+                    out.lost_s += max(0.0, left - waits)
+                    break
+                out.useful_s += needs
+                self._finish(size)
+                mine, after, needs = after, None, 0.0
+            slot.idle_since = env.now
+            if mine is None:
+                return
+            self._lose(slot)
 
-    def _score(self, size: int) -> Generator[Any, Any, None]:
-        with self.scorers.request() as turn:
-            yield turn
-            yield self.env.timeout(size / self.scenario.score_per_s)
-        self.done += 1
-        if self.done == self.units:
-            self.finished.succeed()
+    def _luck(self) -> float:
+        return math.exp(self.unit_dice.gauss(0.0, self.sigma) - self.sigma**2 / 2) if self.sigma else 1.0
+
+    def _finish(self, size: int) -> None:
+        """Queues whose every service time is known when a unit joins need no events: they come in the order in which they are served."""
+        play = self.scenario
+        scored = max(self.env.now, heapq.heappop(self.scorers)) + size / play.score_per_s
+        heapq.heappush(self.scorers, scored)
+        takes = play.storage_latency_s + size * play.image_bytes / (play.storage_mb_per_s * 1e6)
+        self.stored = max(scored, self.stored) + takes
+
+
+def _add(out: Outcome, first: Outcome, middle: Outcome, times: float) -> None:
+    """What came between two moments, `times` times more."""
+    for part in fields(Outcome):
+        grown: float = getattr(out, part.name) + times * (getattr(middle, part.name) - getattr(first, part.name))
+        setattr(out, part.name, round(grown) if part.name == "preemptions" else grown)
+
+
+def _simpy() -> Any:
+    try:
+        import simpy  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+    except ImportError:
+        raise TargetUnavailable("simulation needs simpy", remedy="pip install 'edgefusion[simulate]'") from None
+    return simpy
 
 
 def _train(play: Scenario, phase: Phase, per_s: float, dice: random.Random, out: Outcome) -> None:
-    """All nodes together; the loss of one stops all until it is replaced."""
-    total = phase.steps * phase.batch_images / (per_s * play.gpus)
+    """All nodes together, at the pace of the slowest; the loss of one stops all until it is replaced."""
+    slower = play.straggler_factor if play.stragglers else 1.0
+    total = phase.steps * phase.batch_images / (per_s * play.gpus) * slower
     saved = clock = 0.0
-    loading = True
     while saved < total:
-        loss = _next_loss_s(play, play.gpus, dice)
-        loaded = min(play.load_s, loss) if loading else 0.0
+        loss = _life_s(play, play.gpus, dice)
+        loaded = min(play.load_s, loss)
         out.loading_s += loaded * play.gpus
         runs = min(total - saved, max(0.0, loss - loaded))
         clock += loaded + runs
@@ -174,29 +276,11 @@ def _train(play: Scenario, phase: Phase, per_s: float, dice: random.Random, out:
     out.train_s += clock
 
 
-def _endless(play: Scenario) -> EdgeFusionError:
-    return EdgeFusionError(
+def _endless(play: Scenario) -> Endless:
+    return Endless(
         f"with {play.preemptions_per_hour:g} preemptions an hour of each of {play.gpus} GPUs the run does not end in three years",
         remedy="Make units or checkpoint_s smaller, or use fewer nodes that are taken away less often",
     )
-
-
-def measured_rates(run: Path) -> dict[str, float]:
-    """Images a second of one worker: `make` from the run's clock, each phase from its log. Raises EdgeFusionError."""
-    try:
-        facts: dict[str, Any] = json.loads((run / "run.json").read_text())
-        recipe: dict[str, Any] = facts["recipe"]
-        workers = recipe["factory"]["make"]["render_workers"] if recipe["cluster"]["runner"] == "ray" else 1
-        trainers = recipe["cluster"]["train_workers"] if recipe["cluster"]["runner"] == "ray" else 1
-        found = {"make": facts["funnel"]["planned"] / facts["seconds"]["make"] / workers}
-    except (OSError, ValueError, KeyError, ZeroDivisionError):
-        raise EdgeFusionError(
-            "holds no run that made its data set", where=str(run), remedy="Give the --out folder of a finished run"
-        ) from None
-    for log in sorted((run / "training").glob("*/metrics.jsonl")):
-        rates = [json.loads(line)["images_per_s"] for line in log.read_text().splitlines() if line.endswith("}")]
-        found |= {log.parent.name: rates[-1] / trainers} if rates else {}
-    return found
 
 
 def quantile(values: list[float], share: float) -> float:

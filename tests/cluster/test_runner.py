@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import StageError
 from cluster.recipe import build_recipe
-from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner
+from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner, window_units
 from cluster.stage import PENDING, Row, Stage, Unit
 
 
@@ -55,7 +55,9 @@ def answers(runner: Runner, stages: list[Stage]) -> dict[str, list[Row]]:
 def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.runner._WINDOW_UNITS", 2)  # five units: two full windows and a short one
+    monkeypatch.setattr(
+        "cluster.runner.window_units", lambda workers: 2
+    )  # five units: two full windows and a short one
     ray = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
     try:
         (tmp_path / "died").touch()
@@ -69,3 +71,7 @@ def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
             answers(ray, [full_stage()])
     finally:
         ray.close()
+
+
+def test_a_window_grows_with_the_widest_stage() -> None:
+    assert (window_units(1), window_units(128), window_units(1024)) == (2048, 2048, 16384)

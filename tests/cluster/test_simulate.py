@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from typer.testing import CliRunner
 
 from cluster.errors import EdgeFusionError
 from cluster.needs import Phase
-from cluster.simulate import Scenario, measured_rates, simulate
+from cluster.scenario import Outcome, Scenario
+from cluster.simulate import limits, simulate
+from cluster.simulate_page import write_page
 from edgefusion import app
 
 pytest.importorskip("simpy", reason="simpy is not installed: pip install -e '.[dev]'")
@@ -49,18 +50,31 @@ def test_training_loses_what_a_poisson_process_says_it_must() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 6), st.integers(0, 400), st.integers(1, 64), st.floats(0, 30), st.integers(0, 99), st.floats(0, 200)
+    st.integers(1, 6),
+    st.integers(0, 400),
+    st.integers(1, 64),
+    st.floats(0, 30),
+    st.integers(0, 99),
+    st.floats(0, 200),
+    st.integers(1, 40),
+    st.floats(0, 9),
 )
 def test_all_that_is_held_is_accounted_for_and_all_work_is_done_once(
-    gpus: int, samples: int, unit: int, losses: float, seed: int, load: float
+    gpus: int, samples: int, unit: int, losses: float, seed: int, load: float, window: int, waits: float
 ) -> None:
-    play = Scenario(gpus, samples, unit, 2.0, ((replace(PHASE, steps=20), 4.0),), 2, 5.0, losses, 60, load)
-    out = simulate(play, seed)
+    play = replace(
+        Scenario(gpus, samples, unit, 2.0, ((replace(PHASE, steps=20), 4.0),), 2, 5.0, losses, 60, load),
+        window_units=window,
+        window_s=waits,
+        driver_s=waits / 9,
+        storage_latency_s=waits / 3,
+    )
+    out = simulate(play, seed, played_windows=1000)
     assert out.useful_s == pytest.approx(samples / 2.0 + 20 * 64 / 4.0)
     assert min(out.lost_s, out.loading_s, out.waiting_s) >= 0
     assert out.held_s <= gpus * (out.make_s + out.train_s) + 1e-6
     assert (out.lost_s > 0) <= (out.preemptions > 0)
-    assert simulate(play, seed) == out
+    assert simulate(play, seed, played_windows=1000) == out
 
 
 def test_more_losses_cost_more() -> None:
@@ -86,17 +100,6 @@ def test_a_run_that_cannot_end_says_so() -> None:
             simulate(play)
 
 
-def test_rates_come_from_a_run(tmp_path: Path) -> None:
-    recipe = {"cluster": {"runner": "ray", "train_workers": 2}, "factory": {"make": {"render_workers": 4}}}
-    facts = {"recipe": recipe, "funnel": {"planned": 800}, "seconds": {"make": 50.0}}
-    (tmp_path / "run.json").write_text(json.dumps(facts))
-    (tmp_path / "training" / "adapt").mkdir(parents=True)
-    (tmp_path / "training" / "adapt" / "metrics.jsonl").write_text('{"images_per_s": 1}\n{"images_per_s": 30}\n{"im')
-    assert measured_rates(tmp_path) == {"make": 4.0, "adapt": 15.0}
-    with pytest.raises(EdgeFusionError, match="holds no run"):
-        measured_rates(tmp_path / "training")
-
-
 def test_the_command_says_that_it_predicts() -> None:
     words = ["cluster", "simulate", "recipes/edgefusion.yaml", "--gpus", "8", "--repeats", "3", "--train-per-s", "20"]
     with pytest.raises(EdgeFusionError, match="no rate is known for make"):
@@ -106,8 +109,86 @@ def test_the_command_says_that_it_predicts() -> None:
     assert said.exit_code == 0 and said.output.count("predicted") >= 2 and "utilisation" in said.output
 
 
+def test_serial_queues_set_the_pace_when_they_are_the_slowest() -> None:
+    # Ten units of 32 s on ten GPUs: all are rendered at 62; what is serial then takes its ten turns.
+    wide = replace(CALM, gpus=10)
+    assert simulate(replace(wide, storage_latency_s=3)).make_s == pytest.approx(62 + 30)
+    slow = replace(wide, image_bytes=1e6, storage_mb_per_s=32)
+    assert simulate(slow).make_s == pytest.approx(62 + 10 * 2)
+    assert simulate(replace(wide, driver_s=40)).make_s == pytest.approx(10 * 40 + 32)
+    assert simulate(replace(wide, start_s=5, listing_s=0.5)).make_s == pytest.approx(5 + 5 + 62)
+
+
+def test_a_window_waits_for_its_last_unit_and_opens_the_models_again() -> None:
+    # Windows of six units on four GPUs: two rounds, two, and the last four units in one.
+    out = simulate(replace(CALM, samples=16 * 64, window_units=6, window_s=7))
+    assert out.make_s == pytest.approx(3 * (7 + 30) + 5 * 32)
+    assert out.waiting_s == pytest.approx(3 * 4 * 7 + 2 * 2 * 32) and out.loading_s == 3 * 4 * 30
+
+
+def test_a_straggler_holds_what_it_has_in_hand() -> None:
+    # Until the tenth unit is taken, at 128, the fast one ended four and holds two, the slow one (64 s a unit) ended two and holds two.
+    play = replace(CALM, gpus=2, straggler_share=0.5, straggler_factor=2)
+    out = simulate(play)
+    assert out.make_s == pytest.approx(30 + 4 * 64) and out.useful_s == 6 * 32 + 4 * 64
+    assert out.waiting_s == 2 * 32
+    trained = simulate(replace(play, samples=0, phases=((PHASE, 10.0),)))
+    assert trained.train_s == pytest.approx(30 + 64000 / 20 * 2)
+
+
+def test_uneven_units_keep_their_mean() -> None:
+    out = simulate(replace(CALM, samples=64 * 4000, unit_spread=0.5), 1)
+    assert out.useful_s == pytest.approx(4000 * 32, rel=0.03) and out.make_s > 30 + 1000 * 32
+
+
+def test_the_mean_of_played_windows_stands_for_the_others() -> None:
+    play = replace(CALM, samples=64 * 64 * 120, window_units=64, window_s=5, preemptions_per_hour=2.0, unit_spread=0.2)
+
+    def mean(played: int) -> Outcome:
+        outs = [simulate(play, seed, played) for seed in range(24)]
+        names = ("make_s", "useful_s", "lost_s", "loading_s", "waiting_s", "preemptions")
+        return Outcome(**{name: sum(getattr(out, name) for out in outs) / len(outs) for name in names})
+
+    exact, quick = mean(1000), mean(16)
+    assert quick.useful_s == pytest.approx(exact.useful_s, rel=0.01)
+    assert quick.make_s == pytest.approx(exact.make_s, rel=0.02)
+    assert quick.held_s == pytest.approx(exact.held_s, rel=0.02)
+    assert quick.preemptions == pytest.approx(exact.preemptions, rel=0.1)
+    calm = replace(play, preemptions_per_hour=0, unit_spread=0)
+    assert vars(simulate(calm)) == pytest.approx(vars(simulate(calm, played_windows=1000)))
+
+
+def test_what_limits_is_what_was_made_slow() -> None:
+    calm = replace(CALM, samples=64 * 400, load_s=5)
+    for slow, name in (
+        ({}, "rendering on the GPUs"),
+        ({"driver_s": 40.0}, "the driver"),
+        ({"storage_latency_s": 60.0}, "storage"),
+        ({"score_per_s": 1.0}, "scoring"),
+        ({"window_units": 8, "window_s": 200.0}, "opening models and windows"),
+        ({"listing_s": 60.0}, "the ledger listing"),
+    ):
+        assert next(iter(limits(replace(calm, **slow)))) == name
+
+
 def test_training_holds_every_node_but_the_one_that_is_being_replaced() -> None:
     play = Scenario(4, 0, 1, 1.0, ((PHASE, 10.0),), preemptions_per_hour=6.0, provision_s=100, load_s=20)
     out = simulate(play, 3)
     assert out.preemptions > 3 and out.lost_s > 0
     assert out.held_s == pytest.approx(4 * out.train_s - 100 * out.preemptions)
+
+
+def test_the_page_holds_every_scale_and_needs_nothing_else(tmp_path: Path) -> None:
+    phase = Phase("adapt", 50_000, 256, checkpoint_s=900)
+    play = replace(CALM, phases=((phase, 20.0),), preemptions_per_hour=0.3, driver_s=0.015)
+    write_page(tmp_path / "page.html", "wide", play, samples=(10**5, 10**8), gpus=(1, 512))
+    text = (tmp_path / "page.html").read_text()
+    assert all(f">{scale}</td>" in text for scale in ("10^5", "10^8", "1", "4", "512"))
+    assert "rendering on the GPUs" in text and "does not end in three years" in text
+    assert text.count("data:image/svg+xml") == 6 and "http" not in text
+
+
+def test_bandwidth_without_sizes_says_nothing() -> None:
+    words = ["cluster", "simulate", "recipes/edgefusion.yaml", "--make-per-s", "1", "--train-per-s", "1"]
+    with pytest.raises(EdgeFusionError, match="size of a picture"):
+        CliRunner().invoke(app, [*words, "--storage-mb-per-s", "100"], catch_exceptions=False)

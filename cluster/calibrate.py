@@ -1,0 +1,109 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+"""What a finished run tells of its machine: rates free of start-up, the time to open the models, bytes a picture, the units' spread.
+
+Reads files only: `run.json`, when the ledger's entries were written (their mtimes), sizes, the logs of training. They hold for the machine
+that ran it, with as many workers as it had; on one machine workers share its cores, so more of them are slower than this says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import EdgeFusionError
+
+START_S = 20.0
+WINDOW_S = 5.5
+DRIVER_S = 0.015
+LISTING_S = 1.8e-6
+"""Of this project's 2-core machine: docs/cluster.md says by which commands."""
+_PAUSE = 10
+"""Times the median unit: so long a gap is no work but a restart."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one worker; rates in images a second."""
+
+    make_per_s: float
+    phases: dict[str, float]
+    load_s: float | None
+    """From the begin of make to the begin of the first unit, less `START_S` and `WINDOW_S` on Ray; None if the run was interrupted."""
+    unit_spread: float
+    image_bytes: float
+    units: int
+    """That the rate was taken from."""
+
+
+def measure(run: Path, start_s: float = START_S, window_s: float = WINDOW_S) -> Measured:
+    """Raises EdgeFusionError if `run` holds no run that made at least three units a worker."""
+    try:
+        facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+        recipe: dict[str, Any] = facts["recipe"]
+        on_ray = recipe["cluster"]["runner"] == "ray"
+        make = recipe["factory"]["make"]
+        workers = int(make["render_workers"]) if on_ray else 1
+        trainers = int(recipe["cluster"]["train_workers"]) if on_ray else 1
+        unit_images, took = int(make["unit_images"]), float(facts["seconds"]["make"])
+    except (OSError, ValueError, KeyError):
+        raise EdgeFusionError(
+            "holds no run that made its data set", where=str(run), remedy="Give the --out folder of a finished run"
+        ) from None
+    found = sorted((p.stat().st_mtime, _rows(p), p.stat().st_size) for p in (run / "dataset" / "ledger").glob("unit-*"))
+    times = [when for when, rows, _ in found if rows == unit_images]
+    each, paused = unit_seconds(times, workers)
+    if not each:
+        raise EdgeFusionError(
+            f"made {len(times)} whole units of {unit_images} pictures, and a rate takes {3 * workers}",
+            where=str(run),
+            remedy="Take a longer run, or one with a smaller factory.make.unit_images",
+        )
+    mean = statistics.fmean(each)
+    opening = took - (times[-1] - times[0]) - mean - (start_s + window_s if on_ray else 0.0)
+    pictures = sum(p.stat().st_size for p in (run / "dataset" / "pictures").glob("unit-*"))
+    return Measured(
+        unit_images / mean,
+        _phase_rates(run, trainers),
+        None if paused else max(0.0, opening),
+        statistics.pstdev(math.log(s) for s in each),
+        (pictures + sum(size for *_, size in found)) / sum(rows for _, rows, _ in found),
+        len(each),
+    )
+
+
+def unit_seconds(times: Sequence[float], workers: int) -> tuple[list[float], bool]:
+    """(seconds of a unit, as one worker took it, for each unit but the first `workers`; whether longer pauses were left out).
+
+    `times`: when units were committed, ascending. Of equal workers in step each commits every `workers`-th; their mean is exact for whole
+    rounds, which is why units of an unfinished last round are left out. Empty for fewer than three rounds.
+    """
+    rounds = len(times) // workers
+    if rounds < 3:
+        return [], False
+    gaps = [times[i + workers] - times[i] for i in range((rounds - 1) * workers)]
+    usual = statistics.median(gaps)
+    worked = [gap for gap in gaps if 0 < gap <= _PAUSE * usual]
+    return worked, len(worked) < len(gaps)
+
+
+def _phase_rates(run: Path, trainers: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for log in sorted((run / "training").glob("*/metrics.jsonl")):
+        rates = [json.loads(line)["images_per_s"] for line in log.read_text().splitlines() if line.endswith("}")]
+        found |= {log.parent.name: rates[-1] / trainers} if rates else {}
+    return found
+
+
+def _rows(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowInvalid):
+        return 0

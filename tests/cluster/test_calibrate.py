@@ -1,0 +1,65 @@
+"""What a run tells of its machine, on ledgers whose times are known."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.calibrate import measure, unit_seconds
+from cluster.errors import EdgeFusionError
+
+
+def test_workers_in_step_are_told_by_their_rounds() -> None:
+    # Two workers of 3 s a unit, in step, and one unit of an unfinished round.
+    times = [100.0, 100.1, 103.0, 103.1, 106.0, 106.1, 109.0]
+    assert unit_seconds(times, 2) == (pytest.approx([3, 3, 3, 3]), False)
+    # A restart in the middle is no slow unit.
+    assert unit_seconds([0, 1, 2, 3, 60, 61, 62], 1) == ([1, 1, 1, 1, 1], True)
+    assert unit_seconds([0, 1, 2, 3], 2) == ([], False)
+
+
+def write_run(folder: Path, times: list[float], workers: int = 1, make_s: float = 50.0) -> None:
+    """Units of four pictures, ten bytes' worth of pictures file each; the last unit holds one."""
+    recipe = {
+        "cluster": {"runner": "ray", "train_workers": 2},
+        "factory": {"make": {"render_workers": workers, "unit_images": 4}},
+    }
+    (folder / "dataset" / "ledger").mkdir(parents=True)
+    (folder / "dataset" / "pictures").mkdir()
+    for i, when in enumerate(times):
+        path = folder / "dataset" / "ledger" / f"unit-{i:05d}.parquet"
+        pq.write_table(pa.table({"id": list(range(4 if i < len(times) - 1 else 1))}), path)
+        os.utime(path, (when, when))
+        (folder / "dataset" / "pictures" / path.name).write_bytes(b"x" * 4000)
+    (folder / "run.json").write_text(json.dumps({"recipe": recipe, "seconds": {"make": make_s}}))
+    (folder / "training" / "adapt").mkdir(parents=True)
+    (folder / "training" / "adapt" / "metrics.jsonl").write_text('{"images_per_s": 1}\n{"images_per_s": 30}\n{"im')
+
+
+def test_a_rate_is_free_of_start_up(tmp_path: Path) -> None:
+    write_run(tmp_path, [1000.0, 1002.0, 1004.0, 1006.0, 1006.5], make_s=50.0)
+    found = measure(tmp_path, start_s=20, window_s=5)
+    # Make took 50 s; the first whole unit was written 6 s before the last one and took 2 s; the short one is within what is left.
+    assert (found.make_per_s, found.units, found.phases) == (2.0, 3, {"adapt": 15.0})
+    assert found.load_s == pytest.approx(50 - 6 - 2 - 25)
+    assert found.unit_spread == pytest.approx(0, abs=1e-6)
+    assert 5 * 4000 / 17 < found.image_bytes < 5 * 8000 / 17
+
+
+def test_an_interrupted_run_does_not_tell_how_long_opening_takes(tmp_path: Path) -> None:
+    write_run(tmp_path, [0.0, 1.0, 2.0, 3.0, 500.0, 501.0, 502.0, 502.5])
+    found = measure(tmp_path)
+    assert found.load_s is None and found.make_per_s == pytest.approx(4.0)
+
+
+def test_what_is_no_run_or_too_short_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EdgeFusionError, match="holds no run"):
+        measure(tmp_path)
+    write_run(tmp_path, [0.0, 1.0, 2.0, 2.5], workers=2)
+    with pytest.raises(EdgeFusionError, match="a rate takes 6"):
+        measure(tmp_path)
