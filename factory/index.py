@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from cluster.errors import CorruptShard, LedgerConflict
+from cluster.errors import CorruptShard, LedgerConflict, RecipeError
 from cluster.storage import publish_bytes
 from factory.ledger import digest_pictures
 from factory.plan import table_bytes
@@ -32,7 +32,7 @@ INDEX = "index"
 pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 _PART_UNITS = 512
 _MARK = b"units"
-_VERSION = b"1"
+_VERSION = b"2"
 _LARGE = 1 << 30
 """Stands for the size of a drawn picture: it is what the recipe asked for."""
 
@@ -59,6 +59,8 @@ class Columns:
     group: Texts
     attributes: Texts
     has_text: np.ndarray
+    has_raw_text: np.ndarray
+    """Came with words of its own: only a taken-in picture can."""
     edge_px: np.ndarray
     """Shorter edge of a taken-in picture before the crop; huge for a drawn one."""
     hashes: np.ndarray
@@ -77,6 +79,17 @@ class Columns:
     def by_id(self) -> np.ndarray:
         """Row numbers in the order of the ids."""
         return np.argsort(self.ids, kind="stable")
+
+    def by_raw_texts(self) -> Columns:
+        """The same rows judged by the texts that came with the pictures. Raises RecipeError for drawn ones, which have no such texts."""
+        if "raw_clip_score" not in self.scores or not self.has_raw_text.any():
+            raise RecipeError(
+                "no picture of this ledger came with a text",
+                where="factory.select.text",
+                remedy="Leave the key out: `raw` is for factory.plan.kind pictures",
+            )
+        scores = {**self.scores, "clip_score": self.scores["raw_clip_score"]}
+        return replace(self, has_text=self.has_raw_text, scores=scores)
 
     def embeddings(self) -> Embeddings | None:
         """The embeddings; None if a made row has none."""
@@ -140,6 +153,7 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
         group=texts("group"),
         attributes=texts("attributes"),
         has_text=table["has_text"].to_numpy(),
+        has_raw_text=table["has_raw_text"].to_numpy(),
         edge_px=table["edge_px"].to_numpy(),
         hashes=table["hash"].to_numpy(),
         colours=np.frombuffer(colours.buffers()[1] or b"", np.uint8)[colours.offset * 12 :][
@@ -188,7 +202,8 @@ def _part(folder: Path, place: Path, entries: list[Path]) -> pa.Table:
     table = _digested(folder, table)
     columns: dict[str, Any] = {
         **{name: table[name] for name in ("id", "unit", "group", "attributes", "outcome", "reason", "made_sha256")},
-        "has_text": pc.not_equal(pc.fill_null(table["prompt"], ""), ""),
+        "has_text": _said(table, "prompt"),
+        "has_raw_text": _said(table, "raw_caption"),
         "edge_px": _edge(table),
         "hash": np.array([int(h, 16) for h in table["phash"].fill_null("0").to_pylist()], np.uint64),
         "colours": pa.array([c or bytes(12) for c in table["colours"].to_pylist()], pa.binary(12)),
@@ -210,6 +225,13 @@ def _mark(entries: list[Path]) -> bytes:
             ) from None
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest().encode()
+
+
+def _said(table: pa.Table, name: str) -> Any:
+    """Whether there are words; a ledger of an earlier version may lack the column."""
+    if name not in table.column_names:
+        return pa.array(np.zeros(len(table), bool))
+    return pc.not_equal(pc.fill_null(table[name], ""), "")
 
 
 def _edge(table: pa.Table) -> pa.Array:

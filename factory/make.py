@@ -73,7 +73,7 @@ def select_and_pack(
     summary = summarise(columns, selection, rules)
     mark = digest_decisions(decisions)
     write_selection(target, selection, {**summary, "decisions_sha256": mark})
-    samples = _samples(recipe, folder, selection.kept, decisions)
+    samples = _samples(recipe, folder, selection.kept, decisions, rules)
     pack(samples, target, recipe.pack.samples_per_shard, mark)
     return summary["funnel"]
 
@@ -83,15 +83,16 @@ def is_packed(folder: Path) -> bool:
     return packed_decisions(folder) == digest_decisions(read_decisions(folder))
 
 
-def packed_samples(recipe: FactoryRecipe, folder: Path, wanted: set[str], people: bool = True) -> Iterator[Sample]:
-    """The samples with these ids, as they are packed."""
+def packed_samples(recipe: FactoryRecipe, folder: Path, wanted: set[str], rules: SelectRecipe) -> Iterator[Sample]:
+    """The samples with these ids, as a selection by `rules` packs them."""
     units = plan_units(folder, recipe.make.unit_images)
     kept = np.fromiter((key in wanted for _, ids in units for key in ids.to_pylist()), bool)
-    return _samples(recipe, folder, kept, read_decisions(folder) if people else {})
+    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    return _samples(recipe, folder, kept, decisions, rules)
 
 
 def _samples(
-    recipe: FactoryRecipe, folder: Path, kept: np.ndarray, decisions: Mapping[str, Decision]
+    recipe: FactoryRecipe, folder: Path, kept: np.ndarray, decisions: Mapping[str, Decision], rules: SelectRecipe
 ) -> Iterator[Sample]:
     """`kept`: a bool for each row of the plan. One unit's pictures lie in memory."""
     start = 0
@@ -104,11 +105,15 @@ def _samples(
         sha256 = next(iter(rows.values()))["pictures_sha256"]
         for key, data in read_pictures(folder, unit, sha256):
             if key in rows:
-                yield _sample(recipe, rows[key], data, decisions)
+                yield _sample(recipe, rows[key], data, decisions, rules.text == "raw")
 
 
-def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: Mapping[str, Decision]) -> Sample:
-    facts = {"attributes": json.loads(row["attributes"]), "clip_score": row["clip_score"], "group": row["group"]}
+def _sample(
+    recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: Mapping[str, Decision], raw: bool
+) -> Sample:
+    """`raw`: the text that came with the picture, and how well it fits, take the place of the new caption."""
+    text, score = (row["raw_caption"], row["raw_clip_score"]) if raw else (row["prompt"], row["clip_score"])
+    facts = {"attributes": json.loads(row["attributes"]), "clip_score": score, "group": row["group"]}
     if recipe.make.teacher is not None:
         facts |= {"seed": row["seed"], "teacher": recipe.make.teacher.model}
     else:
@@ -121,5 +126,5 @@ def _sample(recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: 
     facts |= {"scores": more} if (more := further_scores(row)) else {}
     caption = decisions[row["id"]].caption if row["id"] in decisions else None
     if caption is not None:
-        facts["original_prompt"] = row["prompt"]
-    return Sample(row["id"], data, recipe.make.picture_kind, caption or row["prompt"], facts)
+        facts["original_prompt"] = text
+    return Sample(row["id"], data, recipe.make.picture_kind, caption or text, facts)

@@ -368,6 +368,10 @@ class Wanted(Settings):
 class SelectRecipe(Settings):
     """What is kept."""
 
+    text: Literal["caption", "raw"] = Field(
+        default="caption",
+        description="words of a taken-in picture: its new caption, or those that came with it (the paper's L-pp)",
+    )
     min_clip: float = Field(default=0.0, ge=-1, le=1, description="least cosine of picture and prompt")
     min_size_px: int = Field(default=0, ge=0, description="least shorter edge of a taken-in picture, before the crop")
     scores: dict[str, ScoreRule] = Field(

@@ -117,7 +117,7 @@ def _rebuild(recipe: FactoryRecipe, folder: Path, target: Path, shard: Path, rul
         shard.unlink(missing_ok=True)
         return True
     wanted = {row["id"] for row in listed}
-    samples = sorted(packed_samples(recipe, folder, wanted, rules.people != "ignore"), key=lambda sample: sample.id)
+    samples = sorted(packed_samples(recipe, folder, wanted, rules), key=lambda sample: sample.id)
     data = shard_bytes(samples)
     if hashlib.sha256(data).hexdigest() != listed[0]["shard_sha256"]:
         return False

@@ -118,6 +118,7 @@ def select(columns: Columns, recipe: SelectRecipe, decisions: Mapping[str, Decis
     same file only once (it then chooses which). Raises RecipeError for a score or attribute that the ledger does not have.
     """
     decisions = {} if recipe.people == "ignore" else decisions or {}
+    columns = columns.by_raw_texts() if recipe.text == "raw" else columns
     verdicts, wanted = _Verdicts(columns), np.zeros(len(columns), bool)
     spoken = _find(columns, decisions)
     alive = columns.made >= 0

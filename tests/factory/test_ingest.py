@@ -17,11 +17,14 @@ from PIL import Image
 
 from cluster.errors import EdgeFusionError, RecipeError, StageError
 from cluster.runner import InProcess
+from factory.index import to_columns
 from factory.ingest import fetch, planned_rows
 from factory.make import make, select_and_pack
 from factory.pack import read_manifest, read_shard, verify
 from factory.plan import make_plan
-from factory.recipe import FactoryRecipe, PicturePlan
+from factory.recipe import FactoryRecipe, PicturePlan, SelectRecipe
+from factory.repair import repair
+from factory.select import select
 from factory.stages import decode_picture, encode_picture, open_crops
 
 
@@ -191,6 +194,32 @@ def test_from_a_shard_to_a_packed_data_set(tiny_models: Path, tmp_path: Path) ->
         assert facts["raw_caption"].startswith("raw ") and facts["source"].startswith("wild.tar#")
         assert members_of["txt"].decode() != facts["raw_caption"]
         assert decode_picture(members_of["png"]).shape == (64, 64, 3)
+
+    raw = out / "views" / "l-pp"
+    few = recipe.select.model_copy(update={"text": "raw"})
+    counts = select_and_pack(recipe, out, few, raw)
+    assert verify(raw) == counts["kept"] == 10
+    for _, members_of in read_shard(raw / read_manifest(raw)[0]["shard"]):
+        facts = json.loads(members_of["json"])
+        assert members_of["txt"].decode() == facts["raw_caption"]
+        assert facts["clip_score"] == facts["raw_clip_score"]
+    shard = next(raw.glob("shard-*.tar"))
+    whole = shard.read_bytes()
+    shard.unlink()
+    assert repair(recipe, out, "wild").rebuilt and shard.read_bytes() == whole  # by the view's own rules
+
+
+def test_raw_texts_are_for_pictures_that_came_with_some() -> None:
+    row = {"id": ["0" * 64], "outcome": ["made"], "reason": [""], "group": [""], "attributes": ["{}"]}
+    picture = {
+        "hash": pa.array([1], pa.uint64()),
+        "colours": pa.array([bytes(12)], pa.binary(12)),
+        "made_sha256": ["a"],
+    }
+    scores = {"clip_score": [0.5], "raw_clip_score": pa.array([None], pa.float64())}
+    table = pa.table({**row, **picture, **scores, "has_text": [True], "has_raw_text": [False], "edge_px": [64]})
+    with pytest.raises(RecipeError, match=r"factory\.select\.text"):
+        select(to_columns(table), SelectRecipe(text="raw"))
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:

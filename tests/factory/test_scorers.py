@@ -196,7 +196,7 @@ def test_scores_reach_ledger_rules_shards_and_the_page(tiny_models: Path, tmp_pa
     funnel = select_and_pack(recipe, tmp_path)
     assert funnel["kept"] == 4 and funnel["reasons"]["rejected: sharpness among the lowest"] == 3
     best = {f"{i:064x}" for i in np.argsort(-values[:7])[:4]}
-    packed = list(packed_samples(recipe, tmp_path, best))
+    packed = list(packed_samples(recipe, tmp_path, best, recipe.select))
     assert {s.id for s in packed} == best
     assert json.loads(json.dumps(packed[0].facts))["scores"].keys() == {"sharpness", "my_entropy"}
 

@@ -30,6 +30,7 @@ def columns_of(rows: list[dict[str, Any]], files: dict[str, str]) -> Columns:
                 "group": [row.get("group", "") for row in rows],
                 "attributes": [row.get("attributes", "{}") for row in rows],
                 "has_text": [bool(row.get("prompt", "-")) for row in rows],
+                "has_raw_text": [bool(row.get("raw_caption")) for row in rows],
                 "edge_px": pa.array([min(row.get("width_px", 9999), row.get("height_px", 9999)) for row in rows]),
                 "hash": np.array([int(row["phash"], 16) for row in rows], np.uint64),
                 "colours": pa.array([row["colours"] for row in rows], pa.binary(12)),
