@@ -15,6 +15,7 @@ import numpy as np
 from cluster.errors import StageError
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
+from export.targets.onnx_runtime import session_options
 from export.targets.litert_run import LiteRtModel
 from export.targets.tflite import schema
 
@@ -56,8 +57,7 @@ class LiteRt(EdgeTarget):
         import onnxruntime
 
         self.require()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options = session_options(threads)
 
         def session(path: Path) -> Any:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -25,6 +25,7 @@ from cluster.errors import StageError, TargetUnavailable
 from export.layers import kept_nodes
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
+from export.targets.onnx_runtime import session_options
 
 if TYPE_CHECKING:
     from export.runtime import Call
@@ -68,8 +69,7 @@ class Qnn(EdgeTarget):
         import onnxruntime
 
         def opened(path: Path) -> Any:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = threads, 3
+            options = session_options(threads)
             played = _origin(path) if _origin(path).exists() else path
             return onnxruntime.InferenceSession(str(played), options, providers=["CPUExecutionProvider"])
 
