@@ -53,7 +53,7 @@ DOES = (
     (
         "decode, least size, centre crop, JPEG",
         "yes",
-        "yes (area filter; ours Lanczos)",
+        "yes (area filter; ours bicubic)",
         "least size only; crops nothing",
     ),
     ("best of three crops by CLIP", "`all` only", "no", "no"),
