@@ -9,27 +9,24 @@ import hashlib
 import io
 import itertools
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from pydantic import Field
 
 from cluster.environment import find_environment
-from cluster.errors import RecipeError, StageError
-from cluster.recipe import Settings, build_recipe
+from cluster.errors import StageError
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
 from factory.download import download_all
 from factory.ingest import downloaded_rows, planned_rows, source_path
-from factory.models import ZOO, fingerprint, resolve
+from factory.models import fingerprint, resolve
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
 from factory.recipe import FactoryRecipe, PicturePlan, PromptFilePlan
+from factory.taxonomy import Group, draw_records, load_taxonomy
 
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
@@ -53,46 +50,6 @@ _Brought = tuple[str, str, dict[str, str]]
 """A prompt that the user brings, its group, its attributes."""
 Progress = Callable[[int], None]
 """Told how many more items are done."""
-
-
-class Group(Settings):
-    """Things that share the same attributes."""
-
-    name: str = Field(description="what the report calls it")
-    share: float = Field(gt=0, description="share of the prompts, relative to the other groups")
-    must_mention: list[str] = Field(default=["subject"], description="attributes whose words a prompt must hold")
-    attributes: dict[str, list[str]] = Field(description="attribute to its values; each value comes up equally often")
-
-
-class Taxonomy(Settings):
-    groups: list[Group] = Field(min_length=1, description="groups of concepts")
-
-
-def load_taxonomy(name: str) -> Taxonomy:
-    """Read the YAML file `name` (zoo:NAME for a shipped one); raises RecipeError."""
-    path = ZOO.parent / name.removeprefix("zoo:") if name.startswith("zoo:") else Path(name)
-    if not path.is_file():
-        raise RecipeError(
-            f"there is no taxonomy {name}",
-            where="factory.plan.taxonomy",
-            remedy="Give a YAML file or zoo:taxonomy.yaml",
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise RecipeError("is not valid YAML", where=str(path), remedy="Check indentation and colons") from None
-    taxonomy = build_recipe(Taxonomy, tree if isinstance(tree, dict) else {}, str(path))
-    for group in taxonomy.groups:
-        unknown = set(group.must_mention) - set(group.attributes)
-        if unknown or not all(group.attributes.values()):
-            raise RecipeError(
-                f"group {group.name}: must_mention names {sorted(unknown)}, which are no attributes"
-                if unknown
-                else f"group {group.name} has an attribute without values",
-                where=str(path),
-                remedy="Correct the group",
-            )
-    return taxonomy
 
 
 def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress = lambda n: None) -> Path:
@@ -179,29 +136,6 @@ def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
     progress(len(rows) if plan.download is None else 0)
     publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
     return final
-
-
-def draw_records(taxonomy: Taxonomy, count: int, seed: int) -> list[tuple[Group, dict[str, str]]]:
-    """`count` attribute records: groups by share, and in each group every value of every attribute equally often (to one)."""
-    total = sum(group.share for group in taxonomy.groups)
-    found: list[tuple[Group, dict[str, str]]] = []
-    for place, group in enumerate(taxonomy.groups):
-        upto = round(count * sum(g.share for g in taxonomy.groups[: place + 1]) / total)
-        columns = {
-            name: balanced(values, upto - len(found), random.Random(f"{seed}/{group.name}/{name}"))
-            for name, values in group.attributes.items()
-        }
-        found += [(group, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
-    random.Random(seed).shuffle(found)
-    return found
-
-
-def balanced(values: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` of the values, each equally often (to one), in random order."""
-    found: list[str] = []
-    while len(found) < count:
-        found += rng.sample(values, len(values))
-    return found[:count]
 
 
 def sample_id(recipe: FactoryRecipe, prompt: str, seed: int) -> str:

@@ -25,12 +25,8 @@ from factory.plan import (
     PART_PROMPTS,
     PLAN_SCHEMA,
     WRITER_LOG,
-    Group,
     Progress,
-    Taxonomy,
-    balanced,
     enumerate_samples,
-    load_taxonomy,
     remember,
     table_bytes,
     write_checked,
@@ -38,6 +34,7 @@ from factory.plan import (
 from factory.prompts import Alike
 from factory.recipe import FactoryRecipe
 from factory.retry import refuse_if_built
+from factory.taxonomy import Group, Taxonomy, balanced, is_excluded, keep_apart, load_taxonomy
 from factory.units import REFILLS, plan_files, read_table
 
 _LIST = b"refill_list_sha256"
@@ -123,7 +120,10 @@ def parse_list(data: bytes, where: Path) -> list[Lacking]:
 def draw_refill(
     rows: list[Lacking], taxonomy: Taxonomy, recipe: FactoryRecipe, mark: str
 ) -> list[tuple[Group, dict[str, str]]]:
-    """Attribute records for every row; raises RecipeError for a group, attribute or value that the taxonomy does not have."""
+    """Attribute records for every row; raises RecipeError for a group, attribute or value that the taxonomy does not have.
+
+    A combination that the taxonomy excludes is passed over.
+    """
     assert recipe.plan.kind == "written"
     groups = {group.name: group for group in taxonomy.groups}
     found: list[tuple[Group, dict[str, str]]] = []
@@ -137,6 +137,9 @@ def draw_refill(
                     f"group {group.name} of the taxonomy has no {name} that is {value}",
                     remedy="Correct the list or the taxonomy",
                 )
+        rules = taxonomy.exclusions(group)
+        if is_excluded(row.attributes, rules):
+            continue  # select looks at every combination of values and knows no taxonomy
         count = -(-row.plan // recipe.plan.images_per_prompt)
         columns = {
             name: [row.attributes[name]] * count
@@ -144,7 +147,9 @@ def draw_refill(
             else balanced(values, count, random.Random(f"{mark}/{number}/{name}"))
             for name, values in group.attributes.items()
         }
-        found += [(group, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        records = keep_apart(records, group, rules, f"{mark}/{number}", fixed=row.attributes)
+        found += [(group, record) for record in records]
     return found
 
 

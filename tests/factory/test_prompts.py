@@ -112,7 +112,7 @@ def test_a_written_repeat_is_written_anew_and_dead_only_after_all_tries() -> Non
 
         def close(self) -> None: ...
 
-    from factory.plan import Group
+    from factory.taxonomy import Group
 
     group = Group(name="g", share=1, must_mention=[], attributes={"subject": ["fox"]})
     found = write_checked(Writer(), [(group, {"subject": "fox"})] * 3, 3, 0, Alike(1.0))

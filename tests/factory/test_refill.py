@@ -12,10 +12,11 @@ from factory.cli import _FactoryPart
 from factory.ledger import commit_unit
 from factory.make import select_and_pack
 from factory.pack import MANIFEST, verify
-from factory.plan import PLAN, load_taxonomy
+from factory.plan import PLAN
 from factory.recipe import FactoryRecipe
 from factory.refill import draw_refill, parse_list, plan_refill
 from factory.stages import encode_picture, looks
+from factory.taxonomy import load_taxonomy
 from factory.units import plan_units, planned_units, read_table
 
 TWO = [

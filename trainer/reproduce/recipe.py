@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 
 from cluster.recipe import Settings, load_recipe
 from factory.models import fingerprint
-from factory.plan import load_taxonomy
 from factory.recipe import FactoryRecipe
+from factory.taxonomy import load_taxonomy
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
