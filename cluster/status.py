@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import EdgeFusionError
 from cluster.heartbeat import read_heartbeat
+from cluster.usage import read_usage
 
 Facts = dict[str, Any]
 _PHASES = ("adapt", "distill")
@@ -73,6 +75,7 @@ def read_status(out: Path) -> Facts:
         "units": sum(1 for _ in (out / "dataset" / "ledger").glob("unit-*.parquet")),
         "kept_share": _share(outcomes, "kept"),
         "reasons": reasons,
+        "asked": asdict(usage) if (usage := read_usage((out / "dataset" / "plan").glob("*.parquet"))).answers else None,
         "suspects": _suspects(out / "dataset" / "attempts"),
         "unreadable": unreadable,
     }

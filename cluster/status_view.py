@@ -16,6 +16,7 @@ from rich.text import Text
 from cluster.metrics import prometheus_text
 from cluster.status import read_status
 from cluster.storage import publish_bytes
+from cluster.usage import Usage, spell_usage
 
 _WATCH_S = 2.0
 
@@ -69,6 +70,8 @@ def view(facts: dict[str, Any]) -> Group:
     if samples["planned"]:
         share = f"; kept {facts['kept_share']:.1%}" if facts["kept_share"] is not None else ""
         lines.append(f"samples: {samples['planned']} planned, {', '.join(parts) or 'none made yet'}{share}")
+    if facts["asked"]:
+        lines.append(f"prompts: {spell_usage(Usage(**facts['asked']))}")
     lines += [f"  {count} {reason}" for reason, count in facts["reasons"].items()]
     lines += [
         f"suspect: {s['unit']} killed {s['deaths']} workers in stage {s['stage']}; "

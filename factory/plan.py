@@ -20,12 +20,14 @@ from cluster.environment import find_environment
 from cluster.errors import StageError
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
+from cluster.usage import read_usage
 from factory.download import download_all
 from factory.ingest import downloaded_rows, planned_rows, source_path
 from factory.models import fingerprint, resolve
+from factory.models.answers import NoAnswer
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
-from factory.recipe import FactoryRecipe, PicturePlan, PromptFilePlan
+from factory.recipe import FactoryRecipe, OpenAiWriter, PicturePlan, PromptFilePlan, PromptPlan
 from factory.taxonomy import Group, draw_records, load_taxonomy
 
 PLAN = "plan.parquet"
@@ -69,15 +71,11 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
     alike = Alike(recipe.plan.most_alike)
     with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
         for start in range(0, len(records), PART_PROMPTS):
+            some = records[start : start + PART_PROMPTS]
             part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"
-            if not part.exists():
-                some = records[start : start + PART_PROMPTS]
-                prompts = write_checked(writer(), some, recipe.plan.tries, seed + start, alike)
-                rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
-                publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
-            parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            parts.append(written_part(recipe, part, writer, some, start, seed, alike))
             remember(alike, parts[-1])
-            progress(min(PART_PROMPTS, len(records) - start))
+            progress(len(some))
     table = _without_doubles(pa.concat_tables(parts))
     if all(value == DEAD for value in table["outcome"].to_pylist()):
         raise StageError(
@@ -85,6 +83,47 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         )
     publish_bytes(final, table_bytes(table))
     return final
+
+
+def written_part(
+    recipe: FactoryRecipe,
+    part: Path,
+    writer: Callable[[], PromptWriter],
+    some: list[tuple[Group, dict[str, str]]],
+    start: int,
+    seed: int,
+    alike: Alike,
+) -> pa.Table:
+    """The rows of the prompts for some records, the first of which is number `start`: written now, or read if `part` is there.
+
+    What a server charged for them stands in the file (cluster/usage.py). Raises StageError if they would cost more than the recipe allows.
+    """
+    assert recipe.plan.kind == "written"
+    if not part.exists():
+        check_budget(recipe.plan, part.parent, len(some))
+        prompts = write_checked(writer(), some, recipe.plan.tries, seed + start, alike)
+        rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
+        table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+        publish_bytes(part, table_bytes(table.replace_schema_metadata(writer().take_usage().metadata())))
+    return pq.read_table(part, schema=PLAN_SCHEMA).replace_schema_metadata(None)
+
+
+def check_budget(plan: PromptPlan, parts: Path, prompts: int) -> None:
+    """Raises StageError if so many more prompts would cost more than the writer may spend: at what the earlier ones in `parts` cost, or, of
+    the first, at the longest answers that the recipe allows."""
+    writer = plan.writer
+    if not isinstance(writer, OpenAiWriter) or writer.max_cost is None or not (prices := writer.prices()):
+        return
+    files = sorted(parts.glob("*.parquet"))
+    spent, rows = read_usage(files).cost or 0.0, sum(pq.read_metadata(path).num_rows for path in files)
+    most = prices.of(len(writer.template), writer.max_new_tokens)  # a token is longer than a letter
+    foretold = prompts * (spent * plan.images_per_prompt / rows if rows else most)
+    if spent + foretold > writer.max_cost:
+        raise StageError(
+            f"{spent:.2f} is spent, and the next {prompts} prompts would cost about {foretold:.2f}: more than max_cost ({writer.max_cost:g})",
+            where="factory.plan.writer.max_cost",
+            remedy="Raise it and run the same command again; what is written is kept",
+        )
 
 
 def _plan_file(recipe: FactoryRecipe, plan: PromptFilePlan, seed: int, final: Path, progress: Progress) -> Path:
@@ -176,12 +215,12 @@ def write_checked(
             break
         written = writer.write([some[i][1] for i in todo], seed + 7919 * attempt)
         for i, prompt in zip(todo, written, strict=True):
-            wrong = check_prompt(prompt, *some[i])
+            wrong = prompt.why if isinstance(prompt, NoAnswer) else check_prompt(prompt, *some[i])
             if not wrong and (alike.find(prompt) or own.find(prompt)):
                 wrong = "the prompt is too like an earlier one"
             if not wrong:
                 own.add(prompt)
-            found[i] = (prompt, wrong)
+            found[i] = (str(prompt), wrong)
     return found
 
 

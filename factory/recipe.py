@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
+from cluster.usage import Prices
 
 VIEW_NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
 
@@ -54,6 +55,31 @@ class OpenAiWriter(TransformersWriter):
     kind: Literal["openai"] = "openai"
     base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
     api: Literal["completions", "chat"] = Field(default="chat", description=_API)
+    answer: Literal["text", "json"] = Field(
+        default="text",
+        description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
+    )
+    concurrent: int = Field(default=16, ge=1, le=512, description="requests at once")
+    price_input: float | None = Field(
+        default=None, ge=0, description="price of a million tokens read, in your currency"
+    )
+    price_output: float | None = Field(default=None, ge=0, description="price of a million tokens written")
+    max_cost: float | None = Field(
+        default=None, gt=0, description="stop before the prompts cost more; what is written is kept"
+    )
+
+    @model_validator(mode="after")
+    def _priced(self) -> OpenAiWriter:
+        if (self.price_input is None) != (self.price_output is None):
+            raise ValueError("price_input and price_output belong together: give both or neither")
+        if self.max_cost is not None and self.price_input is None:
+            raise ValueError("max_cost needs price_input and price_output")
+        return self
+
+    def prices(self) -> Prices | None:
+        if self.price_input is None or self.price_output is None:
+            return None
+        return Prices(self.price_input, self.price_output)
 
 
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]

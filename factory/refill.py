@@ -23,13 +23,11 @@ from factory.models.text import opened_late
 from factory.pack import MANIFEST
 from factory.plan import (
     PART_PROMPTS,
-    PLAN_SCHEMA,
     WRITER_LOG,
     Progress,
-    enumerate_samples,
     remember,
     table_bytes,
-    write_checked,
+    written_part,
 )
 from factory.prompts import Alike
 from factory.recipe import FactoryRecipe
@@ -82,11 +80,7 @@ def plan_refill(
         for start in range(0, len(records), PART_PROMPTS):
             part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
             some = records[start : start + PART_PROMPTS]
-            if not part.exists():
-                prompts = write_checked(writer(), some, recipe.plan.tries, seed + offset + start, alike)
-                rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, offset + start, some, prompts)
-                publish_bytes(part, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
-            parts.append(pq.read_table(part, schema=PLAN_SCHEMA))
+            parts.append(written_part(recipe, part, writer, some, offset + start, seed, alike))
             remember(alike, parts[-1])
             progress(len(some))
     table = pa.concat_tables(parts)

@@ -15,8 +15,8 @@ import numpy as np
 from cluster.errors import StageError
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
-from export.targets.onnx_runtime import session_options
 from export.targets.litert_run import LiteRtModel
+from export.targets.onnx_runtime import session_options
 from export.targets.tflite import schema
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from cluster.errors import StageError
 from factory.models import quiet, resolve
+from factory.models.answers import read_answer
 from factory.models.server import Endpoint, ask, serve_vllm
-from factory.models.text import first_line
 from factory.recipe import OpenAiCaptioner, TransformersCaptioner, VllmCaptioner
 
 
@@ -68,7 +68,7 @@ class _Transformers:
             with torch.inference_mode():
                 out = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.recipe.max_new_tokens)
             new = out[: len(some), inputs["input_ids"].shape[1] :]
-            found += [first_line(t) for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            found += [str(read_answer(t)) for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
 
@@ -89,6 +89,5 @@ class _Asked:
             {"type": "image_url", "image_url": {"url": shown}},
         ]
         messages = [{"role": "user", "content": content}]
-        return first_line(
-            ask(self.endpoint, {"messages": messages, "temperature": 0, "max_tokens": self.recipe.max_new_tokens})
-        )
+        said = ask(self.endpoint, {"messages": messages, "temperature": 0, "max_tokens": self.recipe.max_new_tokens})
+        return str(read_answer(said))

@@ -19,9 +19,11 @@ from cluster.environment import find_environment
 from cluster.errors import StageError
 from cluster.machine import cache_folder
 from cluster.served import Served, ServerRecipe, Service
+from cluster.usage import Meter, Prices
 from factory.models import resolve
 
 _TRIES = 5
+_LONGEST_WAIT_S = 60.0
 _NAME = "own"
 """What a model is called on a server of ours."""
 
@@ -29,8 +31,8 @@ _NAME = "own"
 class Endpoint:
     """Somebody's server, and the name of a model there. The key comes from OPENAI_API_KEY."""
 
-    def __init__(self, base_url: str, model: str) -> None:
-        self._base_url, self.model = base_url.rstrip("/"), model
+    def __init__(self, base_url: str, model: str, prices: Prices | None = None) -> None:
+        self._base_url, self.model, self.meter = base_url.rstrip("/"), model, Meter(prices)
 
     @property
     def url(self) -> str:
@@ -109,16 +111,18 @@ def serve_vllm(model: str, environment: str, server: ServerRecipe, name: str, lo
 def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str:
     """The text of an OpenAI-compatible server's answer to a body with `messages`, or with `prompt` for a plain completion.
 
-    Tried again, ever more slowly, when the server is busy or away; a server of our own that died is started again as often as its recipe
+    Every answer is counted by the endpoint's meter. Tried again, ever more slowly, when the server is busy or away, and not before it says
+    (Retry-After, at most a minute); a server of our own that died is started again as often as its recipe
     says. Raises StageError when it stays away or answers what is no answer.
     """
     what = "chat/completions" if "messages" in body else "completions"
     failure: Exception | None = None
     attempt = 0
     while attempt < _TRIES:
-        life = endpoint.life
+        life, asked_wait_s = endpoint.life, 0.0
         try:
             answer = _post(f"{endpoint.url}/{what}", {"model": endpoint.model, **body}, endpoint.key)
+            endpoint.meter.add(answer)
             choice = answer["choices"][0]
             text = choice["message"]["content"] if "messages" in body else choice["text"]
             return text.strip()
@@ -126,6 +130,7 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
             failure = error
             if error.code not in (408, 429) and error.code < 500:
                 break  # our own fault: asking again changes nothing
+            asked_wait_s = _retry_after(error)
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             failure = error
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -134,12 +139,18 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
         if endpoint.life == life:
             attempt += 1
             if attempt < _TRIES:
-                time.sleep(wait_s * 2 ** (attempt - 1))
+                time.sleep(max(wait_s * 2 ** (attempt - 1), asked_wait_s))
     raise StageError(
         f"the model server did not answer: {failure}",
         where=endpoint.url,
         remedy="Start it, check the model's name and OPENAI_API_KEY, then run again",
     ) from failure
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    """Seconds that a busy server asks to be left alone; 0 if it says nothing that can be understood."""
+    told = error.headers.get("Retry-After", "") if error.headers else ""
+    return min(float(told), _LONGEST_WAIT_S) if told.isdigit() else 0.0
 
 
 def _post(url: str, body: Mapping[str, Any], key: str) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
+from cluster.usage import Usage
 from factory.models import quiet, resolve
+from factory.models.answers import Answer, read_answer
 from factory.models.server import Endpoint, ask, serve_vllm
 from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter
 
@@ -18,7 +20,11 @@ Record = Mapping[str, str]
 
 class PromptWriter(Protocol):
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
-        """One prompt a record, first line only; the same seed gives the same prompts on the same machine."""
+        """One prompt a record, in their order; the same seed gives the same prompts on the same machine. NoAnswer where there is none."""
+        ...
+
+    def take_usage(self) -> Usage:
+        """What was asked of a server since the last call; nothing where the model runs here."""
         ...
 
     def close(self) -> None: ...
@@ -27,7 +33,8 @@ class PromptWriter(Protocol):
 def open_writer(recipe: TransformersWriter, log: Path | None = None) -> PromptWriter:
     """`log` is where a server that the writer starts for itself says what it does; close the writer to stop it."""
     if isinstance(recipe, OpenAiWriter):
-        return _Asked(recipe, recipe.api, Endpoint(recipe.base_url, recipe.model))
+        server = Endpoint(recipe.base_url, recipe.model, recipe.prices())
+        return _Asked(recipe, recipe.api, server, recipe.answer, recipe.concurrent)
     if isinstance(recipe, VllmWriter):
         if recipe.environment is None:
             return _Vllm(recipe)
@@ -58,12 +65,17 @@ def spell(record: Record) -> str:
     return "; ".join(f"{key}: {value}" for key, value in record.items())
 
 
-def first_line(text: str) -> str:
-    """The first line that says something, without quotes around it."""
-    return next((line.strip() for line in text.strip().splitlines() if line.strip()), "").strip('"')
+class _Here:
+    """A model in this process: nobody counts its tokens, and nothing is held beyond the process."""
+
+    def take_usage(self) -> Usage:
+        return Usage()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-class _Transformers:
+class _Transformers(_Here):
     def __init__(self, recipe: TransformersWriter) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,14 +110,11 @@ class _Transformers:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             new = out[:, tokens["input_ids"].shape[1] :]
-            found += [first_line(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            found += [read_answer(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
-    def close(self) -> None:
-        """Nothing is held."""
 
-
-class _Vllm:
+class _Vllm(_Here):
     def __init__(self, recipe: VllmWriter) -> None:
         try:
             import vllm  # pyright: ignore[reportMissingImports]
@@ -127,32 +136,39 @@ class _Vllm:
             answers = self.engine.chat([[{"role": "user", "content": text}] for text in asked], options)
         else:
             answers = self.engine.generate(asked, options)
-        return [first_line(answer.outputs[0].text) for answer in answers]
-
-    def close(self) -> None:
-        """vLLM ends with this process."""
+        return [read_answer(answer.outputs[0].text) for answer in answers]
 
 
 class _Asked:
     """A server that speaks OpenAI's protocol: somebody's, or one that was started for this writer."""
 
-    def __init__(self, recipe: TransformersWriter, api: str, endpoint: Endpoint) -> None:
-        self.recipe, self.api, self.endpoint = recipe, api, endpoint
+    def __init__(
+        self, recipe: TransformersWriter, api: str, endpoint: Endpoint, answer: Answer = "text", concurrent: int = 16
+    ) -> None:
+        self.recipe, self.api, self.endpoint, self.concurrent = recipe, api, endpoint, concurrent
+        self.answer: Answer = answer
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
         def one(number: int) -> str:
             text = self.recipe.template.format(attributes=spell(records[number]))
-            body = {
+            body: dict[str, Any] = {
                 "temperature": self.recipe.temperature,
                 "max_tokens": self.recipe.max_new_tokens,
                 "seed": seed + number,
             }
+            if self.answer == "json":
+                body["response_format"] = {"type": "json_object"}
             if self.api == "completions":
-                return first_line(ask(self.endpoint, {**body, "prompt": text}))
-            return first_line(ask(self.endpoint, {**body, "messages": [{"role": "user", "content": text}]}))
+                body["prompt"] = text
+            else:
+                body["messages"] = [{"role": "user", "content": text}]
+            return read_answer(ask(self.endpoint, body), self.answer)
 
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(self.concurrent) as pool:
             return list(pool.map(one, range(len(records))))
+
+    def take_usage(self) -> Usage:
+        return self.endpoint.meter.take()
 
     def close(self) -> None:
         self.endpoint.close()
