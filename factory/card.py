@@ -82,7 +82,7 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
 
 def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> str:
     count = len(facts.clip)
-    drawn = recipe.make.teacher is not None
+    drawn = bool(recipe.make.painters())
     parts = [
         "---",
         f"pretty_name: {name}",
@@ -141,8 +141,10 @@ def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     if plan.kind == "written":
         found.append(("prompts", plan.writer.model, _mark(plan.writer)))
-    if make.teacher is not None:
-        found.append(("pictures", make.teacher.model, _short(fingerprint(make.teacher.model, make.teacher.revision))))
+    shares = sum(teacher.share for teacher in make.teachers.values())
+    for name, teacher in make.painters().items():
+        part = f"pictures, {name} ({make.teachers[name].share / shares:.0%})" if name else "pictures"
+        found.append((part, teacher.model, _short(fingerprint(teacher.model, teacher.revision))))
     if make.captioner is not None:
         found.append(("captions", make.captioner.model, _mark(make.captioner)))
     scorer = make.scorer

@@ -219,8 +219,8 @@ def _workers(recipe: FactoryRecipe, stage: str) -> int:
 
 def _batch(recipe: FactoryRecipe, stage: str) -> int:
     make = recipe.make
-    if stage == "render" and make.teacher is not None:
-        return make.teacher.batch_images
+    if stage == "render" and make.painters():
+        return max(teacher.batch_images for teacher in make.painters().values())
     return (
         make.captioner.batch_pictures if stage == "caption" and make.captioner is not None else make.scorer.batch_images
     )

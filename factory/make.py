@@ -22,6 +22,7 @@ from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import select, summarise, write_selection
 from factory.stages import make_stages
+from factory.teachers import teacher_of
 from factory.units import plan_files, plan_units, read_table, read_units, units_left
 
 pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
@@ -114,8 +115,8 @@ def _sample(
     """`raw`: the text that came with the picture, and how well it fits, take the place of the new caption."""
     text, score = (row["raw_caption"], row["raw_clip_score"]) if raw else (row["prompt"], row["clip_score"])
     facts = {"attributes": json.loads(row["attributes"]), "clip_score": score, "group": row["group"]}
-    if recipe.make.teacher is not None:
-        facts |= {"seed": row["seed"], "teacher": recipe.make.teacher.model}
+    if painters := recipe.make.painters():
+        facts |= {"seed": row["seed"], "teacher": painters[teacher_of(row, recipe.make)].model}
     else:
         place = json.loads(row["source"])
         facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}

@@ -27,8 +27,9 @@ from factory.models import fingerprint, resolve
 from factory.models.answers import NoAnswer
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
-from factory.recipe import FactoryRecipe, OpenAiWriter, PicturePlan, PromptFilePlan, PromptPlan
+from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, PicturePlan, PromptFilePlan, PromptPlan
 from factory.taxonomy import Group, draw_records, load_taxonomy
+from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
@@ -76,7 +77,7 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
             parts.append(written_part(recipe, part, writer, some, start, seed, alike))
             remember(alike, parts[-1])
             progress(len(some))
-    table = _without_doubles(pa.concat_tables(parts))
+    table = by_teacher(_without_doubles(pa.concat_tables(parts)), recipe.make)
     if all(value == DEAD for value in table["outcome"].to_pylist()):
         raise StageError(
             "no prompt passed its check", where="factory.plan.writer", remedy="Look at the template and the model"
@@ -140,7 +141,7 @@ def _plan_file(recipe: FactoryRecipe, plan: PromptFilePlan, seed: int, final: Pa
         rows = enumerate_samples(recipe, plan.images_per_prompt, seed, start, records, prompts)
         tables.append(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
         progress(len(some))
-    table = _without_doubles(pa.concat_tables(tables))
+    table = by_teacher(_without_doubles(pa.concat_tables(tables)), recipe.make)
     if all(value == DEAD for value in table["outcome"].to_pylist()):
         raise StageError(
             "the files hold no usable prompt", where=", ".join(plan.paths), remedy="Check factory.plan.paths"
@@ -177,12 +178,10 @@ def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
     return final
 
 
-def sample_id(recipe: FactoryRecipe, prompt: str, seed: int) -> str:
+def sample_id(teacher: DiffusersTeacher, prompt: str, seed: int) -> str:
     """SHA-256 of everything that decides the picture."""
-    teacher = recipe.make.teacher
-    assert teacher is not None
     facts = {
-        **teacher.model_dump(mode="json", exclude={"model", "revision", "batch_images"}),
+        **teacher.model_dump(mode="json", exclude={"model", "revision", "batch_images", "share"}),
         "model": fingerprint(teacher.model, teacher.revision),
         "prompt": prompt,
         "seed": seed,
@@ -233,16 +232,22 @@ def enumerate_samples(
     prompts: list[tuple[str, str]],
 ) -> list[dict[str, Any]]:
     """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id."""
+    painters = recipe.make.painters()
+    names = [group if isinstance(group, str) else group.name for group, _ in some]
+    drawn_by = iter(
+        share_out(recipe.make, [name for name in names for _ in range(images_per_prompt)], f"{seed}/{start}")
+    )
     rows: list[dict[str, Any]] = []
-    for i, ((group, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True), start):
+    for i, ((_, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True)):
         for k in range(images_per_prompt):
-            own = int.from_bytes(hashlib.sha256(f"{seed}/{i}/{k}".encode()).digest()[:6], "big")
+            own = int.from_bytes(hashlib.sha256(f"{seed}/{start + i}/{k}".encode()).digest()[:6], "big")
+            name = next(drawn_by)
             rows.append(
                 {
-                    "id": sample_id(recipe, prompt, own),
+                    "id": sample_id(painters[name], prompt, own),
                     "prompt": prompt,
-                    "group": group if isinstance(group, str) else group.name,
-                    "attributes": json.dumps(record, ensure_ascii=False),
+                    "group": names[i],
+                    "attributes": json.dumps({**record, TEACHER: name} if name else record, ensure_ascii=False),
                     "seed": own,
                     "outcome": DEAD if wrong else PENDING,
                     "reason": f"plan: {wrong}" if wrong else "",
@@ -269,8 +274,8 @@ def resolve_models(recipe: FactoryRecipe) -> None:
     """Refuse unknown models, scorers, taxonomies and sources before any work is done."""
     from factory.scorers import check_scores  # it knows the ledger, which knows this module
 
-    if recipe.make.teacher is not None:
-        resolve(recipe.make.teacher.model)
+    for teacher in recipe.make.painters().values():
+        resolve(teacher.model)
     if recipe.make.captioner is not None and recipe.make.captioner.kind != "openai":
         resolve(recipe.make.captioner.model)
     if recipe.make.scorer.pretrained is None:
@@ -283,10 +288,11 @@ def resolve_models(recipe: FactoryRecipe) -> None:
     if recipe.plan.kind == "file":
         for name in recipe.plan.paths:
             prompt_file(name)
+        refuse_taken_name(recipe, None)
         return
     writer = recipe.plan.writer
     if writer.kind != "openai":
         resolve(writer.model)
     if writer.kind == "vllm" and writer.environment is not None:
         find_environment(writer.environment)
-    load_taxonomy(recipe.plan.taxonomy)
+    refuse_taken_name(recipe, load_taxonomy(recipe.plan.taxonomy))

@@ -197,6 +197,12 @@ class DiffusersTeacher(Settings):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="compute type")
 
 
+class SharingTeacher(DiffusersTeacher):
+    """One of several teachers."""
+
+    share: float = Field(default=1.0, gt=0, description="share of the pictures, relative to the other teachers")
+
+
 class OpenClipScorer(Settings):
     """How well a picture fits its prompt, by open_clip."""
 
@@ -326,6 +332,10 @@ class MakeRecipe(Settings):
     """How pictures are made, or taken in, and scored."""
 
     teacher: DiffusersTeacher | None = Field(default=None, description="draws the prompts; none when pictures come in")
+    teachers: dict[Annotated[str, Field(pattern=VIEW_NAME)], SharingTeacher] = Field(
+        default={},
+        description="several by name in place of one, each with its share; the name is the attribute `teacher` of its pictures",
+    )
     crop: CropRecipe | None = Field(
         default=None, description="makes taken-in pictures square; 512 px by CLIP if left out"
     )
@@ -351,6 +361,10 @@ class MakeRecipe(Settings):
         description="stop when more than this share of the samples made in a run died, once `dead_after` were; 1 never stops",
     )
     dead_after: int = Field(default=512, ge=1, description="samples made before max_dead_share means something")
+
+    def painters(self) -> dict[str, DiffusersTeacher]:
+        """Who draws, by name; the only one has none. Empty when pictures come in."""
+        return dict(self.teachers) if self.teachers else {"": self.teacher} if self.teacher else {}
 
 
 class ScoreRule(Settings):
@@ -455,16 +469,21 @@ class FactoryRecipe(Settings):
                 first = error.errors()[0]
                 place = ".".join(str(part) for part in first["loc"])
                 raise ValueError(f"views.{name}.{place}: {first['msg']}") from None
-        teacher, make = self.make.teacher, self.make
-        if self.plan.kind == "pictures" and teacher is not None:
+        make, painters = self.make, self.make.painters()
+        if self.plan.kind == "pictures" and painters:
             raise ValueError("make.teacher draws prompts, but plan.kind is pictures: leave the teacher out")
-        if self.plan.kind != "pictures" and teacher is None:
+        if self.plan.kind != "pictures" and not painters:
             raise ValueError("make.teacher is missing: who is to draw the prompts?")
         if self.plan.kind != "pictures" and (make.crop or make.captioner):
             raise ValueError("make.crop and make.captioner are for plan.kind pictures; drawn pictures need neither")
-        if teacher is not None and teacher.batch_images > make.unit_images:
-            raise ValueError(
-                f"make.teacher.batch_images ({teacher.batch_images}) is larger than make.unit_images "
-                f"({make.unit_images}): a batch never crosses units"
-            )
+        if make.teacher is not None and make.teachers:
+            raise ValueError("make.teacher and make.teachers: give one or the other")
+        if len({painter.size_px for painter in painters.values()}) > 1:
+            raise ValueError("make.teachers draw pictures of different size_px: the trainer wants all alike")
+        for name, painter in painters.items():
+            if painter.batch_images > make.unit_images:
+                raise ValueError(
+                    f"make.{f'teachers.{name}' if name else 'teacher'}.batch_images ({painter.batch_images}) is larger than "
+                    f"make.unit_images ({make.unit_images}): a batch never crosses units"
+                )
         return self

@@ -33,6 +33,7 @@ from factory.prompts import Alike
 from factory.recipe import FactoryRecipe
 from factory.retry import refuse_if_built
 from factory.taxonomy import Group, Taxonomy, balanced, is_excluded, keep_apart, load_taxonomy
+from factory.teachers import by_teacher
 from factory.units import REFILLS, plan_files, read_table
 
 _LIST = b"refill_list_sha256"
@@ -83,7 +84,7 @@ def plan_refill(
             parts.append(written_part(recipe, part, writer, some, offset + start, seed, alike))
             remember(alike, parts[-1])
             progress(len(some))
-    table = pa.concat_tables(parts)
+    table = by_teacher(pa.concat_tables(parts), recipe.make)
     fresh = [not (key in known or known.add(key)) for key in table["id"].to_pylist()]
     table = table.filter(pa.array(fresh)).replace_schema_metadata({_LIST: mark})
     final = folder / REFILLS.replace("*", f"{len(plans):04d}")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,10 @@ from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
 from factory.scorers import Batch, OpenedScorers, scores_of
+from factory.teachers import teacher_of
+
+if TYPE_CHECKING:
+    from factory.models.image import Painter
 
 REJECTED = "rejected"
 _BLANK_DEVIATION = 2.0
@@ -26,7 +31,7 @@ _BLANK_DEVIATION = 2.0
 
 def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     """Render, or crop and caption what was taken in; then score and commit, as the runner places them."""
-    if recipe.teacher is not None:
+    if recipe.painters():
         first = [Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus)]
     else:
         first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
@@ -42,16 +47,33 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
 
 
 class _Render:
+    """Holds one teacher at a time: of several, plans put one after another (factory/teachers.py)."""
+
     def __init__(self, recipe: MakeRecipe) -> None:
         from factory.models.image import Painter
 
         set_threads(recipe.threads)
-        assert recipe.teacher is not None
-        self.painter, self.kind = Painter(recipe.teacher), recipe.picture_kind
+        self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
+        self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
+        self.painter = Painter(self.teachers[self.name]) if self.name is not None else None
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        pictures = self.painter.paint([row["prompt"] for row in rows], [row["seed"] for row in rows])
-        return [{**row, "picture": encode_picture(p, self.kind)} for row, p in zip(rows, pictures, strict=True)]
+        names, done = [teacher_of(row, self.recipe) for row in rows], dict[int, Row]()
+        for name in dict.fromkeys(names):
+            own = [i for i, other in enumerate(names) if other == name]
+            pictures = self._painter(name).paint([rows[i]["prompt"] for i in own], [rows[i]["seed"] for i in own])
+            done |= {
+                i: {**rows[i], "picture": encode_picture(p, self.kind)} for i, p in zip(own, pictures, strict=True)
+            }
+        return [done[i] for i in range(len(rows))]
+
+    def _painter(self, name: str) -> Painter:
+        from factory.models.image import Painter
+
+        if self.painter is None or name != self.name:
+            self.painter = None  # the next one may need its memory
+            self.painter, self.name = Painter(self.teachers[name]), name
+        return self.painter
 
 
 class _Crop:
