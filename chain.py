@@ -197,7 +197,13 @@ class Chain:
         task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
         runner = make_runner(self.recipe.cluster)
         try:
-            make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))
+            make(
+                self.recipe.factory,
+                self.data,
+                runner,
+                lambda n: bars.advance(task, n),
+                lambda told: bars.update(task, below=told),
+            )
         finally:
             runner.close()
 

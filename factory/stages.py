@@ -18,6 +18,7 @@ from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
 from factory.scorers import Batch, OpenedScorers, scores_of
+from factory.tally import seen_of
 
 REJECTED = "rejected"
 _BLANK_DEVIATION = 2.0
@@ -186,7 +187,8 @@ class _Commit:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         commit_unit(self.folder, rows, self.scores)
-        return [{"id": row["id"], "outcome": row["outcome"]} for row in rows]
+        # What the driver counts: scores and reasons, no pictures.
+        return [seen_of(row, self.scores.names) for row in rows]
 
 
 def score_columns(recipe: MakeRecipe) -> pa.Schema:
