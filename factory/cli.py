@@ -188,19 +188,27 @@ def forecast(
     gpus: Annotated[int, typer.Option(min=1, help="workers of the whole run, each as fast as this machine")] = 1,
     price: Annotated[float | None, typer.Option(min=0, help="of a worker's hour")] = None,
     samples: Annotated[int, typer.Option(min=1, max=10_000, help="samples of the probe")] = 64,
+    sizes: Annotated[
+        bool, typer.Option(help="also try some batch sizes, and propose workers, GPU shares and batches for the recipe")
+    ] = True,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key: --set factory.plan.prompts=1000 (repeatable)")
     ] = None,
 ) -> None:
-    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine."""
+    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it."""
     from factory.forecast import lines, planned_samples, probe, scale
     from factory.plan import resolve_models
+    from factory.sizes import lines as size_lines
+    from factory.sizes import propose
 
     part = load_recipe(_FactoryPart, recipe, overrides or [])
     resolve_models(part.factory)
-    planned_samples(part.factory)
-    found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True))
-    for line in lines(found, scale(part.factory, found, gpus, price), gpus):
+    planned = planned_samples(part.factory)
+    found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True), sizes)
+    told = lines(found, scale(part.factory, found, gpus, price), gpus)
+    if sizes:
+        told += size_lines(propose(part.factory, planned, found.stages, found.batches, gpus, price, found.gpu_bytes))
+    for line in told:
         typer.echo(line)
 
 

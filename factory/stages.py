@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,13 @@ class _Render:
         set_threads(recipe.threads)
         assert recipe.teacher is not None
         self.painter, self.kind = Painter(recipe.teacher), recipe.picture_kind
+        self.device_s = 0.0
+        """Seconds in the model; the rest is encoding, which leaves a GPU idle."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
+        began = time.perf_counter()
         pictures = self.painter.paint([row["prompt"] for row in rows], [row["seed"] for row in rows])
+        self.device_s += time.perf_counter() - began
         return [{**row, "picture": encode_picture(p, self.kind)} for row, p in zip(rows, pictures, strict=True)]
 
 
@@ -141,9 +146,13 @@ class _Caption:
         set_threads(recipe.threads)
         assert recipe.captioner is not None
         self.model = open_captioner(recipe.captioner)
+        self.device_s = 0.0
+        """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        captions = self.model.describe([decode_picture(row["picture"]) for row in rows])
+        pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
+        captions = self.model.describe(pictures)
+        self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
 
 
