@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.status_view import clock
 from factory.balance import lacks
 from factory.recipe import SelectRecipe
 from factory.tally import Key, Tally, later_rules
@@ -120,7 +121,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     ]
     if best := found["best"]:
         word = {"yes": "will be there", "no": "will not be there", "open": "may or may not be there"}[best["reached"]]
-        told.append(f"the {best['of']:,} best {word}" + (f": {best['remedy']}" if best["remedy"] else ""))
+        when = f", in about {clock(best['eta_s'])}" if best["reached"] == "yes" and best["eta_s"] else ""
+        told.append(f"the {best['of']:,} best {word}{when}" + (f": {best['remedy']}" if best["remedy"] else ""))
     if wanted := found["wanted"]:
         if wanted["short"]:
             worst = ", ".join([wanted["worst"][0]["group"], *wanted["worst"][0]["attributes"].values()])

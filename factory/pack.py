@@ -246,7 +246,7 @@ def remedy_for(where: str) -> str:
     """How to mend a damaged data set, by where it lies."""
     if "://" in where:
         return "Run `edgefusion factory pack FOLDER --to URL`, which sends what is damaged or missing there again"
-    return "Run `edgefusion factory repair` (with --recipe on a copy), or copy the shard again"
+    return "Run `edgefusion factory repair` (with --recipe on a copy), or copy it again or pack the data set again"
 
 
 def digest_members(members: Mapping[str, bytes]) -> str:

@@ -154,8 +154,7 @@ def _by_shard(table: pa.Table, manifest: str) -> Iterator[tuple[str, list[Row]]]
 
 
 def _wrong_row(where: str, row: Mapping[str, str], what: str) -> CorruptShard:
-    remedy = "Run `edgefusion factory repair` (with --recipe on a copy), or pack the data set again"
-    return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy)
+    return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy_for(where))
 
 
 def _verify_shard(folder: RemoteStore | _Folder, name: str, listed: list[Row], there: bool) -> None:

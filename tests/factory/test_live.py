@@ -27,7 +27,7 @@ from factory.tally import seen_of
 
 UNITS, UNIT_IMAGES = 6, 4
 RECIPE = {
-    "plan": {"taxonomy": "zoo:taxonomy.yaml", "prompts": 24, "writer": {"model": "zoo:writer"}},
+    "plan": {"taxonomy": "zoo:taxonomy.yaml", "prompts": 24, "writer": {"kind": "transformers", "model": "zoo:writer"}},
     "make": {
         "teacher": {"model": "zoo:teacher", "batch_images": UNIT_IMAGES},
         "scorer": {"model": "zoo:clip"},

@@ -271,6 +271,7 @@ def test_a_store_that_refuses_says_why(bucket: str, packed: Path, monkeypatch: p
     def asked_for_keys(after: str) -> None:
         """Let the stand-in look at keys after so many requests."""
         request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", data=after.encode(), method="POST")
+        request.add_header("Content-Type", "text/plain")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
 
     import boto3

@@ -18,7 +18,11 @@ TEACHER, SCORER = "factory.make.teacher.batch_images", "factory.make.scorer.batc
 
 def tree_of(**make: Any) -> dict[str, Any]:
     return {
-        "plan": {"taxonomy": "zoo:taxonomy.yaml", "prompts": 64_000, "writer": {"model": "zoo:writer"}},
+        "plan": {
+            "taxonomy": "zoo:taxonomy.yaml",
+            "prompts": 64_000,
+            "writer": {"kind": "transformers", "model": "zoo:writer"},
+        },
         "make": {
             "teacher": {"model": "zoo:teacher", "batch_images": 8},
             "scorer": {"model": "zoo:clip"},
