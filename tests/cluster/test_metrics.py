@@ -95,7 +95,7 @@ LIVE = {
     "upto": 2,
     "more": [],
     "outcomes": {"made": 14, "dead": 2},
-    "reasons": {},
+    "reasons": {"dead: render": 2},
     "stages": [
         {"stage": "render", "workers": 2, "samples": 16, "per_s": 4.5, "busy": 0.9, "working": 8, "waiting": 16},
         {"stage": "score", "workers": 1, "samples": 8, "per_s": None, "busy": None, "working": 0, "waiting": 8},
