@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from cluster.storage import digest_file, publish_bytes, publish_new
+from cluster.storage import digest_file, publish_bytes, publish_new, store_code
 
 _BLOCK_BYTES = 8 << 20
 """Read ahead of a stream."""
@@ -147,7 +147,7 @@ def plain_words(where: str, done: str = "read") -> Generator[None]:
 def explain_store(where: str, error: Exception, done: str = "read") -> EdgeFusionError:
     """What the store at `where` raised, in words that a user can act on: CorruptShard for a file that is not there, else EdgeFusionError."""
     chain = _chain(error)
-    codes = {_code(one) for one in chain} | {type(one).__name__ for one in chain}
+    codes = {store_code(one) for one in chain} | {type(one).__name__ for one in chain}
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     if _is_missing_bucket(error):
         return EdgeFusionError("there is no such bucket", where=where, remedy="Make it, or correct the address")
@@ -173,18 +173,11 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _code(error: BaseException) -> str:
-    """S3's own word for what went wrong; empty if there is none."""
-    answer: Any = getattr(error, "response", None)
-    try:
-        return str(answer["Error"]["Code"])
-    except (KeyError, TypeError):
-        return ""
-
-
 def _is_missing_bucket(error: BaseException) -> bool:
     words = "bucket does not exist" in str(error).lower()
-    return isinstance(error, FileNotFoundError) and (words or any(_code(e) == "NoSuchBucket" for e in _chain(error)))
+    return isinstance(error, FileNotFoundError) and (
+        words or any(store_code(e) == "NoSuchBucket" for e in _chain(error))
+    )
 
 
 def _tag(local: Path, compound: bool) -> str:

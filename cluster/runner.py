@@ -246,7 +246,7 @@ def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) ->
 
 def _work(stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None, desk: Desk) -> Unit:
     samples, began = sum(stage.whole or row["outcome"] == PENDING for row in unit.rows), time.perf_counter()
-    desk.begin(stage.name, unit.id, samples)
+    desk.begin(stage.name, unit.id, len(unit.rows))
     done = apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
     desk.end(stage.name, unit.id, samples, time.perf_counter() - began)
     return done

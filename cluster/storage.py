@@ -68,9 +68,19 @@ def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
 
 def _was_there(error: OSError) -> bool:
     """Also as S3 says it: a condition of the put did not hold."""
-    answer: Any = getattr(error.__cause__, "response", {})
-    code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
-    return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict")
+    return isinstance(error, FileExistsError) or store_code(error.__cause__) in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )
+
+
+def store_code(error: BaseException | None) -> str:
+    """S3's own word for what went wrong, of an error that botocore raised; empty if there is none."""
+    answer: Any = getattr(error, "response", None)
+    try:
+        return str(answer["Error"]["Code"])
+    except (KeyError, TypeError):
+        return ""
 
 
 def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:

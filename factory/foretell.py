@@ -122,7 +122,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if best := found["best"]:
         word = {"yes": "will be there", "no": "will not be there", "open": "may or may not be there"}[best["reached"]]
         when = f", in about {clock(best['eta_s'])}" if best["reached"] == "yes" and best["eta_s"] else ""
-        told.append(f"the {best['of']:,} best {word}{when}" + (f": {best['remedy']}" if best["remedy"] else ""))
+        told.append(f"by that the {best['of']:,} best {word}{when}" + (f": {best['remedy']}" if best["remedy"] else ""))
     if wanted := found["wanted"]:
         if wanted["short"]:
             worst = ", ".join([wanted["worst"][0]["group"], *wanted["worst"][0]["attributes"].values()])

@@ -126,7 +126,8 @@ def told(facts: dict[str, Any]) -> list[str]:
 
 
 def _stage(row: Facts) -> str:
-    rate = f" {row['per_s']:.3g}/s" if row["per_s"] is not None else ""
+    per_s = row["per_s"]
+    rate = "" if per_s is None else f" {per_s:,.0f}/s" if per_s >= 100 else f" {per_s:.3g}/s"
     busy = f" {row['busy']:.0%} busy" if row["busy"] is not None else ""
     waiting = f" {row['waiting']:,} wait" if row["waiting"] else ""
     return f"{row['stage']}{rate}{busy}{waiting}"

@@ -142,7 +142,7 @@ def test_what_will_be_kept_and_whether_it_is_enough() -> None:
     assert "before duplicates" in lines(found)[0]
     tally.rules = SelectRecipe(min_clip=0.5, best=300)
     found = foretell(tally, 1000, per_s=10.0)
-    assert "the 300 best will be there, in about 50 s" in lines(found)
+    assert "by that the 300 best will be there, in about 50 s" in lines(found)
     best = found["best"]
     assert best["reached"] == "yes" and best["eta_s"] == 50.0  # 250 more are 500 pictures more
     tally.rules = SelectRecipe(min_clip=0.5, best=510)
