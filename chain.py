@@ -13,7 +13,7 @@ from rich.progress import Progress
 from cluster.errors import LedgerConflict, StageError
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
-from cluster.progress import progress_bars
+from cluster.progress import bar_each, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import publish_bytes, sweep_partials
@@ -79,11 +79,14 @@ class Chain:
             self._refuse_late_decisions()
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
+        from factory.publish import check_place
         from trainer.mix import sources_of
 
         if "train" in todo:
             # A data set that is not there is told now, not after hours of making.
             sources_of(self.recipe.trainer, self.data, self.recipe.cluster.cache)
+        if "select" in todo and self.recipe.factory.pack.to is not None:
+            check_place(self.recipe.factory.pack.to)
         resolve_models(self.recipe.factory)
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
@@ -194,7 +197,13 @@ class Chain:
         task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
         runner = make_runner(self.recipe.cluster)
         try:
-            make(self.recipe.factory, self.data, runner, lambda n: bars.advance(task, n))
+            make(
+                self.recipe.factory,
+                self.data,
+                runner,
+                lambda n: bars.advance(task, n),
+                lambda told: bars.update(task, below=told),
+            )
         finally:
             runner.close()
 
@@ -203,7 +212,7 @@ class Chain:
         from factory.views import pack_all
 
         task = bars.add_task("select and pack", total=1)
-        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name)
+        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
         bars.advance(task)
         if not funnel["kept"]:
             why = ", ".join(f"{count} {reason}" for reason, count in funnel["reasons"].items())

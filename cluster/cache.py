@@ -19,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import Field
 
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.machine import cache_folder
 from cluster.recipe import Settings
+from cluster.remote import explain_store, open_store
 
 _CHUNK_BYTES = 1 << 20
 _WHOLE = re.compile(r"[0-9a-f]{64}")
@@ -111,18 +111,11 @@ class RemoteFolder:
 
     @cached_property
     def _files(self) -> Any:
-        try:
-            return fsspec.core.url_to_fs(self.url)[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        except (ValueError, ImportError) as error:
-            raise EdgeFusionError(
-                f"cannot be opened ({error})",
-                where=self.url,
-                remedy="Install what reads it; S3: pip install 'edgefusion[s3]'",
-            ) from None
+        return open_store(self.url)[0]
 
     @cached_property
     def _root(self) -> str:
-        return str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        return open_store(self.url)[1]
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -218,8 +211,6 @@ class RemoteFolder:
             yield
         except (EdgeFusionError, NotImplementedError):
             raise
-        except FileNotFoundError as error:
-            raise CorruptShard("is missing", where=where, remedy="Copy the data set there again") from error
         except OSError as error:
             if error.errno is not None and shutil.disk_usage(self._folder).free < _CHUNK_BYTES:
                 raise EdgeFusionError(
@@ -227,14 +218,9 @@ class RemoteFolder:
                     where=str(self._folder),
                     remedy="Free space or lower cluster.cache.limit_gib",
                 ) from error
-            raise self._unreadable(where, error) from error
+            raise explain_store(where, error) from error
         except Exception as error:  # each store has exceptions of its own
-            raise self._unreadable(where, error) from error
-
-    def _unreadable(self, where: str, error: Exception) -> EdgeFusionError:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "Check the address, the network and the keys (AWS_ACCESS_KEY_ID and its like), then run again"
-        return EdgeFusionError(f"cannot be read ({first})", where=where, remedy=remedy)
+            raise explain_store(where, error) from error
 
 
 _PROVEN: dict[str, tuple[int, int]] = {}

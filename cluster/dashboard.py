@@ -41,6 +41,36 @@ RUN = (
         ((f"edgefusion_stage_items_done{{{_ME}}} / (edgefusion_stage_items{{{_ME}}} > 0)", "{{stage}}"),),
         "percentunit",
     ),
+    Panel(
+        "Stages of make: samples a second",
+        ((f"edgefusion_make_stage_samples_per_second{{{_ME}}}", "{{stage}}"),),
+        "ops",
+    ),
+    Panel(
+        "Stages of make: busy",
+        ((f"edgefusion_make_stage_busy_ratio{{{_ME}}}", "{{stage}}"),),
+        "percentunit",
+        help="The busiest stage sets the pace: more workers for it, or fewer for the others (edgefusion factory forecast).",
+    ),
+    Panel(
+        "Stages of make: samples that wait",
+        (
+            (f"edgefusion_make_stage_waiting{{{_ME}}}", "before {{stage}}"),
+            (f"edgefusion_make_stage_working{{{_ME}}}", "in {{stage}}"),
+            (f"edgefusion_make_stage_workers{{{_ME}}}", "workers of {{stage}}"),
+        ),
+    ),
+    Panel(
+        "Kept, foretold",
+        (
+            (f"edgefusion_kept_so_far{{{_ME}}}", "so far"),
+            (f"edgefusion_judged_so_far{{{_ME}}}", "judged so far"),
+            (f"edgefusion_kept_foretold{{{_ME}}}", "{{bound}} at the end"),
+            (f"edgefusion_kept_wanted{{{_ME}}}", "wanted"),
+        ),
+        help="By the rules that judge a row by itself, before duplicates, best shares and caps.",
+    ),
+    Panel("Wanted combinations", ((f"edgefusion_wanted_samples_short{{{_ME}}}", "samples that will lack"),)),
     Panel("Kept share", ((f"edgefusion_kept_ratio{{{_ME}}}", "{{run}}"),), "percentunit"),
     Panel(
         "Dead letters",

@@ -58,15 +58,15 @@ def read_heartbeat(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((folder / HEARTBEAT).read_text())
         facts["age_s"] = max(0.0, time.time() - facts["when"])
-        if facts["state"] == "running" and (facts["age_s"] > _SILENT_S or _is_gone(facts["host"], facts["pid"])):
+        if facts["state"] == "running" and (facts["age_s"] > _SILENT_S or is_gone(facts["host"], facts["pid"])):
             facts["state"] = "died"
         return facts
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _is_gone(host: str, pid: int) -> bool:
-    """Only this host's processes can be asked."""
+def is_gone(host: str, pid: int) -> bool:
+    """A process is known not to live any more; only this host's can be asked."""
     if host != socket.gethostname():
         return False
     try:

@@ -34,6 +34,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "edgefusion_stage_items_per_second": ("gauge", "pictures or steps a second"),
     "edgefusion_stage_seconds": ("gauge", "seconds that the finished stage took"),
     "edgefusion_stage_eta_seconds": ("gauge", "seconds that the stage will still take at its present rate"),
+    "edgefusion_make_stage_samples_per_second": ("gauge", "samples a second through a stage of make"),
+    "edgefusion_make_stage_busy_ratio": ("gauge", "share of the time of the stage's workers that is work, 0 to 1"),
+    "edgefusion_make_stage_workers": ("gauge", "workers of the stage"),
+    "edgefusion_make_stage_working": ("gauge", "samples that the stage is working on"),
+    "edgefusion_make_stage_waiting": ("gauge", "samples that wait before the stage: its queue"),
+    "edgefusion_kept_so_far": ("gauge", "samples that the rules of a row by itself would keep, of those judged"),
+    "edgefusion_judged_so_far": ("gauge", "samples that those rules have judged"),
+    "edgefusion_kept_foretold": ("gauge", "samples kept at the end before duplicates: expected, least and most (95%)"),
+    "edgefusion_kept_wanted": ("gauge", "samples that the recipe wants to keep at most (select.best)"),
+    "edgefusion_wanted_samples_short": ("gauge", "samples that wanted combinations will lack at the end, foretold"),
     "edgefusion_training_loss": ("gauge", "last logged loss by phase"),
     "edgefusion_training_images_per_second": ("gauge", "images a second that training reads, by phase"),
 }
@@ -89,6 +99,33 @@ def _samples(facts: dict[str, Any]) -> Iterator[Sample]:
             yield "edgefusion_dead_letters", {"reason": reason.removeprefix(f"{DEAD}: ")}, float(count)
     for stage in facts["stages"]:
         yield from _stage_samples(stage)
+    if facts["make"]:
+        yield from _make_samples(facts["make"])
+
+
+def _make_samples(make: dict[str, Any]) -> Iterator[Sample]:
+    names = {
+        "per_s": "samples_per_second",
+        "busy": "busy_ratio",
+        "workers": "workers",
+        "working": "working",
+        "waiting": "waiting",
+    }
+    rows: list[dict[str, Any]] = make["stages"]
+    for row in rows:
+        for key, name in names.items():
+            if row[key] is not None:
+                yield f"edgefusion_make_stage_{name}", {"stage": str(row["stage"])}, float(row[key])
+    told: dict[str, Any] = make["foretold"]
+    yield "edgefusion_kept_so_far", {}, float(told["kept"])
+    yield "edgefusion_judged_so_far", {}, float(told["judged"])
+    if told["expected"] is not None:
+        for bound in ("expected", "least", "most"):
+            yield "edgefusion_kept_foretold", {"bound": bound}, float(told[bound])
+    if told["best"]:
+        yield "edgefusion_kept_wanted", {}, float(told["best"]["of"])
+    if told["wanted"]:
+        yield "edgefusion_wanted_samples_short", {}, float(told["wanted"]["lacking"])
 
 
 def _stage_samples(stage: dict[str, Any]) -> Iterator[Sample]:

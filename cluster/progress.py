@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
 
 from cluster.machine import every
 
@@ -23,7 +33,7 @@ def progress_bars() -> Generator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     plain = not console.is_terminal
     with (
-        Progress(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console, disable=plain) as bars,
+        _Bars(*columns, _Rate(), TimeElapsedColumn(), Remaining(), console=console, disable=plain) as bars,
         every(_LINE_S, _lines_of(bars)) if plain else nullcontext(),
     ):
         yield bars
@@ -39,7 +49,8 @@ def _lines_of(bars: Progress) -> Callable[[], None]:
             line = f"{task.description}{count}{', done' if task.finished else ''}"
             if told.get(task.id) != line and (task.started or task.completed):
                 told[task.id] = line
-                console.print(f"{time.strftime('%H:%M:%S')} {line}", soft_wrap=True, markup=False, highlight=False)
+                for text in (line, *(f"  {below}" for below in _below(task))):
+                    console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False, highlight=False)
 
     return tell
 
@@ -56,6 +67,20 @@ def bar_each(bars: Progress) -> Callable[[str, int, int], None]:
     return tick
 
 
+def _below(task: Task) -> list[str]:
+    """The lines that stand below a task's bar: its field `below`, none once it is finished."""
+    return [] if task.finished else list(task.fields.get("below", []))
+
+
+class _Bars(Progress):
+    """Bars with lines below them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield from (Text(f"  {line}", style="dim") for line in _below(task))
+
+
 class _Rate(TextColumn):
     """Items a second."""
 
@@ -63,6 +88,4 @@ class _Rate(TextColumn):
         super().__init__("")
 
     def render(self, task: Any) -> Any:
-        from rich.text import Text
-
         return Text(f"{task.speed:.1f}/s" if task.speed else "")

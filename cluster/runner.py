@@ -22,10 +22,12 @@ from pydantic import Field, model_validator
 from cluster.cache import CacheRecipe
 from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import StageError
+from cluster.live import Desk, Facts, Flow
+from cluster.live_ray import FlowActor, RayDesk
 from cluster.metrics import WorkerMetrics
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
-from cluster.stage import Stage, Unit, Worker, apply
+from cluster.stage import PENDING, Stage, Unit, Worker, apply
 
 _WINDOW_UNITS = 2048
 _WINDOW_UNITS_A_WORKER = 16
@@ -103,6 +105,10 @@ class Runner(Protocol):
         """
         ...
 
+    def live(self) -> list[Facts]:
+        """What each stage of the run that goes on is doing (`Flow.read`); empty before it begins. From any thread."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -115,17 +121,19 @@ class InProcess:
 
     def __init__(self, max_failures: int = 2) -> None:
         self.max_failures = max_failures
+        self._flow = Flow([])
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
         attempts = _attempts(notes, self.max_failures, trust_other_runs=True)
         workers: list[tuple[Stage, Worker]] = []
+        self._flow = Flow([(stage.name, 1) for stage in stages])
         for unit in units:
             # Opened late: a run with nothing left to do loads no models.
             workers = workers or [(stage, stage.open()) for stage in stages]
             for stage, worker in workers:
                 before = unit
                 try:
-                    unit = _work(stage, worker, before, attempts)
+                    unit = _work(stage, worker, before, attempts, self._flow)
                 finally:
                     # Also after an exception or Ctrl-C: only a process that was killed leaves its note.
                     if attempts:
@@ -133,6 +141,9 @@ class InProcess:
             yield unit
         if attempts:
             attempts.clear()
+
+    def live(self) -> list[Facts]:
+        return self._flow.read()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -143,6 +154,7 @@ class OnRay:
 
     def __init__(self, recipe: ClusterRecipe) -> None:
         self.recipe = recipe
+        self._flow: FlowActor | None = None
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
@@ -151,8 +163,11 @@ class OnRay:
         rest, at_once = iter(units), window_units(max((stage.workers for stage in stages), default=0))
         # Ray Data keeps something of every unit in the driver, so it is given a bounded number at a time: memory stays flat, and
         # opening the stages anew costs little beside the work of so many units.
-        while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, at_once)]:
-            yield from self._window(stages, rows, attempts, restarts)
+        try:
+            while rows := [{"unit": unit.id, "payload": unit.to_bytes()} for unit in islice(rest, at_once)]:
+                yield from self._window(stages, rows, attempts, restarts)
+        finally:
+            self._end_flow()
         if attempts:
             attempts.clear()
 
@@ -162,6 +177,8 @@ class OnRay:
         start_ray(self.recipe)
         memory = {stage.name: self.recipe.memory_bytes(stage.name) for stage in stages}
         see_that_it_fits(stages, memory, self.recipe.address == "local")
+        if self._flow is None:
+            self._flow = FlowActor([(stage.name, stage.workers) for stage in stages])
         import ray.data
         from ray.exceptions import RayError
 
@@ -176,7 +193,7 @@ class OnRay:
                 mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
                 data = data.map(
                     mapper,
-                    fn_constructor_args=[stage, attempts],
+                    fn_constructor_args=[stage, attempts, self._flow.name],
                     compute=ray.data.ActorPoolStrategy(size=stage.workers),
                     num_cpus=stage.cpus,
                     num_gpus=stage.gpus,
@@ -190,21 +207,32 @@ class OnRay:
         except RayError as error:
             raise _stage_error(error) from error
 
+    def live(self) -> list[Facts]:
+        flow = self._flow
+        return flow.read() if flow else []
+
     def close(self) -> None:
+        self._end_flow()
         stop_ray()
+
+    def _end_flow(self) -> None:
+        flow, self._flow = self._flow, None
+        if flow:
+            flow.close()
 
 
 class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
-    def __init__(self, stage: Stage, attempts: Attempts | None) -> None:
+    def __init__(self, stage: Stage, attempts: Attempts | None, flow: str) -> None:
         self.stage, self.attempts, self.metrics = stage, attempts, WorkerMetrics(stage.name)
+        self.desk = RayDesk(flow)
         with attempts.opening(stage) if attempts else nullcontext(), self.metrics.opening():
             self.worker = stage.open()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit, began = Unit.from_bytes(row["unit"], row["payload"]), time.perf_counter()
-        done = _work(self.stage, self.worker, unit, self.attempts)
+        done = _work(self.stage, self.worker, unit, self.attempts, self.desk)
         answer = {"unit": done.id, "payload": done.to_bytes()}
         if self.attempts:
             self.attempts.end(self.stage, unit)
@@ -216,8 +244,12 @@ def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) ->
     return Attempts(folder, max(1, max_failures), uuid.uuid4().hex, trust_other_runs) if folder else None
 
 
-def _work(stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None) -> Unit:
-    return apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
+def _work(stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None, desk: Desk) -> Unit:
+    samples, began = sum(stage.whole or row["outcome"] == PENDING for row in unit.rows), time.perf_counter()
+    desk.begin(stage.name, unit.id, len(unit.rows))
+    done = apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
+    desk.end(stage.name, unit.id, samples, time.perf_counter() - began)
+    return done
 
 
 def start_ray(recipe: ClusterRecipe) -> None:

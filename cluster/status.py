@@ -2,12 +2,16 @@
 """What a run has done and how fast, read from the files it leaves: from any terminal, while it runs and after it died.
 
 Reads only. Knows the layout of an output folder, not what the files are for: `run.json`, `heartbeat.json`, the ledger's columns
-`outcome` and `reason`, and the logs `training/*/metrics.jsonl`.
+`outcome` and `reason`, and the logs `training/*/metrics.jsonl`. Of a large run `dataset/index/live.json` has counted most of the ledger,
+so that few of its files are read.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +26,11 @@ from cluster.usage import read_usage
 
 Facts = dict[str, Any]
 _PHASES = ("adapt", "distill")
+_UNIT = re.compile(r"unit-([0-9]+)\.parquet")
+_READ_UNITS = 2048
+"""Ledger entries that one look reads beyond those that make has counted."""
+_STALE_S = 60.0
+"""What make said longer ago is no rate of now."""
 
 
 def read_status(out: Path) -> Facts:
@@ -38,10 +47,12 @@ def read_status(out: Path) -> Facts:
         ) from None
     beat = read_heartbeat(out)
     seconds: dict[str, float] = run.get("seconds", {})
-    outcomes, reasons, unreadable = _outcomes(out / "dataset")
+    ledger = _ledger(out / "dataset")
+    live = _live(out / "dataset", ledger)
+    outcomes, reasons, unreadable, unseen = _outcomes(out / "dataset", ledger, live)
     stages = [
         _step(out, "plan", out / "dataset" / "plan.parquet", seconds),
-        _make(out, outcomes, seconds, beat),
+        _make(out, outcomes, seconds, beat, ledger, live),
         _step(out, "select", out / "dataset" / "manifest.parquet", seconds),
         *(_phase(out, phase, recipe) for phase in _PHASES if recipe["trainer"][phase]["steps"]),
         _step(out, "student", out / "student", seconds),
@@ -72,13 +83,45 @@ def read_status(out: Path) -> Facts:
         "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
         "stages": stages,
         "samples": outcomes,
-        "units": sum(1 for _ in (out / "dataset" / "ledger").glob("unit-*.parquet")),
+        "units": len(ledger),
         "kept_share": _share(outcomes, "kept"),
+        "make": _at_work(live, outcomes),
         "reasons": reasons,
         "asked": asdict(usage) if (usage := read_usage((out / "dataset" / "plan").glob("*.parquet"))).answers else None,
         "suspects": _suspects(out / "dataset" / "attempts"),
         "unreadable": unreadable,
+        "units_not_counted": unseen,
     }
+
+
+def _ledger(data: Path) -> dict[int, str]:
+    """Unit number to the name of its ledger entry, by one listing."""
+    try:
+        with os.scandir(data / "ledger") as listing:
+            names = [entry.name for entry in listing]
+    except OSError:
+        return {}
+    found = ((_UNIT.fullmatch(name), name) for name in names)
+    return {int(match[1]): name for match, name in found if match}
+
+
+def _live(data: Path, ledger: dict[int, str]) -> Facts:
+    """What make last said; empty if it never did, or if units that it counted were given back since."""
+    try:
+        found: Facts = json.loads((data / "index" / "live.json").read_text())
+        upto, more = int(found["upto"]), {int(number) for number in found["more"]}
+        # Numbers are told once each, so counting those below `upto` shows a gap.
+        whole = sum(number < upto for number in ledger) == upto and more <= ledger.keys()
+        return {**found, "more": more, "age_s": max(0.0, time.time() - float(found["when"]))} if whole else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _at_work(live: Facts, outcomes: Facts) -> Facts | None:
+    """The stages of make and what it will keep, as it last said; None once select has said it."""
+    if not live or not outcomes["made"]:
+        return None
+    return {name: live.get(name) for name in ("age_s", "stages", "per_s", "eta_s", "foretold", "told", "fallen")}
 
 
 def _step(out: Path, name: str, proof: Path, seconds: dict[str, float]) -> Facts:
@@ -91,10 +134,17 @@ def _row(name: str, state: str, **more: Any) -> Facts:
     return {"stage": name, "state": state, **empty, **more}
 
 
-def _make(out: Path, outcomes: Facts, seconds: dict[str, float], beat: Facts) -> Facts:
+def _make(
+    out: Path, outcomes: Facts, seconds: dict[str, float], beat: Facts, ledger: dict[int, str], live: Facts
+) -> Facts:
     done, planned = outcomes["in_ledger"], outcomes["planned"]
     state = "done" if planned and done >= planned else "waiting"
-    rate = done / seconds["make"] if state == "done" and seconds.get("make") else _ledger_rate(out, beat)
+    if state == "done" and seconds.get("make"):
+        rate = done / seconds["make"]
+    elif live:
+        rate = live.get("per_s") if live["age_s"] < _STALE_S else None
+    else:
+        rate = _ledger_rate([out / "dataset" / "ledger" / name for name in ledger.values()], beat)
     left = (planned - done) / rate if rate and planned and state != "done" else None
     return _row(
         "make",
@@ -108,9 +158,9 @@ def _make(out: Path, outcomes: Facts, seconds: dict[str, float], beat: Facts) ->
     )
 
 
-def _ledger_rate(out: Path, beat: Facts) -> float | None:
+def _ledger_rate(paths: list[Path], beat: Facts) -> float | None:
     """Pictures a second between this run's first and last commit; before that models were loaded."""
-    times = sorted((p.stat().st_mtime, p) for p in (out / "dataset" / "ledger").glob("unit-*.parquet"))
+    times = sorted((p.stat().st_mtime, p) for p in paths)
     times = [(when, path) for when, path in times if when >= beat.get("step_began", 0.0)]
     if len(times) < 2 or times[-1][0] <= times[0][0]:
         return None
@@ -169,28 +219,36 @@ def _last_line(path: Path) -> Facts:
     return {}
 
 
-def _outcomes(data: Path) -> tuple[Facts, dict[str, int], int]:
-    """(samples by outcome, reasons with counts, files that could not be read)."""
+def _outcomes(data: Path, ledger: dict[int, str], live: Facts) -> tuple[Facts, dict[str, int], int, int]:
+    """(samples by outcome, reasons with counts, files that could not be read, units that nobody has counted yet)."""
     plan, selection = data / "plan.parquet", data / "selection.parquet"
     unreadable, found, reasons = 0, Counter[str](), Counter[str]()
     chosen = selection.exists() and (data / "manifest.parquet").exists()
-    ledger = sorted((data / "ledger").glob("unit-*.parquet"))
-    for path in [selection] if chosen else ledger:
+    paths = [selection]
+    if not chosen:
+        found.update(live.get("outcomes", {}))
+        reasons.update(live.get("reasons", {}))
+        upto, more = live.get("upto", 0), live.get("more", set[int]())
+        paths = [data / "ledger" / ledger[n] for n in sorted(ledger) if n >= upto and n not in more]
+    # While make counts what an earlier version left, this one need not count it too.
+    unseen = max(0, len(paths) - _READ_UNITS) if live else 0
+    for path in paths[: len(paths) - unseen]:
         try:
-            rows = pq.read_table(path, columns=["outcome", "reason"]).to_pylist()
+            table = pq.read_table(path, columns=["outcome", "reason"])
         except (OSError, pa.ArrowInvalid):
             unreadable += 1
             continue
-        found.update(row["outcome"] for row in rows)
-        reasons.update(f"{row['outcome']}: {_kind_of(row['reason'])}" for row in rows if row["reason"])
+        for row in table.group_by(["outcome", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            found[row["outcome"]] += row["count_all"]
+            if row["reason"]:
+                reasons[f"{row['outcome']}: {reason_kind(row['reason'])}"] += row["count_all"]
     refills = sorted(data.glob("plan-refill-*.parquet"))
     planned = sum(_rows(path) for path in [plan, *refills]) if plan.exists() else 0
-    in_ledger = sum(found.values()) if not chosen else sum(_rows(path) for path in ledger)
     named = {name: found[name] for name in ("made", "kept", "rejected", "dead")}
-    return {"planned": planned, "in_ledger": in_ledger, **named}, dict(reasons.most_common(20)), unreadable
+    return {"planned": planned, "in_ledger": found.total(), **named}, dict(reasons.most_common(20)), unreadable, unseen
 
 
-def _kind_of(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """Seven words tell reasons apart; what follows, and what stands in brackets, is about the one sample."""
     words = reason.split(" (")[0].split()
     return " ".join(words[:7]) + (" ..." if len(words) > 7 else "")

@@ -72,6 +72,14 @@ def view(facts: dict[str, Any]) -> Group:
         lines.append(f"samples: {samples['planned']} planned, {', '.join(parts) or 'none made yet'}{share}")
     if facts["asked"]:
         lines.append(f"prompts: {spell_usage(Usage(**facts['asked']))}")
+    if make := facts["make"]:
+        now = facts["state"] == "running" and facts["step"] == "make"
+        told = [*make["told"], *([f"at the end in {clock(make['eta_s'])}"] if now and make["eta_s"] else [])]
+        lines += (
+            [f"make{'' if now else ', as it last said'}: {told[0]}", *(f"  {line}" for line in told[1:])]
+            if told
+            else []
+        )
     lines += [f"  {count} {reason}" for reason, count in facts["reasons"].items()]
     lines += [
         f"suspect: {s['unit']} killed {s['deaths']} workers in stage {s['stage']}; "
@@ -80,6 +88,10 @@ def view(facts: dict[str, Any]) -> Group:
     ]
     if facts["unreadable"]:
         lines.append(f"{facts['unreadable']} ledger files cannot be read")
+    if facts["units_not_counted"]:
+        lines.append(
+            f"{facts['units_not_counted']:,} units of earlier runs are still to be counted; make does so beside its work"
+        )
     return Group(table, *(Text(line) for line in lines))
 
 

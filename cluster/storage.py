@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
-from cluster.errors import EdgeFusionError
+from cluster.errors import EdgeFusionError, LedgerConflict
 
 PARTIAL = ".partial-"
 _CHUNK_BYTES = 1 << 20
@@ -31,17 +31,60 @@ _FULL = (
 )
 
 
-def publish_bytes(path: str | Path, data: bytes) -> str:
+def publish_bytes(path: str | Path, data: bytes, files: Any = None) -> str:
     """Write `data` so that no reader ever sees a part of it; returns its SHA-256 in hex.
 
-    On local disk: temporary file beside it, fsync, rename, fsync of the folder. On an object store a put is atomic by itself.
-    Raises EdgeFusionError if the place is full or cannot be written; nothing half-written is left under the final name.
+    On local disk: temporary file beside it, fsync, rename, fsync of the folder. On an object store a put is atomic by itself; `files` is
+    an opened fsspec file system to use for it. Raises EdgeFusionError if the place is full or cannot be written; nothing half-written is
+    left under the final name.
     """
-    digest = hashlib.sha256(data).hexdigest()
     if _is_remote(path):
-        _filesystem(path).pipe_file(str(path), data)
-        return digest
-    final = Path(path)
+        (files or _filesystem(path)).pipe_file(str(path), data)
+    else:
+        _write_beside(Path(path), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
+    """As `publish_bytes`, but of several who try at once one wins: raises LedgerConflict if something else is there already.
+
+    The same bytes are no conflict: a put whose answer was lost is tried again. On disk by a link, on S3 and Google Cloud by a condition
+    of the put; a store that knows no conditions is asked whether the file is there, which leaves a moment for two to win.
+    """
+    try:
+        if _is_remote(path):
+            (files or _filesystem(path)).pipe_file(str(path), data, mode="create")
+        else:
+            _write_beside(Path(path), data, only_new=True)
+    except OSError as error:
+        if not _was_there(error):
+            raise
+        if b"".join(_pieces(path, files)) != data:
+            raise LedgerConflict(
+                "is there already, with other contents", where=str(path), remedy="See who else writes there"
+            ) from None
+    return hashlib.sha256(data).hexdigest()
+
+
+def _was_there(error: OSError) -> bool:
+    """Also as S3 says it: a condition of the put did not hold."""
+    return isinstance(error, FileExistsError) or store_code(error.__cause__) in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )
+
+
+def store_code(error: BaseException | None) -> str:
+    """S3's own word for what went wrong, of an error that botocore raised; empty if there is none."""
+    answer: Any = getattr(error, "response", None)
+    try:
+        return str(answer["Error"]["Code"])
+    except (KeyError, TypeError):
+        return ""
+
+
+def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
+    """Write a temporary file beside `final` and put it there by one call of the system."""
     partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +92,15 @@ def publish_bytes(path: str | Path, data: bytes) -> str:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, final)
+        (os.link if only_new else os.replace)(partial, final)
         _sync_folder(final.parent)
     except OSError as error:
+        if only_new and isinstance(error, FileExistsError) and final.is_file():
+            raise
+        raise _unwritable(final, error) from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise _unwritable(path, error) from error
-    return digest
 
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -110,10 +155,10 @@ def sweep_partials(folder: str | Path) -> int:
     return len(found)
 
 
-def digest_file(path: str | Path) -> str:
+def digest_file(path: str | Path, files: Any = None) -> str:
     """SHA-256 of a file or URL in hex, read in pieces of a mebibyte."""
     digest = hashlib.sha256()
-    for piece in _pieces(path):
+    for piece in _pieces(path, files):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -125,8 +170,8 @@ def _unwritable(path: str | Path, error: Exception) -> EdgeFusionError:
     )
 
 
-def _pieces(path: str | Path) -> Iterator[bytes]:
-    with cast(BinaryIO, _filesystem(path).open(str(path), "rb")) as file:
+def _pieces(path: str | Path, files: Any = None) -> Iterator[bytes]:
+    with cast(BinaryIO, (files or _filesystem(path)).open(str(path), "rb")) as file:
         while piece := file.read(_CHUNK_BYTES):
             yield piece
 

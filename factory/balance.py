@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,34 +126,47 @@ def lacking(wanted: Sequence[Wanted], attributes: Attributes, kept: np.ndarray) 
     """
     found: list[dict[str, Any]] = []
     for rule in wanted:
-        names = ["group", *(name for name in rule.attributes if name != "group")]
-        codes, values = attributes.combined(names)
+        codes, values = attributes.combined(["group", *(name for name in rule.attributes if name != "group")])
         planned = dict(zip(values, np.bincount(codes, minlength=len(values)).tolist(), strict=True))
         have = dict(zip(values, np.bincount(codes[kept], minlength=len(values)).tolist(), strict=True))
-        for group in sorted({value[0] for value in values}):
-            own = [value for value in values if value[0] == group and all(value)]
-            choices = [sorted({value[i] for value in own}) for i in range(1, len(names))]
-            if math.prod(map(len, choices)) > _MOST_COMBINATIONS:
-                raise RecipeError(
-                    f"{', '.join(rule.attributes)} have over {_MOST_COMBINATIONS:,} combinations in group {group}",
-                    where="factory.select.wanted",
-                    remedy="Name fewer attributes together",
-                )
-            share = sum(have[v] for v in own) / max(1, sum(planned[v] for v in own))
-            for rest in itertools.product(*choices) if own else ():
-                value = (group, *rest)
-                count = rule.least - have.get(value, 0)
-                if count > 0:
-                    own_yield = have[value] / planned[value] if planned.get(value) else share
-                    found.append(
-                        {
-                            "group": group,
-                            "attributes": dict(zip(names[1:], rest, strict=True)),
-                            "lacking": count,
-                            "plan": math.ceil(count / max(own_yield, _LOWEST_YIELD)),
-                        }
-                    )
+        found += lacks(rule, planned, have)[0]
     return found
+
+
+def lacks(
+    rule: Wanted, planned: Mapping[tuple[str, ...], int], have: Mapping[tuple[str, ...], int]
+) -> tuple[list[dict[str, Any]], int]:
+    """(what lacks by one rule, how many combinations were looked at). Keys are the group and the values of the rule's other attributes.
+
+    Raises RecipeError for more combinations than anybody can mean.
+    """
+    names = [name for name in rule.attributes if name != "group"]
+    found: list[dict[str, Any]] = []
+    count = 0
+    for group in sorted({value[0] for value in planned}):
+        own = [value for value in planned if value[0] == group and all(value)]
+        choices = [sorted({value[i] for value in own}) for i in range(1, len(names) + 1)]
+        if math.prod(map(len, choices)) > _MOST_COMBINATIONS:
+            raise RecipeError(
+                f"{', '.join(rule.attributes)} have over {_MOST_COMBINATIONS:,} combinations in group {group}",
+                where="factory.select.wanted",
+                remedy="Name fewer attributes together",
+            )
+        share = sum(have.get(v, 0) for v in own) / max(1, sum(planned[v] for v in own))
+        for rest in itertools.product(*choices) if own else ():
+            value, count = (group, *rest), count + 1
+            lacking = rule.least - have.get(value, 0)
+            if lacking > 0:
+                own_yield = have.get(value, 0) / planned[value] if planned.get(value) else share
+                found.append(
+                    {
+                        "group": group,
+                        "attributes": dict(zip(names, rest, strict=True)),
+                        "lacking": lacking,
+                        "plan": math.ceil(lacking / max(own_yield, _LOWEST_YIELD)),
+                    }
+                )
+    return found, count
 
 
 def vendi_score(embeddings: np.ndarray) -> float:

@@ -32,11 +32,42 @@ class _FactoryPart(Settings):
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="a data set folder: shards and manifest.parquet")]) -> None:
+def verify(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="a data set: a folder of shards and manifest.parquet, or the URL of one (s3://bucket/prefix)"
+        ),
+    ],
+) -> None:
     """Prove that the shards are exactly what the manifest says; exits with 4 and names the first damaged sample if not."""
-    from factory.pack import verify as prove
+    from cluster.cache import is_url
+    from cluster.remote import RemoteStore
+    from factory.verify import verify as prove
 
-    typer.echo(f"{folder}: {prove(folder)} samples, every shard as the manifest says")
+    count = prove(RemoteStore(folder) if is_url(folder) else Path(folder))
+    typer.echo(f"{folder}: {count} samples, every shard as the manifest says")
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="a packed data set folder", exists=True, file_okay=False)],
+    to: Annotated[str, typer.Option(help="URL of a store, such as s3://bucket/prefix; views go to URL/views/NAME")],
+) -> None:
+    """Put a packed data set into an object store: shards first, the manifest last. Kill it anywhere; run it again to go on."""
+    from cluster.cache import is_url
+    from cluster.progress import bar_each, progress_bars
+    from factory.views import publish_all
+
+    if not is_url(to):
+        remedy = "Give one such as s3://bucket/prefix. On disk `edgefusion factory select` packs beside the ledger"
+        raise RecipeError(f"--to {to} is no URL of a store", remedy=remedy)
+    with progress_bars() as bars:
+        done = publish_all(folder, to, bar_each(bars))
+    for place in done:
+        typer.echo(
+            f"{place.url}: {place.sent} shards sent, {place.there} were there, {place.removed} of an older pack removed"
+        )
 
 
 @app.command()
@@ -157,19 +188,27 @@ def forecast(
     gpus: Annotated[int, typer.Option(min=1, help="workers of the whole run, each as fast as this machine")] = 1,
     price: Annotated[float | None, typer.Option(min=0, help="of a worker's hour")] = None,
     samples: Annotated[int, typer.Option(min=1, max=10_000, help="samples of the probe")] = 64,
+    sizes: Annotated[
+        bool, typer.Option(help="also try some batch sizes, and propose workers, GPU shares and batches for the recipe")
+    ] = True,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key: --set factory.plan.prompts=1000 (repeatable)")
     ] = None,
 ) -> None:
-    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine."""
+    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it."""
     from factory.forecast import lines, planned_samples, probe, scale
     from factory.plan import resolve_models
+    from factory.sizes import lines as size_lines
+    from factory.sizes import propose
 
     part = load_recipe(_FactoryPart, recipe, overrides or [])
     resolve_models(part.factory)
-    planned_samples(part.factory)
-    found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True))
-    for line in lines(found, scale(part.factory, found, gpus, price), gpus):
+    planned = planned_samples(part.factory)
+    found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True), sizes)
+    told = lines(found, scale(part.factory, found, gpus, price), gpus)
+    if sizes:
+        told += size_lines(propose(part.factory, planned, found.stages, found.batches, gpus, price, found.gpu_bytes))
+    for line in told:
         typer.echo(line)
 
 

@@ -7,39 +7,28 @@ nothing of a GPU's speed, and the forecast says so.
 
 from __future__ import annotations
 
+import gc
+import itertools
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import EdgeFusionError
-from cluster.stage import Row, Stage, Unit, apply
+from cluster.errors import EdgeFusionError, StageError
+from cluster.stage import PENDING, Row, Stage, Unit, apply
+from factory.foretell import wilson
 from factory.make import select_and_pack
 from factory.plan import make_plan
 from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
+from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, with_size
 from factory.stages import make_stages
 from factory.units import planned_units
-
-_Z = 1.96
-
-
-@dataclass(frozen=True)
-class StageProbe:
-    """A stage as it ran here."""
-
-    name: str
-    open_s: float
-    samples: int
-    seconds: float
-    gpus: float
-
-    @property
-    def per_sample_s(self) -> float:
-        return self.seconds / self.samples if self.samples else math.nan
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,9 @@ class Probe:
     bytes_made: int
     bytes_packed: int
     device: str
+    batches: tuple[BatchProbe, ...] = ()
+    gpu_bytes: int = 0
+    """Memory of the GPU; 0 without one."""
 
     def kept_interval(self) -> tuple[float, float]:
         """95% interval of the kept share (Wilson)."""
@@ -75,8 +67,17 @@ class Forecast:
     """Expected, least and most by the 95% interval."""
 
 
-def probe(recipe: FactoryRecipe, seed: int, samples: int, tell: Callable[[str], None] = lambda text: None) -> Probe:
-    """Run `samples` samples of the recipe through every step. Raises EdgeFusionError if none could be made."""
+def probe(
+    recipe: FactoryRecipe,
+    seed: int,
+    samples: int,
+    tell: Callable[[str], None] = lambda text: None,
+    sizes: bool = False,
+) -> Probe:
+    """Run `samples` samples of the recipe through every step; with `sizes` also some batch sizes of each model.
+
+    Raises EdgeFusionError if none could be made.
+    """
     short = _shortened(recipe, samples)
     with tempfile.TemporaryDirectory(prefix="edgefusion-probe-") as scratch:
         folder = Path(scratch)
@@ -86,10 +87,13 @@ def probe(recipe: FactoryRecipe, seed: int, samples: int, tell: Callable[[str], 
         plan_s = time.perf_counter() - began
         units = planned_units(folder, short.make.unit_images)
         stages: list[StageProbe] = []
+        batches: list[BatchProbe] = []
         for stage in make_stages(short.make, folder):
+            before = units
             tell(stage.name)
             units, found = _timed(stage, units, _batch(short, stage.name))
             stages.append(found)
+            batches += _tried(short, stage.name, folder, before[0], tell) if sizes else []
         tell("select")
         funnel = select_and_pack(short, folder)
         made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))
@@ -106,6 +110,8 @@ def probe(recipe: FactoryRecipe, seed: int, samples: int, tell: Callable[[str], 
         bytes_made=made,
         bytes_packed=packed,
         device=device(),
+        batches=tuple(batches),
+        gpu_bytes=_gpu_bytes(),
     )
 
 
@@ -149,15 +155,6 @@ def planned_samples(recipe: FactoryRecipe) -> int:
             remedy="Set factory.plan.limit for the forecast",
         )
     return plan.limit
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95% interval of a share. Source: Wilson, 1927."""
-    if not of:
-        return 0.0, 1.0
-    share, z2 = hits / of, _Z * _Z
-    middle, spread = share + z2 / (2 * of), _Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-    return max(0.0, (middle - spread) / (1 + z2 / of)), min(1.0, (middle + spread) / (1 + z2 / of))
 
 
 def device() -> str:
@@ -226,18 +223,80 @@ def _batch(recipe: FactoryRecipe, stage: str) -> int:
     )
 
 
+def _tried(recipe: FactoryRecipe, name: str, folder: Path, unit: Unit, tell: Callable[[str], None]) -> list[BatchProbe]:
+    """A stage with some batch sizes, two full batches of each; one that does not fit into memory ends the search for larger ones.
+
+    What a work unit's last batch is filled up with counts as work.
+    """
+    found: list[BatchProbe] = []
+    size, rows = recipe.make.unit_images, [row for row in unit.rows if row["outcome"] == PENDING]
+    for key, (own, names) in batch_keys(recipe.make).items():
+        for batch in batches_to_try(own, size) if name in names and rows else ():
+            tell(f"{name}, {key.rpartition('.')[2]} {batch}")
+            stage = next(s for s in make_stages(with_size(recipe.make, key, batch), folder) if s.name == name)
+            some = Unit(unit.id, _copies(list(itertools.islice(itertools.cycle(rows), 2 * batch))))
+            timed: StageProbe | None = None
+            with _out_of_memory() as told:
+                try:
+                    timed = _timed(stage, [some], batch)[1]
+                except StageError:
+                    if batch <= own:
+                        raise
+            if told or timed is None:
+                found.append(BatchProbe(key, batch, None))
+                break
+            filled = -(-size // batch) * batch / size
+            done = replace(timed, seconds=timed.seconds * filled, device_s=timed.device_s * filled)
+            found.append(BatchProbe(key, batch, done))
+    return found
+
+
+@contextmanager
+def _out_of_memory() -> Generator[list[str]]:
+    """What was said of batches that were halved (factory/models/memory.py)."""
+    told: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "out of memory" in record.getMessage():
+                told.append(record.getMessage())
+
+    log, listener = logging.getLogger("edgefusion"), Listening()
+    log.addHandler(listener)
+    try:
+        yield told
+    finally:
+        log.removeHandler(listener)
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
 def _timed(stage: Stage, units: list[Unit], batch: int) -> tuple[list[Unit], StageProbe]:
     """Map the stage over all units, after a first batch that only warms it up."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     worker = stage.open()
     open_s = time.perf_counter() - began
     if not stage.whole and (warm := [r for unit in units for r in unit.rows if r["outcome"] == "pending"][:batch]):
         apply(stage, worker, Unit("warm", _copies(warm)))
+    warm_s = getattr(worker, "device_s", 0.0)
     began, count, done = time.perf_counter(), 0, list[Unit]()
     for unit in units:
         count += len(unit.rows) if stage.whole else sum(row["outcome"] == "pending" for row in unit.rows)
         done.append(apply(stage, worker, unit))
-    return done, StageProbe(stage.name, open_s, count, time.perf_counter() - began, stage.gpus)
+    seconds, device_s = time.perf_counter() - began, getattr(worker, "device_s", 0.0) - warm_s
+    peak = torch.cuda.max_memory_reserved() if gpu else 0
+    return done, StageProbe(stage.name, open_s, count, seconds, stage.gpus, device_s, peak)
 
 
 def _copies(rows: list[Row]) -> list[Row]:

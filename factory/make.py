@@ -12,11 +12,12 @@ import pyarrow.compute
 
 from cluster.errors import StageError
 from cluster.runner import Runner
-from cluster.stage import DEAD
+from cluster.stage import DEAD, Unit
 from cluster.storage import sweep_partials
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
 from factory.ledger import further_scores, read_entry, read_pictures
+from factory.live import Show, following
 from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
@@ -30,15 +31,30 @@ NOTES = "attempts"
 """Folder of the data set that holds what workers are about to try (cluster/quarantine.py); gone when all are through."""
 
 
-def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress = lambda n: None) -> int:
-    """Make every planned unit that the ledger lacks; returns how many were made now."""
+def make(
+    recipe: FactoryRecipe,
+    folder: Path,
+    runner: Runner,
+    progress: Progress = lambda n: None,
+    show: Show = lambda told: None,
+) -> int:
+    """Make every planned unit that the ledger lacks; returns how many were made now. `show` is given lines that say how it goes."""
     sweep_partials(folder)
     todo = units_left(folder, recipe.make.unit_images)
+    with following(recipe, folder, runner, todo, show) as live:
+        for unit in _made(recipe, folder, runner, todo):
+            live.add(unit)
+            progress(len(unit.rows))
+    return len(todo)
+
+
+def _made(recipe: FactoryRecipe, folder: Path, runner: Runner, todo: list[int]) -> Iterator[Unit]:
+    """The units as they are committed; raises StageError once too many samples died."""
     units = read_units(folder, recipe.make.unit_images, todo)
     tried = dead = 0
     hopeless = _dead_in_plan(folder)
     for unit in runner.run(make_stages(recipe.make, folder), units, notes=folder / NOTES):
-        progress(len(unit.rows))
+        yield unit
         # Rows that died in the plan were never tried here.
         outcomes = [row["outcome"] for row in unit.rows if row["id"] not in hopeless]
         tried, dead = tried + len(outcomes), dead + outcomes.count(DEAD)
@@ -49,7 +65,6 @@ def make(recipe: FactoryRecipe, folder: Path, runner: Runner, progress: Progress
                 where=str(folder / "ledger"),
                 remedy="Mend the cause, then edgefusion factory retry-failed and the same command again; or raise that key",
             )
-    return len(todo)
 
 
 def _dead_in_plan(folder: Path) -> set[str]:

@@ -1,6 +1,6 @@
 """Samples to WebDataset shards and back: same samples, same bytes; the manifest comes last and vouches for every byte.
 
-A data set is a folder of `shard-000000.tar`, ..., and `manifest.parquet` (a row a sample). `verify` proves one.
+A data set is a folder of `shard-000000.tar`, ..., and `manifest.parquet` (a row a sample). `factory/verify.py` proves one.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from cluster.storage import digest_file, publish_bytes
+from cluster.storage import publish_bytes
 
 MANIFEST = "manifest.parquet"
 MAX_MEMBER_BYTES = 64 << 20
 """A larger member is refused unread: no picture of ours is near it."""
 
 _DECISIONS = b"decisions_sha256"
-_ID = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"shard-[0-9]{6,}\.tar")
+_BLOCK_BYTES = 1 << 20
+ID = re.compile(r"[0-9a-f]{64}")
+SHARD = re.compile(r"shard-[0-9]{6,}\.tar")
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -61,7 +62,7 @@ class Sample:
 
     def digest(self) -> str:
         """SHA-256 over names, lengths and bytes of all members."""
-        return _digest(self.members())
+        return digest_members(self.members())
 
 
 def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000, decisions_sha256: str = "") -> Path:
@@ -145,85 +146,17 @@ def _unspill(spill: IO[bytes], key: bytes, offset: int, head: int, picture: int)
     return Sample(key.hex(), spill.read(picture), kind, prompt, facts)
 
 
-def verify(folder: Path) -> int:
-    """Prove that the shards are exactly what the manifest says; returns the number of samples.
-
-    Raises CorruptShard that names the first shard and sample that is missing, damaged, doubled or not in the manifest, or the first row of
-    the manifest that does not tell the truth.
-    """
-    for error in find_damage(folder):
-        raise error
-    return pq.read_metadata(folder / MANIFEST).num_rows
-
-
-def find_damage(folder: Path) -> Iterator[CorruptShard]:
-    """Everything that is wrong with a data set: one error for the manifest, or one for each shard; `where` is the file."""
-    try:
-        rows = read_manifest(folder)
-        wanted = _by_shard(rows, str(folder / MANIFEST))
-    except CorruptShard as error:
-        yield error
-        return
-    for name in sorted({p.name for p in folder.glob("shard-*.tar")} - set(wanted)):
-        yield CorruptShard(f"is not in {MANIFEST}", where=str(folder / name), remedy="Pack the data set again")
-    for name, listed in wanted.items():
-        try:
-            _verify_shard(folder / name, listed)
-        except CorruptShard as error:
-            yield error
-
-
-def find_bad_samples(folder: Path) -> dict[str, str]:
-    """Sample id to what is wrong with it, for every sample that cannot be trusted; empty for a whole data set.
-
-    Of a damaged shard the samples whose own checksums are right stay out of it. Raises CorruptShard for a manifest that is not true.
-    """
-    found: dict[str, str] = {}
-    rows = read_manifest(folder)
-    for name, listed in _by_shard(rows, str(folder / MANIFEST)).items():
-        path, left = folder / name, {row["id"]: row["sample_sha256"] for row in listed}
-        reason = "its bytes are not what the manifest says"
-        if not path.exists():
-            reason = "its shard is missing"
-        else:
-            try:
-                for key, members in read_shard(path):
-                    if left.get(key) == _digest(members):
-                        del left[key]
-            except CorruptShard as error:
-                reason = f"its shard {error.what}"
-        found |= dict.fromkeys(left, reason)
-    return found
-
-
-def _by_shard(rows: list[dict[str, str]], manifest: str) -> dict[str, list[dict[str, str]]]:
-    """The manifest's rows by shard; raises CorruptShard for a row that cannot be true whatever the shards hold."""
-    found: dict[str, list[dict[str, str]]] = {}
-    before = ""
-    for row in rows:
-        lacking = [name for name, value in row.items() if not value]
-        if lacking:
-            raise _wrong_row(manifest, row, f"has no {lacking[0]}")
-        if not _SHARD.fullmatch(row["shard"]) or not _ID.fullmatch(row["id"]):
-            raise _wrong_row(manifest, row, f"names what no data set of ours has ({row['shard'][:90]!r})")
-        if row["id"] <= before:
-            raise _wrong_row(manifest, row, "is there twice" if row["id"] == before else "stands out of order")
-        before = row["id"]
-        found.setdefault(row["shard"], []).append(row)
-    return found
-
-
-def _wrong_row(where: str, row: Mapping[str, str], what: str) -> CorruptShard:
-    remedy = "Run `edgefusion factory repair` (with --recipe on a copy), or pack the data set again"
-    return CorruptShard(f"sample {str(row['id'])[:90]} {what}", where=where, remedy=remedy)
-
-
 def read_manifest(folder: Path) -> list[dict[str, str]]:
     """The manifest's rows, in the order of the shards."""
+    return manifest_table(folder).to_pylist()
+
+
+def manifest_table(folder: Path) -> pa.Table:
+    """The manifest as it stands, true or not. Raises CorruptShard."""
     path = folder / MANIFEST
     if not path.exists():
         raise _no_manifest(folder)
-    return _manifest_rows(path, str(path))
+    return parse_manifest(path, str(path))
 
 
 def manifest_shards(folder: Path) -> dict[str, str]:
@@ -239,16 +172,10 @@ def manifest_shards(folder: Path) -> dict[str, str]:
     return dict(sorted(zip(pairs["shard"].to_pylist(), pairs["shard_sha256"].to_pylist(), strict=True)))
 
 
-def read_remote_manifest(data: bytes, where: str) -> list[dict[str, str]]:
-    """The same of a manifest that was fetched from `where`; raises CorruptShard for a row that cannot be true whatever the shards hold."""
-    rows = _manifest_rows(io.BytesIO(data), where)
-    _by_shard(rows, where)
-    return rows
-
-
-def _manifest_rows(source: Path | IO[bytes], where: str) -> list[dict[str, str]]:
+def parse_manifest(source: Path | IO[bytes], where: str) -> pa.Table:
+    """A manifest's file, which came from `where`; raises CorruptShard."""
     try:
-        return pq.read_table(source, schema=_SCHEMA).to_pylist()
+        return pq.read_table(source, schema=_SCHEMA)
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptShard(f"cannot be read ({error})", where=where, remedy="Pack the data set again") from error
 
@@ -276,58 +203,54 @@ def packed_decisions(folder: Path) -> str | None:
     return metadata.get(_DECISIONS, b"").decode()
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(sample id, members by extension) in order. Nothing is unpacked to disk; odd names, links and huge members are refused."""
+def read_shard(shard: Path | BinaryIO, where: str = "") -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(sample id, members by extension) in order, of a file or a stream that came from `where`; one sample lies in memory.
+
+    Nothing is unpacked to disk; odd names, links and huge members are refused. Raises CorruptShard.
+    """
+    if isinstance(shard, Path):
+        try:
+            file = shard.open("rb")
+        except OSError as error:
+            raise corrupt(str(shard), f"cannot be read ({error})") from error
+        with file:
+            yield from read_shard(file, str(shard))
+        return
     current, members = "", {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=shard, mode="r|", bufsize=_BLOCK_BYTES) as archive:
             for entry in archive:
                 key, _, kind = entry.name.partition(".")
-                if not entry.isfile() or not _ID.fullmatch(key) or entry.size > MAX_MEMBER_BYTES:
-                    raise _corrupt(path, f"holds a member that no shard of ours has: {entry.name[:90]!r}")
+                if not entry.isfile() or not ID.fullmatch(key) or entry.size > MAX_MEMBER_BYTES:
+                    raise corrupt(where, f"holds a member that no shard of ours has: {entry.name[:90]!r}")
                 if key != current and current:
                     yield current, members
                     members = {}
                 if kind in members:
-                    raise _corrupt(path, f"holds {entry.name[:90]!r} twice")
+                    raise corrupt(where, f"holds {entry.name[:90]!r} twice")
                 current = key
                 content = archive.extractfile(entry)
                 members[kind] = content.read() if content else b""
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise _corrupt(path, f"cannot be read ({error})") from error
+        raise corrupt(where, f"cannot be read ({error})") from error
     if current:
         yield current, members
 
 
-def _verify_shard(path: Path, listed: list[dict[str, str]]) -> None:
-    """Every sample is read, for a right checksum of the shard says nothing about the rows of the manifest."""
-    if not path.exists():
-        raise _corrupt(path, "is missing")
-    manifest, left = str(path.parent / MANIFEST), {row["id"]: row for row in listed}
-    whole = {row["shard_sha256"] for row in listed} == {digest_file(path)}
-    for key, members in read_shard(path):
-        row = left.pop(key, None)
-        if row is None or row["sample_sha256"] != _digest(members):
-            if row is not None and whole:
-                raise _wrong_row(manifest, row, f"has another checksum than in {path.name}")
-            raise _corrupt(path, f"sample {key} is damaged, doubled or not in {MANIFEST}")
-        if (row["prompt"] or "").encode() != members.get("txt") or row["picture_kind"] not in members:
-            raise _wrong_row(manifest, row, f"has another prompt or kind of picture than in {path.name}")
-    if left:
-        raise _corrupt(path, f"lacks sample {min(left)}")
-    if not whole:
-        raise _corrupt(path, "has a wrong checksum though its samples are whole")
+def corrupt(where: str, what: str) -> CorruptShard:
+    """The error for a shard that is not what it should be."""
+    return CorruptShard(what, where=where, remedy=remedy_for(where))
 
 
-def _corrupt(path: Path, what: str) -> CorruptShard:
-    return CorruptShard(
-        what,
-        where=str(path),
-        remedy="Run `edgefusion factory repair` (with --recipe on a copy), or copy the shard again",
-    )
+def remedy_for(where: str) -> str:
+    """How to mend a damaged data set, by where it lies."""
+    if "://" in where:
+        return "Run `edgefusion factory pack FOLDER --to URL`, which sends what is damaged or missing there again"
+    return "Run `edgefusion factory repair` (with --recipe on a copy), or copy it again or pack the data set again"
 
 
-def _digest(members: Mapping[str, bytes]) -> str:
+def digest_members(members: Mapping[str, bytes]) -> str:
+    """SHA-256 over names, lengths and bytes of a sample's members by extension."""
     digest = hashlib.sha256()
     for kind in sorted(members):
         digest.update(f"{kind} {len(members[kind])}\n".encode())
@@ -348,7 +271,7 @@ def shard_bytes(samples: list[Sample]) -> bytes:
 
 
 def _refuse_bad(sample: Sample) -> None:
-    if not _ID.fullmatch(sample.id):
+    if not ID.fullmatch(sample.id):
         raise ValueError(f"a sample id is 64 hex digits, not {sample.id[:90]!r}")
     if sample.picture_kind not in ("png", "jpg", "webp"):
         raise ValueError(f"sample {sample.id}: pictures are png, jpg or webp, not {sample.picture_kind!r}")

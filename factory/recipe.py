@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
+from cluster.cache import is_url
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from cluster.usage import Prices
@@ -440,6 +441,16 @@ class SelectRecipe(Settings):
 
 class PackRecipe(Settings):
     samples_per_shard: int = Field(default=1000, ge=1, description="samples a shard")
+    to: str | None = Field(
+        default=None,
+        description="URL of a store (s3://bucket/prefix) where every packed selection is put as well, views in URL/views/NAME",
+    )
+
+    @model_validator(mode="after")
+    def _is_a_store(self) -> PackRecipe:
+        if self.to is not None and not is_url(self.to):
+            raise ValueError(f"{self.to} is no URL of a store, such as s3://bucket/prefix")
+        return self
 
 
 class FactoryRecipe(Settings):

@@ -16,10 +16,11 @@ from cluster.storage import digest_file, publish_bytes
 from factory.card import CARD, CROISSANT, GRID, write_card
 from factory.ledger import read_entry, read_pictures
 from factory.make import packed_samples, select_and_pack
-from factory.pack import MANIFEST, find_damage, read_manifest, shard_bytes
+from factory.pack import MANIFEST, read_manifest, shard_bytes
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import KEPT, SELECTION, SUMMARY
 from factory.units import plan_units
+from factory.verify import find_damage
 from factory.views import MAIN, VIEWS, view_folder, view_rules
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
 from factory.scorers import Batch, OpenedScorers, scores_of
+from factory.tally import seen_of
 from factory.teachers import teacher_of
 
 if TYPE_CHECKING:
@@ -56,12 +58,16 @@ class _Render:
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
         self.painter = Painter(self.teachers[self.name]) if self.name is not None else None
+        self.device_s = 0.0
+        """Seconds in the model; the rest is encoding, which leaves a GPU idle."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         names, done = [teacher_of(row, self.recipe) for row in rows], dict[int, Row]()
         for name in dict.fromkeys(names):
             own = [i for i, other in enumerate(names) if other == name]
-            pictures = self._painter(name).paint([rows[i]["prompt"] for i in own], [rows[i]["seed"] for i in own])
+            painter, began = self._painter(name), time.perf_counter()
+            pictures = painter.paint([rows[i]["prompt"] for i in own], [rows[i]["seed"] for i in own])
+            self.device_s += time.perf_counter() - began
             done |= {
                 i: {**rows[i], "picture": encode_picture(p, self.kind)} for i, p in zip(own, pictures, strict=True)
             }
@@ -162,9 +168,13 @@ class _Caption:
         set_threads(recipe.threads)
         assert recipe.captioner is not None
         self.model = open_captioner(recipe.captioner)
+        self.device_s = 0.0
+        """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        captions = self.model.describe([decode_picture(row["picture"]) for row in rows])
+        pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
+        captions = self.model.describe(pictures)
+        self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
 
 
@@ -208,7 +218,8 @@ class _Commit:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         commit_unit(self.folder, rows, self.scores)
-        return [{"id": row["id"], "outcome": row["outcome"]} for row in rows]
+        # What the driver counts: scores and reasons, no pictures.
+        return [seen_of(row, self.scores.names) for row in rows]
 
 
 def score_columns(recipe: MakeRecipe) -> pa.Schema:

@@ -17,6 +17,7 @@ from cluster.recipe import build_recipe, override
 from factory.card import write_card
 from factory.make import select_and_pack
 from factory.pack import MANIFEST
+from factory.publish import Published, Told, publish
 from factory.recipe import VIEW_NAME, FactoryRecipe, SelectRecipe
 from factory.select import SUMMARY
 
@@ -42,21 +43,42 @@ def view_rules(recipe: FactoryRecipe, name: str, changes: Sequence[str] = ()) ->
     return build_recipe(SelectRecipe, tree, f"selection {name}" if name else "factory.select")
 
 
+def _quiet(what: str, done: int, of: int) -> None:
+    """Nobody is told."""
+
+
 def pack_view(
-    recipe: FactoryRecipe, folder: Path, name: str, title: str, changes: Sequence[str] = ()
+    recipe: FactoryRecipe, folder: Path, name: str, title: str, changes: Sequence[str] = (), told: Told = _quiet
 ) -> dict[str, Any]:
-    """Select by the rules of `name`, pack into the view's folder and write its card; returns the funnel. The manifest comes last but one."""
+    """Select by the rules of `name`, pack into the view's folder and write its card; returns the funnel. The manifest comes last but one.
+
+    With `pack.to` it is published there as well.
+    """
     target, rules = view_folder(folder, name), view_rules(recipe, name, changes)
     funnel = select_and_pack(recipe, folder, rules, target)
     write_card(target, recipe, funnel, f"{title}-{name}" if name else title)
+    if recipe.pack.to is not None and funnel["kept"]:
+        publish(target, place_of(recipe.pack.to, name), told)
     return funnel
 
 
-def pack_all(recipe: FactoryRecipe, folder: Path, title: str) -> dict[str, Any]:
+def pack_all(recipe: FactoryRecipe, folder: Path, title: str, told: Told = _quiet) -> dict[str, Any]:
     """Every selection of the recipe, the main one last, so that its manifest vouches for all; returns the main funnel."""
     for name in recipe.views:
-        pack_view(recipe, folder, name, title)
-    return pack_view(recipe, folder, MAIN, title)
+        pack_view(recipe, folder, name, title, told=told)
+    return pack_view(recipe, folder, MAIN, title, told=told)
+
+
+def publish_all(folder: Path, url: str, told: Told = _quiet) -> list[Published]:
+    """Publish the packed data set in `folder` and its views, each to the same place below `url`, the main one last."""
+    views = sorted(path.parent for path in (folder / VIEWS).glob(f"*/{MANIFEST}"))
+    done = [publish(place, place_of(url, place.name), told) for place in views]
+    return [*done, publish(folder, place_of(url, MAIN), told)]
+
+
+def place_of(url: str, name: str) -> str:
+    """Where a selection goes below `url`."""
+    return f"{url.rstrip('/')}/{VIEWS}/{name}" if name else url.rstrip("/")
 
 
 def list_views(folder: Path) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError
 from cluster.recipe import load_recipe
-from factory.pack import verify
+from factory.verify import verify
 
 FRONT_DOOR = Path(__file__).parent.parent / "edgefusion.py"
 

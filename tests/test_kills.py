@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from factory.pack import read_manifest, verify
+from factory.pack import read_manifest
+from factory.verify import verify
 from tests.test_chain import command, data_bytes, tiny_settings
 
 KILLS_IN_PROCESS, KILLS_ON_RAY = 30, 20

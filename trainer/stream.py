@@ -25,7 +25,8 @@ from PIL import Image
 from cluster.cache import RemoteFolder
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file
-from factory.pack import MANIFEST, find_bad_samples, read_manifest, read_remote_manifest, verify
+from factory.pack import MANIFEST, read_manifest
+from factory.verify import find_bad_samples, read_remote_manifest, verify
 from trainer.encodings import Encoded, Encodings
 from trainer.options import OnCorrupt
 

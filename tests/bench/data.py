@@ -20,7 +20,8 @@ import webdataset
 from rich.console import Console
 from rich.table import Table
 
-from factory.pack import Sample, pack, verify
+from factory.pack import Sample, pack
+from factory.verify import verify
 from trainer.stream import ShardStream
 
 SAMPLES, PICTURE_BYTES, RUNS = 4000, 20_000, 5

@@ -1,9 +1,9 @@
-"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|scaling|listing] ...
+"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|scaling|listing|status] ...
 
 overhead: null units through two null stages on a local Ray, at several counts: seconds a unit at steady state (between the first and
 the last unit out) and the driver's memory, and by how much it grew from the first count to the last. scaling: units a second of one worker
 that computes on one core and of two, at steady state, in turns within one run; counts: units a turn, turns. listing: how long a resume
-takes to see what a ledger of so many units lacks.
+takes to see what a ledger of so many units lacks. status: how long one look at a run takes that is making so many.
 """
 
 from __future__ import annotations
@@ -155,9 +155,59 @@ def listing(count: int) -> None:
         print(f"{count} units planned, {found} left: seen in {listed:.2f} s, read from the plan in {read:.2f} s")
 
 
+def status(count: int) -> None:
+    """Of a run that is making, 64 samples a unit, with ten units that nobody has counted."""
+    import json
+
+    from cluster.status import read_status
+    from factory.recipe import SelectRecipe
+    from factory.tally import Tally
+
+    rows = [{"outcome": "made", "reason": "", "prompt": "p", "clip_score": 0.5}] * 64
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name) / "dataset"
+        (data / "ledger").mkdir(parents=True)
+        (data / "index").mkdir()
+        phase = {"steps": 0, "batch_images": 1}
+        recipe = {"name": "bench", "trainer": {"adapt": phase, "distill": phase}, "export": {"targets": []}}
+        (data.parent / "run.json").write_text(json.dumps({"recipe": recipe}))
+        pq.write_table(pa.table({"id": pa.array(range(2 * count * 64)).cast(pa.string())}), data / "plan.parquet")
+        tally, first = Tally(SelectRecipe()), data
+        for i in range(count):
+            entry = data / "ledger" / f"unit-{i:05d}.parquet"
+            if i % 50_000:  # file systems limit the names of one file
+                os.link(first, entry)
+            else:
+                first = entry
+                pq.write_table(pa.Table.from_pylist(rows), entry)
+            if i < count - 10:
+                tally.add(i, rows if i < 5 else ())
+        facts = {
+            "when": time.time(),
+            **tally.facts(),
+            "stages": [],
+            "per_s": 1.0,
+            "eta_s": None,
+            "foretold": {},
+            "told": [],
+        }
+        for counted in (True, False):
+            if counted:
+                (data / "index" / "live.json").write_text(json.dumps(facts))
+            else:
+                (data / "index" / "live.json").unlink()
+            took: list[float] = []
+            for _ in range(5 if counted else 1):
+                began = time.perf_counter()
+                read_status(data.parent)
+                took.append(time.perf_counter() - began)
+            what = "make has counted all but ten" if counted else "nobody has counted them"
+            print(f"{count} units, {what}: a look takes {statistics.median(took):.2f} s (median of {len(took)})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["overhead", "scaling", "listing"])
+    parser.add_argument("what", choices=["overhead", "scaling", "listing", "status"])
     parser.add_argument("counts", type=int, nargs="*")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -168,6 +218,8 @@ def main() -> None:
     elif asked.what == "scaling":
         count, turns = (*asked.counts, *(120, 5)[len(asked.counts) :])
         scaling(count, turns)
+    elif asked.what == "status":
+        status((asked.counts or [100_000])[0])
     else:
         listing((asked.counts or [1_000_000])[0])
 

@@ -90,7 +90,48 @@ def test_a_run_in_figures(out: Path) -> None:
     assert ("edgefusion_kept_ratio",) not in found, "not known before selection"
 
 
+LIVE = {
+    "when": time.time(),
+    "upto": 2,
+    "more": [],
+    "outcomes": {"made": 14, "dead": 2},
+    "reasons": {"dead: render": 2},
+    "stages": [
+        {"stage": "render", "workers": 2, "samples": 16, "per_s": 4.5, "busy": 0.9, "working": 8, "waiting": 16},
+        {"stage": "score", "workers": 1, "samples": 8, "per_s": None, "busy": None, "working": 0, "waiting": 8},
+    ],
+    "per_s": 4.0,
+    "eta_s": 6.0,
+    "foretold": {
+        **{"judged": 16, "kept": 12, "expected": 30, "least": 20, "most": 36},
+        **{"best": {"of": 25}, "wanted": {"lacking": 7}},
+    },
+    "told": ["render 4.5/s"],
+    "fallen": {},
+}
+
+
+def test_the_stages_of_make_and_what_it_will_keep(out: Path) -> None:
+    (out / "dataset" / "index").mkdir()
+    (out / "dataset" / "index" / "live.json").write_text(json.dumps(LIVE))
+    found = parsed(prometheus_text(read_status(out)))
+    wanted = {
+        ("edgefusion_make_stage_samples_per_second", "render"): 4.5,
+        ("edgefusion_make_stage_busy_ratio", "render"): 0.9,
+        ("edgefusion_make_stage_waiting", "score"): 8,
+        ("edgefusion_make_stage_workers", "score"): 1,
+        ("edgefusion_kept_so_far",): 12,
+        ("edgefusion_kept_foretold", "least"): 20,
+        ("edgefusion_kept_wanted",): 25,
+        ("edgefusion_wanted_samples_short",): 7,
+    }
+    assert {key: found.get(key) for key in wanted} == wanted
+    assert ("edgefusion_make_stage_busy_ratio", "score") not in found, "not known yet"
+
+
 def test_every_metric_is_exported_by_some_run(out: Path) -> None:
+    (out / "dataset" / "index").mkdir()
+    (out / "dataset" / "index" / "live.json").write_text(json.dumps(LIVE))
     names = {key[0] for key in parsed(prometheus_text(read_status(out)))}
     pq.write_table(pa.table({"outcome": ["kept"], "reason": [""]}), out / "dataset" / "selection.parquet")
     (out / "dataset" / "manifest.parquet").touch()

@@ -19,3 +19,18 @@ def test_without_a_terminal_a_log_gets_lines_of_what_changed(monkeypatch: pytest
         bars.advance(task, 5)
     lines = [line.split(" ", 1)[1] for line in sink.getvalue().splitlines()]
     assert lines == ["make: pictures 3 of 8", "make: pictures 8 of 8, done"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_below_a_bar_are_shown_until_it_is_full(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    sink = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=sink, force_terminal=terminal, width=100))
+    with progress.progress_bars() as bars:
+        task = bars.add_task("make: pictures", total=8)
+        bars.update(task, completed=4, below=["render 3/s 90% busy", "kept so far 2 of 4"])
+        bars.refresh() if terminal else progress._lines_of(bars)()
+        assert "  render 3/s 90% busy" in sink.getvalue() and "  kept so far 2 of 4" in sink.getvalue()
+        sink.truncate(0)
+        bars.update(task, completed=8)
+        bars.refresh() if terminal else progress._lines_of(bars)()
+        assert "8" in sink.getvalue() and "busy" not in sink.getvalue()

@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cluster.errors import EdgeFusionError
-from cluster.storage import digest_file, publish_bytes, publish_file, publish_folder, sweep_partials
+from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.storage import digest_file, publish_bytes, publish_file, publish_folder, publish_new, sweep_partials
 
 WRITER = """
 import sys
@@ -74,7 +74,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from cluster.errors import EdgeFusionError
+from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.storage import publish_bytes, publish_file, publish_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
@@ -106,3 +106,14 @@ def test_a_folder_is_replaced_whole_and_an_error_of_its_writer_is_not_disguised(
     with pytest.raises(ZeroDivisionError):
         publish_file(tmp_path / "b", lambda p: p.write_text(str(1 / 0)))
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_of_several_who_publish_a_new_file_one_wins(tmp_path: Path, where: str) -> None:
+    path = str(tmp_path / "claim") if where == "disk" else f"memory://{tmp_path.name}/claim"
+    assert publish_new(path, b"mine") == hashlib.sha256(b"mine").hexdigest()
+    publish_new(path, b"mine")
+    with pytest.raises(LedgerConflict, match="is there already, with other contents"):
+        publish_new(path, b"yours")
+    assert digest_file(path) == hashlib.sha256(b"mine").hexdigest()
+    assert [p.name for p in tmp_path.iterdir()] == (["claim"] if where == "disk" else [])

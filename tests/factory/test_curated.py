@@ -16,7 +16,8 @@ from factory.cli import _FactoryPart, app
 from factory.decisions import Decision, Overlay, read_decisions
 from factory.exchange import export_decisions, import_decisions
 from factory.make import is_packed, select_and_pack
-from factory.pack import packed_decisions, read_manifest, read_shard, verify
+from factory.pack import packed_decisions, read_manifest, read_shard
+from factory.verify import verify
 
 
 def run(*words: object) -> str:

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from cluster.errors import EdgeFusionError
-from factory.forecast import Probe, StageProbe, lines, planned_samples, probe, scale, wilson
+from factory.forecast import Probe, lines, planned_samples, probe, scale
+from factory.foretell import wilson
 from factory.recipe import FactoryRecipe
+from factory.sizes import StageProbe
 
 
 def recipe_of(models: Path, source: Path, limit: int | None = 1000, **make: object) -> FactoryRecipe:

@@ -20,12 +20,13 @@ from cluster.runner import InProcess
 from factory.index import to_columns
 from factory.ingest import fetch, planned_rows
 from factory.make import make, select_and_pack
-from factory.pack import read_manifest, read_shard, verify
+from factory.pack import read_manifest, read_shard
 from factory.plan import make_plan
 from factory.recipe import FactoryRecipe, PicturePlan, SelectRecipe
 from factory.repair import repair
 from factory.select import select
 from factory.stages import decode_picture, encode_picture, open_crops
+from factory.verify import verify
 
 
 def drawing(seed: int, kind: str = "PNG", size: tuple[int, int] = (80, 64)) -> bytes:

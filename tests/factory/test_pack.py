@@ -11,7 +11,8 @@ import webdataset
 
 from cluster.errors import CorruptShard
 from cluster.storage import publish_bytes
-from factory.pack import MANIFEST, Sample, find_damage, pack, read_shard, shard_bytes, verify
+from factory.pack import MANIFEST, Sample, pack, read_shard, shard_bytes
+from factory.verify import find_damage, verify
 
 
 def some(count: int) -> list[Sample]:

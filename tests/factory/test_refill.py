@@ -11,13 +11,14 @@ from cluster.recipe import load_recipe
 from factory.cli import _FactoryPart
 from factory.ledger import commit_unit
 from factory.make import select_and_pack
-from factory.pack import MANIFEST, verify
+from factory.pack import MANIFEST
 from factory.plan import PLAN
 from factory.recipe import FactoryRecipe
 from factory.refill import draw_refill, parse_list, plan_refill
 from factory.stages import encode_picture, looks
 from factory.taxonomy import load_taxonomy
 from factory.units import plan_units, planned_units, read_table
+from factory.verify import verify
 
 TWO = [
     {"group": "objects", "attributes": {"background": "red", "style": "flat"}, "lacking": 3, "plan": 5},

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from cluster.errors import CorruptShard
 from factory.cli import app
 from factory.decisions import Overlay
-from factory.pack import MANIFEST, verify
+from factory.pack import MANIFEST
+from factory.verify import verify
 
 
 def run(*words: object) -> str:

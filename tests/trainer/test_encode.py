@@ -15,7 +15,8 @@ import trainer.loop as loop
 from cluster.errors import CorruptShard
 from cluster.runner import InProcess
 from cluster.storage import digest_file
-from factory.pack import read_manifest, verify
+from factory.pack import read_manifest
+from factory.verify import verify
 from trainer.cli import app
 from trainer.encode import encode
 from trainer.encodings import ENCODINGS, INDEX, encoders_digest

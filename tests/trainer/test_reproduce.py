@@ -18,7 +18,8 @@ import yaml
 import trainer.reproduce.data as data_module
 import trainer.reproduce.runs as runs_module
 from cluster.errors import LedgerConflict, RecipeError
-from factory.pack import read_manifest, verify
+from factory.pack import read_manifest
+from factory.verify import verify
 from trainer.reproduce.data import ensure_data
 from trainer.reproduce.paper import COMPARISONS, EDGEFUSION, ROWS, row_named
 from trainer.reproduce.recipe import TablesRecipe

@@ -1,0 +1,108 @@
+"""What the stages of a run are doing now: samples a second of each, how busy its workers are, how many samples wait before it.
+
+Ray Data knows something of this, but tells it only to its own progress bars and, with `ray[default]`, to Prometheus; what it keeps inside
+changes from version to version. So stages count for themselves: in one process into a `Flow`, on Ray into one that an actor without a
+CPU slot holds. Both give the same fields.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+_ENDS = 64
+"""Units whose ends give a stage's rate: some rounds of its workers."""
+Facts = dict[str, Any]
+
+
+class Desk(Protocol):
+    """Where a worker says what it begins and ends. Nothing that goes wrong there may stop the work."""
+
+    def begin(self, stage: str, unit: str, samples: int) -> None: ...
+
+    def end(self, stage: str, unit: str, samples: int, seconds: float) -> None: ...
+
+
+@dataclass
+class _Counts:
+    """Of one stage."""
+
+    workers: int
+    samples: int = 0
+    seconds: float = 0.0
+    ends: deque[tuple[float, int, float]] = field(default_factory=lambda: deque[tuple[float, int, float]](maxlen=_ENDS))
+    """(when, samples, seconds of work) of the last units."""
+
+    def rate(self, now: float) -> tuple[float | None, float | None]:
+        """(samples a second, share of the workers' time that was work, 0 to 1); None before anything ended."""
+        if not self.ends:
+            return None, None
+        first, last = self.ends[0], self.ends[-1]
+        # A unit ends when its work does, so the first one's work lies before the span that the ends make.
+        span = last[0] - first[0]
+        if len(self.ends) < 2 or span <= 0:
+            return (first[1] / first[2] * self.workers, None) if first[2] > 0 else (None, None)
+        usual = span / (len(self.ends) - 1)
+        if now - last[0] > 2 * usual:
+            span = now - first[0]  # nothing came for long: the rate falls
+        rows = list(self.ends)[1:]
+        return sum(n for _, n, _ in rows) / span, min(1.0, sum(s for *_, s in rows) / span / self.workers)
+
+
+class Flow:
+    """Where every unit that is under way is; as small as what is under way."""
+
+    def __init__(self, stages: Sequence[tuple[str, int]], clock: Callable[[], float] = time.monotonic) -> None:
+        """`stages`: (name, workers) in order."""
+        self._clock = clock
+        self._order = {name: i for i, (name, _) in enumerate(stages)}
+        self._counts = [_Counts(workers) for _, workers in stages]
+        self._at: dict[str, tuple[int, bool, int]] = {}
+        """Unit to (stage, whether that is done with it, samples)."""
+
+    def begin(self, stage: str, unit: str, samples: int) -> None:
+        place = self._order[stage]
+        if place == 0 or self._at.get(unit, (-1, False, 0))[0] in (place - 1, place):
+            self._at[unit] = (place, False, samples)
+
+    def end(self, stage: str, unit: str, samples: int, seconds: float) -> None:
+        """`samples` that the stage worked on, not those that were dead before."""
+        place = self._order[stage]
+        counts = self._counts[place]
+        counts.samples, counts.seconds = counts.samples + samples, counts.seconds + seconds
+        counts.ends.append((self._clock(), samples, seconds))
+        there = self._at.get(unit)
+        if there is None or there[0] != place:
+            return  # a worker that was given up and lives after all: the unit is further on
+        if place == len(self._counts) - 1:
+            del self._at[unit]
+        else:
+            self._at[unit] = (place, True, there[2])
+
+    def read(self) -> list[Facts]:
+        """A row a stage: stage, workers, samples (done), per_s, busy (0 to 1), working and waiting (samples).
+
+        `waiting` of the first stage is None: it takes what the plan holds.
+        """
+        now = self._clock()
+        found: list[Facts] = []
+        places = list(self._at.values())
+        for name, place in self._order.items():
+            counts = self._counts[place]
+            per_s, busy = counts.rate(now)
+            found.append(
+                {
+                    "stage": name,
+                    "workers": counts.workers,
+                    "samples": counts.samples,
+                    "seconds": round(counts.seconds, 3),
+                    "per_s": per_s and round(per_s, 3),
+                    "busy": busy and round(busy, 3),
+                    "working": sum(n for at, done, n in places if at == place and not done),
+                    "waiting": sum(n for at, done, n in places if at == place - 1 and done) if place else None,
+                }
+            )
+        return found

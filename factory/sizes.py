@@ -1,0 +1,288 @@
+"""Workers, GPU shares and batch sizes by which no stage of make waits for another, from rates that a probe measured.
+
+A stage's rate is measured for one worker; more workers are reckoned to be as fast each, which holds while they have cores and GPUs of their
+own. The batch sizes that are proposed were measured. How many workers share a GPU is reckoned from how much of a worker's time is the
+model's and how much memory it took; it was not tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from factory.recipe import FactoryRecipe, MakeRecipe
+
+_HEADROOM = 1.1
+"""More workers of the stages that must not be the slowest."""
+_WORTH = 1.03
+"""A batch is worth a change if it is so much faster."""
+_FULL = 0.98
+_MOST_SHARING = 4
+_MEMORY = 0.9
+"""Of a GPU, what its workers may take together."""
+_ON_GPUS = ("render", "caption")
+
+
+@dataclass(frozen=True)
+class StageProbe:
+    """A stage as one worker of it ran here."""
+
+    name: str
+    open_s: float
+    samples: int
+    seconds: float
+    gpus: float
+    device_s: float = 0.0
+    """Of `seconds`, what was the model's; the rest is pictures decoded and encoded on the CPU."""
+    gpu_bytes: int = 0
+    """Memory of the GPU that it took at most; 0 without one."""
+
+    @property
+    def per_sample_s(self) -> float:
+        return self.seconds / self.samples if self.samples else math.nan
+
+
+@dataclass(frozen=True)
+class BatchProbe:
+    """A stage with another batch size."""
+
+    key: str
+    """Of the recipe."""
+    batch: int
+    stage: StageProbe | None
+    """None if it did not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One key changed; hours and cost of make with it and all changes before it."""
+
+    key: str
+    before: Any
+    after: Any
+    hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Sizes for a run on so many GPUs."""
+
+    gpus: int
+    hours: float
+    """As the recipe stands."""
+    cost: float | None
+    steps: tuple[Step, ...]
+    limit: str
+    """The stage that sets the pace with all changes."""
+    notes: tuple[str, ...]
+
+    def tree(self) -> dict[str, Any]:
+        """The changed keys as a recipe has them."""
+        found: dict[str, Any] = {}
+        for step in self.steps:
+            *parents, last = step.key.split(".")
+            place = found
+            for name in parents:
+                place = place.setdefault(name, {})
+            place[last] = step.after
+        return found
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is chosen: workers, and how fast one of each stage is."""
+
+    stages: tuple[StageProbe, ...]
+    render_workers: int
+    share: float
+    """GPUs of a worker of render or caption."""
+    score_workers: int
+
+    def rates(self, gpus: int) -> dict[str, float]:
+        """Samples a second of each stage that took any time."""
+        found: dict[str, float] = {}
+        for stage in self.stages:
+            if stage.samples and stage.seconds:
+                found[stage.name] = self._workers(stage.name, gpus) / stage.per_sample_s
+                if stage.name in _ON_GPUS and stage.device_s and self.share:
+                    # Several that share a GPU are no faster than the model is on it.
+                    own = math.ceil(round(self._workers(stage.name, gpus) * self.share, 6))
+                    found[stage.name] = min(found[stage.name], own * stage.samples / stage.device_s)
+        return found
+
+    def hours(self, samples: int, gpus: int) -> float:
+        """Of make: stages overlap, the slowest sets the pace, and each opens its models first."""
+        rates = self.rates(gpus)
+        return max(s.open_s + samples / rates[s.name] if s.name in rates else s.open_s for s in self.stages) / 3600
+
+    def _workers(self, name: str, gpus: int) -> int:
+        if name in _ON_GPUS:
+            room = math.floor(gpus / self.share + 1e-6) if self.share else self.render_workers
+            return max(1, min(self.render_workers, room))
+        return self.score_workers if name in ("score", "crop") else 1
+
+
+def batch_keys(recipe: MakeRecipe) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Key of a batch size to (its value, stages that it is for)."""
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    if recipe.teacher is not None:
+        found["factory.make.teacher.batch_images"] = (recipe.teacher.batch_images, ("render",))
+    if recipe.captioner is not None and recipe.captioner.kind == "transformers":
+        found["factory.make.captioner.batch_pictures"] = (recipe.captioner.batch_pictures, ("caption",))
+    stages = ("score",) if recipe.painters() else ("crop", "score")
+    found["factory.make.scorer.batch_images"] = (recipe.scorer.batch_images, stages)
+    return found
+
+
+def batches_to_try(own: int, unit_images: int) -> list[int]:
+    """The recipe's own; half, double and four times as much, and a work unit, as far as they cut a unit into whole batches."""
+    sizes = {own // 2, own * 2, own * 4, *([unit_images] if own > unit_images else [])}
+    return sorted({own, *(size for size in sizes if 1 <= size <= unit_images and unit_images % size == 0)})
+
+
+def with_size(make: MakeRecipe, key: str, value: int) -> MakeRecipe:
+    """The recipe with another batch size."""
+    *_, part, name = key.split(".")
+    return make.model_copy(update={part: getattr(make, part).model_copy(update={name: value})})
+
+
+def propose(
+    recipe: FactoryRecipe,
+    samples: int,
+    stages: Sequence[StageProbe],
+    batches: Sequence[BatchProbe],
+    gpus: int,
+    price: float | None,
+    gpu_bytes: int = 0,
+) -> Proposal:
+    """Sizes for `samples` samples on `gpus` GPUs (workers of the kind that was probed), each of `gpu_bytes`, 0 if it was none."""
+    make, units = recipe.make, -(-samples // recipe.make.unit_images)
+    now = _Sizes(tuple(stages), make.render_workers, make.render_gpus, make.score_workers)
+    on_gpus = next((stage for stage in stages if stage.name in _ON_GPUS and stage.samples), None)
+    steps: list[Step] = []
+    notes: list[str] = []
+
+    def cost(hours: float) -> float | None:
+        return None if price is None else hours * gpus * price
+
+    def change(key: str, before: Any, after: Any, sizes: _Sizes) -> _Sizes:
+        if before == after:
+            return sizes
+        hours = sizes.hours(samples, gpus)
+        steps.append(Step(key, before, after, hours, cost(hours)))
+        return sizes
+
+    begun = now.hours(samples, gpus)
+    for key, (own, names) in batch_keys(make).items():
+        tried = [probe for probe in batches if probe.key == key]
+        best = _best_batch(own, tried)
+        now = change(
+            key, own, best, replace(now, stages=tuple(_faster(s, names, own, best, tried) for s in now.stages))
+        )
+    if on_gpus is not None:
+        stage = next(s for s in now.stages if s.name == on_gpus.name)
+        sharing, why = _sharing(stage, gpu_bytes)
+        notes += [why] if why else []
+        workers = max(1, min(gpus * sharing, units))
+        share = math.floor(100 / sharing) / 100 if gpu_bytes and make_uses_gpu(make) else make.render_gpus
+        share = int(share) if share == int(share) else share
+        # The share first: without room on the GPUs, more workers are not started.
+        now = change("factory.make.render_gpus", make.render_gpus, share, replace(now, share=share))
+        now = change("factory.make.render_workers", make.render_workers, workers, replace(now, render_workers=workers))
+        pace = now.rates(gpus)[stage.name]
+        needed = [pace * s.per_sample_s * _HEADROOM for s in now.stages if s.name in ("score", "crop") and s.samples]
+        scorers = max(1, min(math.ceil(round(max(needed, default=1.0), 6)), units))
+    else:
+        scorers = max(1, min(gpus, units))
+    now = change("factory.make.score_workers", make.score_workers, scorers, replace(now, score_workers=scorers))
+    rates = now.rates(gpus)
+    limit = min(rates, key=lambda name: rates[name]) if rates else ""
+    if limit == "commit":
+        notes.append("one process commits what is made, and it is the slowest: larger factory.make.unit_images help it")
+    cores = now.score_workers * make.threads
+    notes.append(
+        f"{now.score_workers} scoring workers want {cores} cores, render and caption {make.threads} for each worker"
+    )
+    return Proposal(gpus, begun, cost(begun), tuple(steps), limit, tuple(notes))
+
+
+def make_uses_gpu(make: MakeRecipe) -> bool:
+    """The models of render or caption run in our own workers: a server that is asked has GPUs of its own."""
+    return make.captioner is None or make.captioner.kind != "openai"
+
+
+def _best_batch(own: int, tried: Sequence[BatchProbe]) -> int:
+    """The smallest of those that are about as fast as the fastest; the recipe's own if that is among them."""
+    seconds: dict[int, float] = {}
+    for probe in tried:
+        if probe.stage is not None and probe.stage.samples:
+            seconds[probe.batch] = seconds.get(probe.batch, 0.0) + probe.stage.per_sample_s
+    lost = {probe.batch for probe in tried if probe.stage is None}
+    seconds = {batch: took for batch, took in seconds.items() if batch not in lost}
+    if not seconds:
+        return own
+    limit = min(seconds.values()) * _WORTH
+    return (
+        own if seconds.get(own, math.inf) <= limit else min(batch for batch, took in seconds.items() if took <= limit)
+    )
+
+
+def _faster(stage: StageProbe, names: tuple[str, ...], own: int, best: int, tried: Sequence[BatchProbe]) -> StageProbe:
+    """The stage as it runs with another batch: by the ratio of two probes of one kind."""
+    found = {p.batch: p.stage for p in tried if p.stage is not None and p.stage.name == stage.name}
+    before, after = found.get(own), found.get(best)
+    if stage.name not in names or before is None or after is None or own == best or not before.seconds:
+        return stage
+    ratio = after.per_sample_s / before.per_sample_s
+    own_device = before.device_s / before.samples
+    device = ratio if not own_device else after.device_s / after.samples / own_device
+    return replace(
+        stage, seconds=stage.seconds * ratio, device_s=stage.device_s * device, gpu_bytes=max(after.gpu_bytes, 0)
+    )
+
+
+def _sharing(stage: StageProbe, gpu_bytes: int) -> tuple[int, str]:
+    """How many workers keep one GPU at work, and what to say about it."""
+    if not gpu_bytes or not stage.device_s:
+        return 1, ""
+    share = stage.device_s / stage.seconds
+    wanted = next((k for k in range(1, _MOST_SHARING + 1) if k * share >= _FULL), _MOST_SHARING)
+    room = max(1, int(_MEMORY * gpu_bytes // max(stage.gpu_bytes, 1)))
+    told = f"{stage.name}: {share:.0%} of a worker's time is the model's, {stage.gpu_bytes / 2**30:.1f} of {gpu_bytes / 2**30:.0f} GiB its memory"
+    if wanted > room:
+        return room, f"{told}; {wanted} workers a GPU would keep it at work, but it holds {room}"
+    return wanted, told + (f"; {wanted} workers share a GPU (reckoned, not tried)" if wanted > 1 else "")
+
+
+def lines(proposal: Proposal) -> list[str]:
+    """In words, with what can be pasted into the recipe."""
+    if not proposal.steps:
+        return ["sizes: as they stand no stage waits for another", *(f"  {note}" for note in proposal.notes)]
+    told = [f"sizes for {proposal.gpus} GPUs or workers of this kind, changed one after the other (hours of make):"]
+    told.append(f"  {'as the recipe stands':44} {_span(proposal.hours)}{_money(proposal.cost)}")
+    for step in proposal.steps:
+        what = f"{step.key.removeprefix('factory.make.')} {step.before} -> {step.after}"
+        told.append(f"  {what:44} {_span(step.hours)}{_money(step.cost)}")
+    told += [f"  then {proposal.limit} sets the pace", *(f"  {note}" for note in proposal.notes)]
+    told += ["to paste into the recipe:", *yaml.safe_dump(proposal.tree(), sort_keys=False).rstrip().splitlines()]
+    told.append("or: " + " ".join(f"--set {step.key}={step.after}" for step in proposal.steps))
+    return told
+
+
+def _money(cost: float | None) -> str:
+    return "" if cost is None else f"  cost {cost:,.2f}"
+
+
+def _span(hours: float) -> str:
+    return (
+        f"{hours * 3600:8,.0f} s  "
+        if hours < 1 / 30
+        else f"{hours * 60:8,.0f} min"
+        if hours < 2
+        else f"{hours:8,.1f} h  "
+    )
