@@ -1,0 +1,178 @@
+"""What is planned: prompts that a model writes or the user brings, or pictures that are taken in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from cluster.recipe import Settings
+from cluster.served import ServerRecipe
+from cluster.usage import Prices
+
+
+class TransformersWriter(Settings):
+    """A causal language model folder run by transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    model: str = Field(description="folder, hub name or zoo:NAME of a causal language model")
+    template: str = Field(
+        default="{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
+    )
+    temperature: float = Field(default=0.9, ge=0, le=2, description="sampling temperature")
+    max_new_tokens: int = Field(default=48, ge=4, le=1024, description="longest prompt, tokens")
+    batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
+
+
+_API = "`completions`: the model reads the template as it is; `chat`: as a user's message, for models that were taught to chat"
+ENVIRONMENT = (
+    "folder or name of the Python environment in which the run starts vLLM as a server on loopback (edgefusion cluster environment make "
+    "vllm)"
+)
+
+
+class VllmWriter(TransformersWriter):
+    """The same by vLLM. It pins torch, so give it an `environment` of its own; without one it is imported here."""
+
+    kind: Literal["vllm"] = "vllm"
+    batch_prompts: int = Field(default=4096, ge=1, description="prompts written at once")
+    environment: str | None = Field(default=None, description=f"{ENVIRONMENT}; left out: vLLM is imported here")
+    server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+    api: Literal["completions", "chat"] = Field(default="completions", description=_API)
+
+    @model_validator(mode="after")
+    def _served(self) -> VllmWriter:
+        if self.environment is None and self.server != ServerRecipe():
+            raise ValueError("server says how a server is run, but environment is left out, so none is started")
+        return self
+
+
+class OpenAiWriter(TransformersWriter):
+    """Any server that speaks OpenAI's chat completions, vLLM's among them. The key comes from OPENAI_API_KEY."""
+
+    kind: Literal["openai"] = "openai"
+    base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
+    api: Literal["completions", "chat"] = Field(default="chat", description=_API)
+    answer: Literal["text", "json"] = Field(
+        default="text",
+        description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
+    )
+    concurrent: int = Field(default=16, ge=1, le=512, description="requests at once")
+    price_input: float | None = Field(
+        default=None, ge=0, description="price of a million tokens read, in your currency"
+    )
+    price_output: float | None = Field(default=None, ge=0, description="price of a million tokens written")
+    max_cost: float | None = Field(
+        default=None, gt=0, description="stop before the prompts cost more; what is written is kept"
+    )
+
+    @model_validator(mode="after")
+    def _priced(self) -> OpenAiWriter:
+        if (self.price_input is None) != (self.price_output is None):
+            raise ValueError("price_input and price_output belong together: give both or neither")
+        if self.max_cost is not None and self.price_input is None:
+            raise ValueError("max_cost needs price_input and price_output")
+        return self
+
+    def prices(self) -> Prices | None:
+        if self.price_input is None or self.price_output is None:
+            return None
+        return Prices(self.price_input, self.price_output)
+
+
+Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]
+
+
+_ALIKE = (
+    "a prompt that shares this part of its words with an earlier one (Jaccard; 1: the same words) is refused: written anew while there are "
+    "tries, else dead"
+)
+
+
+class PromptPlan(Settings):
+    """Which prompts are written."""
+
+    kind: Literal["written"] = "written"
+    taxonomy: str = Field(
+        description="YAML file of groups with attributes and shares; zoo:taxonomy.yaml is the pocket world's"
+    )
+    prompts: int = Field(ge=1, description="prompts in all")
+    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt, each with its own seed")
+    tries: int = Field(
+        default=4, ge=1, description="how often a prompt that fails its check is written anew before it is dead"
+    )
+    most_alike: float | None = Field(
+        default=None, gt=0, le=1, description=f"{_ALIKE}; left out: none is, for a small taxonomy says the same often"
+    )
+    writer: Writer
+
+
+class PromptFilePlan(Settings):
+    """Which prompts the user brings."""
+
+    kind: Literal["file"] = "file"
+    paths: list[str] = Field(
+        min_length=1,
+        description="files of prompts: .txt (one a line), .jsonl (an object a line) or .parquet (one a row)",
+    )
+    prompt_column: str = Field(default="prompt", description="key or column with the prompt; .txt has none")
+    group_column: str | None = Field(
+        default=None, description="key or column with the prompt's group; `prompts` if left out"
+    )
+    attribute_columns: list[str] = Field(
+        default=[], description="keys or columns that are kept as attributes, for balance, caps and the page"
+    )
+    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt, each with its own seed")
+    limit: int | None = Field(default=None, ge=1, description="take the first so many prompts; all if left out")
+    most_alike: float | None = Field(default=1.0, gt=0, le=1, description=_ALIKE)
+
+
+class DownloadRecipe(Settings):
+    """How pictures are fetched whose URLs the plan's files list (docs/ingest.md)."""
+
+    url_column: str = Field(default="url", description="CSV or Parquet column with the URL")
+    concurrent: int = Field(default=32, ge=1, le=512, description="downloads at once")
+    per_host: int = Field(default=4, ge=1, le=64, description="downloads at once from one host")
+    timeout_s: float = Field(default=20.0, gt=0, le=600, description="longest time of one request, seconds")
+    tries: int = Field(
+        default=3, ge=1, le=10, description="requests of a URL that times out, breaks off or asks to come again"
+    )
+    back_off_s: float = Field(default=1.0, ge=0, le=60, description="wait before the second try, doubled for each more")
+    max_bytes: int = Field(default=16 << 20, ge=1, le=64 << 20, description="larger answers are broken off")
+    redirects: int = Field(default=5, ge=0, le=20, description="most redirects followed")
+    allow_private: bool = Field(
+        default=False, description="also fetch from addresses that are not public: loopback, your own network"
+    )
+    user_agent: str = Field(default="edgefusion-factory", description="who servers are told is asking")
+
+
+class PicturePlan(Settings):
+    """Which pictures are taken in: real ones with the texts that came with them (the paper's L-orig)."""
+
+    kind: Literal["pictures"] = "pictures"
+    paths: list[str] = Field(
+        min_length=1,
+        description="folders (picture files with .txt or .json beside them), WebDataset shards (.tar), Parquet files, or zoo:wild.parquet",
+    )
+    picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
+    text_column: str = Field(default="text", description="Parquet column with the text")
+    metadata_columns: list[str] = Field(
+        default=[], description="further Parquet columns that are kept as each sample's `metadata`"
+    )
+    limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
+    download: DownloadRecipe | None = Field(
+        default=None, description="`paths` are .txt, .csv or .parquet lists of URLs, and this is how they are fetched"
+    )
+
+
+def _plan_kind(plan: Any) -> str:
+    """A plan without `kind` writes prompts."""
+    return plan.get("kind", "written") if isinstance(plan, dict) else getattr(plan, "kind", "written")
+
+
+PlanRecipe = Annotated[
+    Annotated[PromptPlan, Tag("written")]
+    | Annotated[PromptFilePlan, Tag("file")]
+    | Annotated[PicturePlan, Tag("pictures")],
+    Discriminator(_plan_kind),
+]
