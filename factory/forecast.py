@@ -7,28 +7,28 @@ nothing of a GPU's speed, and the forecast says so.
 
 from __future__ import annotations
 
-import gc
-import itertools
-import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import EdgeFusionError, StageError
-from cluster.stage import PENDING, Row, Stage, Unit, apply
+from cluster.errors import EdgeFusionError
+from cluster.machine import load_per_core
 from factory.foretell import wilson
 from factory.make import select_and_pack
 from factory.plan import make_plan
+from factory.probing import gpu_bytes, timed, tried
 from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
-from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, with_size
+from factory.sizes import BatchProbe, StageProbe
 from factory.stages import make_stages
 from factory.units import planned_units
+
+_BUSY = 1.5
+"""Processes a core of a machine that does more than the probe."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def probe(
         for stage in make_stages(short.make, folder):
             before = units
             tell(stage.name)
-            units, found = _timed(stage, units, _batch(short, stage.name))
+            units, found = timed(stage, units, _batch(short, stage.name))
             stages.append(found)
-            batches += _tried(short, stage.name, folder, before[0], tell) if sizes else []
+            batches += tried(short, stage.name, folder, before[0], tell) if sizes else []
         tell("select")
         funnel = select_and_pack(short, folder)
         made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))
@@ -111,7 +111,7 @@ def probe(
         bytes_packed=packed,
         device=device(),
         batches=tuple(batches),
-        gpu_bytes=_gpu_bytes(),
+        gpu_bytes=gpu_bytes(),
     )
 
 
@@ -189,6 +189,10 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
         told.append(
             "This machine has no GPU: these are hours of CPU workers. Run the same on one GPU of the kind you will rent."
         )
+    if (load := load_per_core()) > _BUSY:
+        told.append(
+            f"Other work was going on here ({load:.1f} processes a core): rates are lower than this machine's own."
+        )
     told.append("For nodes that are taken away: edgefusion cluster simulate")
     return told
 
@@ -221,86 +225,6 @@ def _batch(recipe: FactoryRecipe, stage: str) -> int:
     return (
         make.captioner.batch_pictures if stage == "caption" and make.captioner is not None else make.scorer.batch_images
     )
-
-
-def _tried(recipe: FactoryRecipe, name: str, folder: Path, unit: Unit, tell: Callable[[str], None]) -> list[BatchProbe]:
-    """A stage with some batch sizes, two full batches of each; one that does not fit into memory ends the search for larger ones.
-
-    What a work unit's last batch is filled up with counts as work.
-    """
-    found: list[BatchProbe] = []
-    size, rows = recipe.make.unit_images, [row for row in unit.rows if row["outcome"] == PENDING]
-    for key, (own, names) in batch_keys(recipe.make).items():
-        for batch in batches_to_try(own, size) if name in names and rows else ():
-            tell(f"{name}, {key.rpartition('.')[2]} {batch}")
-            stage = next(s for s in make_stages(with_size(recipe.make, key, batch), folder) if s.name == name)
-            some = Unit(unit.id, _copies(list(itertools.islice(itertools.cycle(rows), 2 * batch))))
-            timed: StageProbe | None = None
-            with _out_of_memory() as told:
-                try:
-                    timed = _timed(stage, [some], batch)[1]
-                except StageError:
-                    if batch <= own:
-                        raise
-            if told or timed is None:
-                found.append(BatchProbe(key, batch, None))
-                break
-            filled = -(-size // batch) * batch / size
-            done = replace(timed, seconds=timed.seconds * filled, device_s=timed.device_s * filled)
-            found.append(BatchProbe(key, batch, done))
-    return found
-
-
-@contextmanager
-def _out_of_memory() -> Generator[list[str]]:
-    """What was said of batches that were halved (factory/models/memory.py)."""
-    told: list[str] = []
-
-    class Listening(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "out of memory" in record.getMessage():
-                told.append(record.getMessage())
-
-    log, listener = logging.getLogger("edgefusion"), Listening()
-    log.addHandler(listener)
-    try:
-        yield told
-    finally:
-        log.removeHandler(listener)
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-
-
-def _timed(stage: Stage, units: list[Unit], batch: int) -> tuple[list[Unit], StageProbe]:
-    """Map the stage over all units, after a first batch that only warms it up."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if gpu:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    worker = stage.open()
-    open_s = time.perf_counter() - began
-    if not stage.whole and (warm := [r for unit in units for r in unit.rows if r["outcome"] == "pending"][:batch]):
-        apply(stage, worker, Unit("warm", _copies(warm)))
-    warm_s = getattr(worker, "device_s", 0.0)
-    began, count, done = time.perf_counter(), 0, list[Unit]()
-    for unit in units:
-        count += len(unit.rows) if stage.whole else sum(row["outcome"] == "pending" for row in unit.rows)
-        done.append(apply(stage, worker, unit))
-    seconds, device_s = time.perf_counter() - began, getattr(worker, "device_s", 0.0) - warm_s
-    peak = torch.cuda.max_memory_reserved() if gpu else 0
-    return done, StageProbe(stage.name, open_s, count, seconds, stage.gpus, device_s, peak)
-
-
-def _copies(rows: list[Row]) -> list[Row]:
-    return [dict(row) for row in rows]
 
 
 def _bytes(folder: Path) -> int:
