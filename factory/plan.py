@@ -33,6 +33,7 @@ from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
+_ATTRIBUTES_LETTERS = 200
 WRITER_LOG = "writer.log"
 """Beside the parts of the plan: what a server says that the writer starts for itself."""
 PLAN_SCHEMA = pa.schema(
@@ -116,8 +117,11 @@ def check_budget(plan: PromptPlan, parts: Path, prompts: int) -> None:
     if not isinstance(writer, OpenAiWriter) or writer.max_cost is None or not (prices := writer.prices()):
         return
     files = sorted(parts.glob("*.parquet"))
-    spent, rows = read_usage(files).cost or 0.0, sum(pq.read_metadata(path).num_rows for path in files)
-    most = prices.of(len(writer.template), writer.max_new_tokens)  # a token is longer than a letter
+    rows = sum(pq.read_metadata(path).num_rows for path in files)
+    # A token is longer than a letter; attributes are a part of what is asked. What nobody counted may have been as long as the longest.
+    most = prices.of(len(writer.template) + _ATTRIBUTES_LETTERS, writer.max_new_tokens)
+    used = [read_usage([path]) for path in files]
+    spent = sum(prices.of(one.input_tokens, one.output_tokens) + one.uncounted * most for one in used)
     foretold = prompts * (spent * plan.images_per_prompt / rows if rows else most)
     if spent + foretold > writer.max_cost:
         raise StageError(

@@ -125,8 +125,11 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
             endpoint.meter.add(answer)
             choice = answer["choices"][0]
             text = choice["message"]["content"] if "messages" in body else choice["text"]
-            return text.strip()
+            return (text or "").strip()  # null is how some servers say that the model refused
         except urllib.error.HTTPError as error:
+            if error.code == 400 and "response_format" in body:
+                body = {name: value for name, value in body.items() if name != "response_format"}
+                continue  # a server that does not know it; the template asks for JSON too
             failure = error
             if error.code not in (408, 429) and error.code < 500:
                 break  # our own fault: asking again changes nothing

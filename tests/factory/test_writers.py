@@ -34,6 +34,7 @@ class Echo:
         self.busy: list[dict[str, str]] = []
         self.asked: list[dict[str, Any]] = []
         self.counts = True
+        self.refuses, self.knows_json = 0, True
         self.bad = 0
         """So many next answers are no JSON."""
         lock, outer = threading.Lock(), self
@@ -47,14 +48,20 @@ class Echo:
                     busy = outer.busy.pop() if outer.busy else None
                     bad = outer.bad > 0
                     outer.bad -= bad
+                    refused = outer.refuses > 0
+                    outer.refuses -= refused
                 if busy is not None:
                     return self.say(429, {}, busy)
+                if "response_format" in body and not outer.knows_json:
+                    return self.say(400, {"error": "unknown field response_format"}, {})
                 chat = self.path.endswith("/chat/completions")
                 text = body["messages"][0]["content"] if chat else body["prompt"]
                 said = f"{text} #{body['seed']}"
                 if "response_format" in body:
                     said = "I would rather not" if bad else f"```json\n{json.dumps({'prompt': said})}\n```"
-                choice = {"message": {"content": said}} if chat else {"text": f"\n{said}\nsecond line"}
+                choice = (
+                    {"message": {"content": None if refused else said}} if chat else {"text": f"\n{said}\nsecond line"}
+                )
                 usage = {"usage": {"prompt_tokens": len(text.split()), "completion_tokens": 10}} if outer.counts else {}
                 return self.say(200, {"choices": [choice], **usage}, {})
 
@@ -236,7 +243,7 @@ def test_what_was_spent_lies_with_the_prompts_and_is_counted_once(
 ) -> None:
     """Three parts; the third would overrun. A rerun asks nobody, a higher limit goes on, and the plan is that of an unlimited run."""
     monkeypatch.setattr("factory.plan.PART_PROMPTS", 8)
-    keys = {"price_input": 100_000.0, "price_output": 500_000.0}  # a read token 0.1, a written one 0.5
+    keys = {"price_input": 1_000.0, "price_output": 500_000.0}  # a read token 0.001, a written one 0.5
     tight = plan_recipe(tmp_path, echo.url, 24, **keys, max_cost=100.0)
     data = tmp_path / "data"
     for _ in range(2):
@@ -248,10 +255,41 @@ def test_what_was_spent_lies_with_the_prompts_and_is_counted_once(
     spent = read_usage((data / "plan").glob("*.parquet"))
     words = sum(len(body["messages"][0]["content"].split()) for body in echo.asked)
     assert (spent.answers, spent.input_tokens, spent.output_tokens, spent.uncounted) == (24, words, 240, 0)
-    assert spent.cost == pytest.approx(words * 0.1 + 240 * 0.5)
+    assert spent.cost == pytest.approx(words * 0.001 + 240 * 0.5)
     make_plan(plan_recipe(tmp_path, echo.url, 24), 0, tmp_path / "other")
     assert (tmp_path / "other" / "plan.parquet").read_bytes() == (data / "plan.parquet").read_bytes()
     assert read_usage((tmp_path / "other" / "plan").glob("*.parquet")).cost is None
+
+
+@pytest.mark.parametrize("how", ["the server counts nothing", "the first part had no prices"])
+def test_what_nobody_counted_counts_as_the_longest(
+    how: str, echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.plan.PART_PROMPTS", 8)
+    data, keys = tmp_path / "data", {"price_input": 0.0, "price_output": 1e6}  # 80 for 8 prompts at the longest
+    if how == "the server counts nothing":
+        echo.counts = False
+    else:
+        make_plan(plan_recipe(tmp_path, echo.url, 8), 0, data)
+        (data / "plan.parquet").unlink()
+    with pytest.raises(StageError, match=r"80\.00 is spent"):
+        make_plan(plan_recipe(tmp_path, echo.url, 24, **keys, max_cost=150.0), 0, data)
+    assert len(echo.asked) == 8
+
+
+def test_a_model_that_refuses_is_asked_anew(echo: Echo, tmp_path: Path) -> None:
+    echo.refuses = 7
+    rows = read_table(make_plan(plan_recipe(tmp_path, echo.url, 6, concurrent=1), 0, tmp_path / "data")).to_pylist()
+    dead = [row["reason"] for row in rows if row["outcome"] == "dead"]
+    assert len(rows) == 12 and dead == ["plan: the answer is empty"] * 2
+
+
+def test_a_server_that_does_not_know_response_format_is_asked_without(echo: Echo) -> None:
+    echo.knows_json = False
+    writer = open_writer(
+        OpenAiWriter(model="m", base_url=echo.url, answer="json", template='{{"prompt": "a {attributes}"}}')
+    )
+    assert writer.write([{"subject": "fox"}], seed=1) == ["a subject: fox"]
 
 
 def test_the_first_prompts_are_reckoned_at_the_longest_answers(echo: Echo, tmp_path: Path) -> None:
