@@ -288,8 +288,8 @@ class Chain:
         bars.advance(task)
 
     def _guidance(self) -> float:
-        """The teacher's scale where it draws; where pictures came in, the one that the student learned."""
-        teacher = self.recipe.factory.make.teacher
+        """The teacher's scale where it draws, of several the first one's; where pictures came in, the one that the student learned."""
+        teacher = next(iter(self.recipe.factory.make.painters().values()), None)
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:

@@ -74,11 +74,6 @@ class Meter:
         with self._lock:
             self._seen = self._seen + Usage(1, read or 0, wrote or 0, int(not counted), cost)
 
-    @property
-    def seen(self) -> Usage:
-        """Since it was last taken."""
-        return self._seen
-
     def take(self) -> Usage:
         """What was counted since the last call."""
         with self._lock:

@@ -34,6 +34,7 @@ from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
 _ATTRIBUTES_LETTERS = 200
+"""Allowed for a record in the template, where a price has to be reckoned before anything was asked."""
 WRITER_LOG = "writer.log"
 """Beside the parts of the plan: what a server says that the writer starts for itself."""
 PLAN_SCHEMA = pa.schema(

@@ -75,8 +75,8 @@ class OnnxRuntime(EdgeTarget):
 def session_options(threads: int) -> Any:
     """For graphs that take turns: a session's threads stop waiting for more work when its run ends.
 
-    Else those of the text encoder and the UNet spin while the decoder draws, and take its cores: a picture of the pocket student took
-    60 ms in place of 25 on two cores.
+    Else those of the text encoder and the UNet spin while the decoder draws, and take its cores: a picture took
+    twice as long as its parts (docs/decisions.md, 22).
     """
     import onnxruntime
 

@@ -35,7 +35,7 @@ class Painter:
         except (OSError, ValueError) as error:
             raise StageError(
                 f"the teacher {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
-                remedy="Check factory.make.teacher.model; hub names need a network or a filled cache",
+                remedy="Check factory.make.teacher.model, or that of make.teachers; hub names need a network or a filled cache",
             ) from error
         pipeline.scheduler = samplers[recipe.sampler].from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
