@@ -52,7 +52,9 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     facts, pictures = _read(folder, list(shards))
     count = len(facts.clip)
     publish_bytes(folder / GRID, _grid(pictures))
-    publish_bytes(folder / CROISSANT, (json.dumps(_croissant(folder, shards, count, name), indent=2) + "\n").encode())
+    publish_bytes(
+        folder / CROISSANT, (json.dumps(_croissant(folder, shards, count, name, recipe), indent=2) + "\n").encode()
+    )
     publish_bytes(folder / CARD, _readme(folder, len(shards), facts, recipe, funnel, name).encode())
     return folder / CARD
 
@@ -227,8 +229,8 @@ def _size(count: int) -> str:
     return next((label for bound, label in bounds if count < bound), "n>1M")
 
 
-def _croissant(folder: Path, shards: dict[str, str], count: int, name: str) -> dict[str, Any]:
-    """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set."""
+def _croissant(folder: Path, shards: dict[str, str], count: int, name: str, recipe: FactoryRecipe) -> dict[str, Any]:
+    """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set, the models that the samples come from."""
     fields = ("id", "shard", "prompt", "picture_kind")
     return {
         "@context": {
@@ -243,6 +245,10 @@ def _croissant(folder: Path, shards: dict[str, str], count: int, name: str) -> d
         "name": name,
         "description": f"{count} pictures with texts in WebDataset shards",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "isBasedOn": [
+            {"@type": "sc:CreativeWork", "name": model, "version": mark, "description": part}
+            for part, model, mark in _provenance(recipe)
+        ],
         "distribution": [
             {
                 "@type": "cr:FileObject",

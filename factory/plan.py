@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,23 @@ from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
 from cluster.usage import read_usage
 from factory.download import download_all
+from factory.draw import draw_records, off_quota
 from factory.ingest import downloaded_rows, planned_rows, source_path
 from factory.models import fingerprint, resolve
 from factory.models.answers import NoAnswer
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
 from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, PicturePlan, PromptFilePlan, PromptPlan
-from factory.taxonomy import Group, draw_records, load_taxonomy
+from factory.taxonomy import Group, load_taxonomy
 from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 
+_log = logging.getLogger(__name__)
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
 _ATTRIBUTES_LETTERS = 200
 """Allowed for a record in the template, where a price has to be reckoned before anything was asked."""
+_TOLD = 5
+"""Missed quotas that are told one by one."""
 WRITER_LOG = "writer.log"
 """Beside the parts of the plan: what a server says that the writer starts for itself."""
 PLAN_SCHEMA = pa.schema(
@@ -69,7 +74,11 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         return _plan_pictures(recipe.plan, final, progress)
     if recipe.plan.kind == "file":
         return _plan_file(recipe, recipe.plan, seed, final, progress)
-    records = draw_records(load_taxonomy(recipe.plan.taxonomy), recipe.plan.prompts, seed)
+    taxonomy = load_taxonomy(recipe.plan.taxonomy)
+    records = draw_records(taxonomy, recipe.plan.prompts, seed)
+    if missed := off_quota(taxonomy, records):
+        more = f" and {len(missed) - _TOLD} more" if len(missed) > _TOLD else ""
+        _log.warning("exclusions leave no way to keep every quota: %s%s", "; ".join(missed[:_TOLD]), more)
     parts: list[pa.Table] = []
     alike = Alike(recipe.plan.most_alike)
     with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
@@ -96,8 +105,10 @@ def written_part(
     start: int,
     seed: int,
     alike: Alike,
+    teachers: Sequence[str] = (),
 ) -> pa.Table:
     """The rows of the prompts for some records, the first of which is number `start`: written now, or read if `part` is there.
+    `teachers`, if given, says of each record who is to draw it; an empty name leaves it to the shares.
 
     What a server charged for them stands in the file (cluster/usage.py). Raises StageError if they would cost more than the recipe allows.
     """
@@ -105,7 +116,7 @@ def written_part(
     if not part.exists():
         check_budget(recipe.plan, part.parent, len(some))
         prompts = write_checked(writer(), some, recipe.plan.tries, seed + start, alike)
-        rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts)
+        rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts, teachers)
         table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
         publish_bytes(part, table_bytes(table.replace_schema_metadata(writer().take_usage().metadata())))
     return pq.read_table(part, schema=PLAN_SCHEMA).replace_schema_metadata(None)
@@ -235,8 +246,10 @@ def enumerate_samples(
     start: int,
     some: Sequence[tuple[Group | str, dict[str, str]]],
     prompts: list[tuple[str, str]],
+    teachers: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id."""
+    """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id, drawn by the teacher that
+    `teachers` names, or by shares."""
     painters = recipe.make.painters()
     names = [group if isinstance(group, str) else group.name for group, _ in some]
     drawn_by = iter(
@@ -246,7 +259,8 @@ def enumerate_samples(
     for i, ((_, record), (prompt, wrong)) in enumerate(zip(some, prompts, strict=True)):
         for k in range(images_per_prompt):
             own = int.from_bytes(hashlib.sha256(f"{seed}/{start + i}/{k}".encode()).digest()[:6], "big")
-            name = next(drawn_by)
+            shared = next(drawn_by)
+            name = (teachers[i] if teachers else "") or shared
             rows.append(
                 {
                     "id": sample_id(painters[name], prompt, own),

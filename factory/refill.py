@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe
 from cluster.stage import DEAD
 from cluster.storage import publish_bytes
+from factory.draw import balanced, keep_apart
 from factory.models.text import opened_late
 from factory.pack import MANIFEST
 from factory.plan import (
@@ -32,8 +33,8 @@ from factory.plan import (
 from factory.prompts import Alike
 from factory.recipe import FactoryRecipe
 from factory.retry import refuse_if_built
-from factory.taxonomy import Group, Taxonomy, balanced, is_excluded, keep_apart, load_taxonomy
-from factory.teachers import by_teacher
+from factory.taxonomy import Group, Taxonomy, is_excluded, load_taxonomy
+from factory.teachers import TEACHER, by_teacher
 from factory.units import REFILLS, plan_files, read_table
 
 _LIST = b"refill_list_sha256"
@@ -81,7 +82,8 @@ def plan_refill(
         for start in range(0, len(records), PART_PROMPTS):
             part = folder / "plan" / f"refill-{mark[:16]}-{start // PART_PROMPTS:05d}.parquet"
             some = records[start : start + PART_PROMPTS]
-            parts.append(written_part(recipe, part, writer, some, offset + start, seed, alike))
+            pairs, teachers = [(group, record) for group, record, _ in some], [name for *_, name in some]
+            parts.append(written_part(recipe, part, writer, pairs, offset + start, seed, alike, teachers))
             remember(alike, parts[-1])
             progress(len(some))
     table = by_teacher(pa.concat_tables(parts), recipe.make)
@@ -114,37 +116,44 @@ def parse_list(data: bytes, where: Path) -> list[Lacking]:
 
 def draw_refill(
     rows: list[Lacking], taxonomy: Taxonomy, recipe: FactoryRecipe, mark: str
-) -> list[tuple[Group, dict[str, str]]]:
-    """Attribute records for every row; raises RecipeError for a group, attribute or value that the taxonomy does not have.
+) -> list[tuple[Group, dict[str, str], str]]:
+    """Attribute records for every row, each with the teacher that the row wants, if any; raises RecipeError for a group, attribute or value
+    that the taxonomy does not have, and for an unknown teacher.
 
     A combination that the taxonomy excludes is passed over.
     """
     assert recipe.plan.kind == "written"
     groups = {group.name: group for group in taxonomy.groups}
-    found: list[tuple[Group, dict[str, str]]] = []
+    found: list[tuple[Group, dict[str, str], str]] = []
     for number, row in enumerate(rows):
         group = groups.get(row.group)
         if group is None:
             raise RecipeError(f"the taxonomy has no group {row.group}", remedy=f"There are: {', '.join(groups)}")
-        for name, value in row.attributes.items():
+        wanted = dict(row.attributes)
+        teacher = wanted.pop(TEACHER, "") if recipe.make.teachers else ""
+        if teacher and teacher not in recipe.make.teachers:
+            raise RecipeError(
+                f"factory.make.teachers has no {teacher}", remedy=f"There are: {', '.join(recipe.make.teachers)}"
+            )
+        for name, value in wanted.items():
             if value not in group.attributes.get(name, []):
                 raise RecipeError(
                     f"group {group.name} of the taxonomy has no {name} that is {value}",
                     remedy="Correct the list or the taxonomy",
                 )
         rules = taxonomy.exclusions(group)
-        if is_excluded(row.attributes, rules):
+        if is_excluded(wanted, rules):
             continue  # select looks at every combination of values and knows no taxonomy
         count = -(-row.plan // recipe.plan.images_per_prompt)
         columns = {
-            name: [row.attributes[name]] * count
-            if name in row.attributes
+            name: [wanted[name]] * count
+            if name in wanted
             else balanced(values, count, random.Random(f"{mark}/{number}/{name}"))
             for name, values in group.attributes.items()
         }
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        records = keep_apart(records, group, rules, f"{mark}/{number}", fixed=row.attributes)
-        found += [(group, record) for record in records]
+        records = keep_apart(records, group, rules, f"{mark}/{number}", fixed=wanted)
+        found += [(group, record, teacher) for record in records]
     return found
 
 

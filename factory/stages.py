@@ -52,12 +52,12 @@ class _Render:
     """Holds one teacher at a time: of several, plans put one after another (factory/teachers.py)."""
 
     def __init__(self, recipe: MakeRecipe) -> None:
-        from factory.models.image import Painter
-
         set_threads(recipe.threads)
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
-        self.painter = Painter(self.teachers[self.name]) if self.name is not None else None
+        self.painter: Painter | None = None
+        if self.name is not None:
+            self._painter(self.name)
         self.device_s = 0.0
         """Seconds in the model; the rest is encoding, which leaves a GPU idle."""
 
@@ -78,7 +78,8 @@ class _Render:
 
         if self.painter is None or name != self.name:
             self.painter = None  # the next one may need its memory
-            self.painter, self.name = Painter(self.teachers[name]), name
+            key = f"factory.make.teachers.{name}" if name else "factory.make.teacher"
+            self.painter, self.name = Painter(self.teachers[name], key), name
         return self.painter
 
 

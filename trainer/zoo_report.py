@@ -200,10 +200,11 @@ def _captioner(judge: Clip, splits: dict[str, list[Shown]]) -> dict[str, Any]:
 
 def _writer(count: int = 256) -> dict[str, float]:
     """Share of attribute records whose prompt fails its check at the first try and after four."""
+    from factory.draw import draw_records
     from factory.models.text import open_writer
     from factory.plan import check_prompt
     from factory.recipe import TransformersWriter
-    from factory.taxonomy import draw_records, load_taxonomy
+    from factory.taxonomy import load_taxonomy
 
     writer = open_writer(TransformersWriter(model="zoo:writer"))
     records = draw_records(load_taxonomy("zoo:taxonomy.yaml"), count, seed=99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any, Literal
@@ -14,6 +15,9 @@ _LABEL = re.compile(
 )
 _INTRODUCTION = re.compile(r"^\s*(?:sure|certainly|of course|here(?:'s| is| are))\b.*:\s*$", re.IGNORECASE)
 _QUOTES = (('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("\u2018", "\u2019"), ("`", "`"))
+
+_MOST_STARTS = 64
+"""Braces and brackets in an answer at which its JSON may begin: a server that sends nothing but brackets must not cost hours."""
 
 
 class NoAnswer(str):
@@ -64,7 +68,8 @@ def _from_json(text: str) -> str:
 
 def _first_value(text: str) -> Any:
     decoder = json.JSONDecoder(strict=False)  # line breaks inside a text are a common fault
-    for place in (i for i, letter in enumerate(text) if letter in "{["):
+    places = (i for i, letter in enumerate(text) if letter in "{[")
+    for place in itertools.islice(places, _MOST_STARTS):
         try:
             return decoder.raw_decode(text, place)[0]
         except (ValueError, RecursionError):

@@ -15,7 +15,8 @@ from factory.recipe import DiffusersTeacher
 class Painter:
     """An opened pipeline."""
 
-    def __init__(self, recipe: DiffusersTeacher) -> None:
+    def __init__(self, recipe: DiffusersTeacher, key: str = "factory.make.teacher") -> None:
+        """`key` is where the recipe says so: errors name it."""
         import diffusers
         import torch
 
@@ -27,7 +28,7 @@ class Painter:
             "lcm": diffusers.LCMScheduler,
         }
         self.recipe, place = recipe, resolve(recipe.model)
-        self.batch = BatchSize(recipe.batch_images, "factory.make.teacher.batch_images")
+        self.batch = BatchSize(recipe.batch_images, f"{key}.batch_images")
         try:
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
                 place, revision=recipe.revision, dtype=getattr(torch, recipe.dtype), safety_checker=None
@@ -35,7 +36,7 @@ class Painter:
         except (OSError, ValueError) as error:
             raise StageError(
                 f"the teacher {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
-                remedy="Check factory.make.teacher.model, or that of make.teachers; hub names need a network or a filled cache",
+                remedy=f"Check {key}.model; hub names need a network or a filled cache",
             ) from error
         pipeline.scheduler = samplers[recipe.sampler].from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)

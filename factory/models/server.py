@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -11,6 +12,8 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -151,9 +154,16 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds that a busy server asks to be left alone; 0 if it says nothing that can be understood."""
+    """Seconds that a busy server asks to be left alone, by a number or a date (RFC 9110, 10.2.3); 0 if it says nothing that can be understood."""
     told = error.headers.get("Retry-After", "") if error.headers else ""
-    return min(float(told), _LONGEST_WAIT_S) if told.isdigit() else 0.0
+    try:
+        asked_s = float(told)
+    except ValueError:
+        try:
+            asked_s = (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # TypeError: a date without a zone
+            return 0.0
+    return min(max(asked_s, 0.0), _LONGEST_WAIT_S) if math.isfinite(asked_s) else 0.0
 
 
 def _post(url: str, body: Mapping[str, Any], key: str) -> Any:

@@ -13,8 +13,8 @@ from factory.ledger import commit_unit
 from factory.make import select_and_pack
 from factory.pack import MANIFEST
 from factory.plan import PLAN
-from factory.recipe import FactoryRecipe
-from factory.refill import draw_refill, parse_list, plan_refill
+from factory.recipe import FactoryRecipe, SharingTeacher
+from factory.refill import Lacking, draw_refill, parse_list, plan_refill
 from factory.stages import encode_picture, looks
 from factory.taxonomy import load_taxonomy
 from factory.units import plan_units, planned_units, read_table
@@ -113,6 +113,7 @@ def test_nothing_is_planned_under_a_training(dataset: Path, recipe: FactoryRecip
         (json.dumps({"group": "objects", "attributes": {}}), "plan is missing"),
         (json.dumps({**TWO[0], "group": "animals"}), "no group animals"),
         (json.dumps({**TWO[0], "attributes": {"background": "plaid"}}), "no background that is plaid"),
+        (json.dumps({**TWO[0], "attributes": {"teacher": "quick"}}), "no teacher that is quick"),
         ("", "lists nothing"),
     ],
 )
@@ -120,3 +121,24 @@ def test_a_list_that_does_not_fit_says_so(line: str, told: str, recipe: FactoryR
     with pytest.raises(RecipeError, match=told):
         rows = parse_list(line.encode(), tmp_path / "x.jsonl")
         draw_refill(rows, load_taxonomy("zoo:taxonomy.yaml"), recipe, "mark")
+
+
+def test_what_lacks_of_a_teacher_is_planned_for_it(dataset: Path, recipe: FactoryRecipe) -> None:
+    own = recipe.make.teacher
+    assert own is not None
+    teachers = {
+        name: SharingTeacher(**{**own.model_dump(), "steps": steps}) for name, steps in (("sharp", 2), ("quick", 1))
+    }
+    several = recipe.model_copy(update={"make": recipe.make.model_copy(update={"teacher": None, "teachers": teachers})})
+    wanted = {**TWO[0], "attributes": {**TWO[0]["attributes"], "teacher": "quick"}}
+    written, samples = plan_refill(several, 7, dataset, write_list(dataset, [wanted]))
+    rows = [json.loads(text) for text in read_table(written, ["attributes"])["attributes"].to_pylist()]
+    assert len(rows) >= samples >= 1
+    assert all(wanted["attributes"].items() <= row.items() for row in rows)
+    with pytest.raises(RecipeError, match="no slow"):
+        draw_refill(
+            [Lacking(group="objects", attributes={"teacher": "slow"}, plan=1)],
+            load_taxonomy("zoo:taxonomy.yaml"),
+            several,
+            "mark",
+        )

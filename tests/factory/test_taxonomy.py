@@ -1,15 +1,20 @@
 """What is drawn: quotas to one, exclusions to the last, and the same records for the same seed as ever."""
 
 import hashlib
+import itertools
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import RecipeError
-from factory.taxonomy import Group, Taxonomy, draw_records, is_excluded, load_taxonomy
+from factory.draw import draw_records, keep_apart, off_quota
+from factory.taxonomy import Group, Taxonomy, is_excluded, load_taxonomy
 
 TAXONOMY = Taxonomy(
     groups=[
@@ -106,6 +111,60 @@ def test_where_quotas_and_exclusions_collide_exclusions_win() -> None:
     hopeless = people(exclude=[{"gender": ["man", "woman"]}])
     with pytest.raises(RecipeError, match="leave no way"):
         draw_records(Taxonomy(groups=[hopeless]), 3, 0)
+
+
+def roles(allowed: dict[str, list[str]], tools: list[str]) -> Group:
+    """One attribute decides which of another are allowed."""
+    exclude = [{"role": role, "tool": [t for t in tools if t not in some]} for role, some in allowed.items()]
+    return people(attributes={"role": list(allowed), "tool": tools}, exclude=exclude)
+
+
+def test_where_no_single_exchange_helps_a_chain_does() -> None:
+    """a holds x and may only have z, but whoever has z cannot take x: three must move."""
+    group = roles({"a": ["z"], "b": ["x", "y"], "c": ["y", "z"]}, ["x", "y", "z"])
+    given = [{"role": "a", "tool": "x"}, {"role": "b", "tool": "y"}, {"role": "c", "tool": "z"}]
+    found = keep_apart(given, group, group.exclude, "0", fixed=["role"])
+    assert [record["tool"] for record in found] == ["z", "x", "y"]
+
+
+@given(st.data())
+def test_quotas_are_kept_wherever_they_can_be(data: st.DataObject) -> None:
+    """Against a search through all assignments: as many records keep their quota as ever can."""
+    names, tools = ["a", "b", "c"], ["w", "x", "y", "z"]
+    some = st.lists(st.sampled_from(tools), min_size=1, max_size=3, unique=True)
+    group = roles(data.draw(st.fixed_dictionaries({name: some for name in names})), tools)
+    have = data.draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from(tools)), min_size=2, max_size=6))
+    given_records = [{"role": role, "tool": tool} for role, tool in have]
+    found = keep_apart(given_records, group, group.exclude, "0", fixed=data.draw(st.sampled_from([[], ["role"]])))
+    assert not any(is_excluded(record, group.exclude) for record in found)
+    column = [tool for _, tool in have]
+    possible = any(
+        not any(
+            is_excluded({"role": role, "tool": tool}, group.exclude)
+            for (role, _), tool in zip(have, order, strict=True)
+        )
+        for order in set(itertools.permutations(column))
+    )
+    if possible:
+        assert Counter(record["tool"] for record in found) == Counter(column)
+
+
+def test_a_quota_that_cannot_be_kept_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    group = people(
+        attributes={"role": {"nun": 2, "judge": 1}, "gender": {"man": 2, "woman": 1}},
+        exclude=[{"role": "nun", "gender": "man"}],
+    )
+    bound = Taxonomy(groups=[group])
+    assert "group people: 20 of role nun" not in (told := "; ".join(off_quota(bound, draw_records(bound, 30, 5))))
+    assert "not 20" in told or "not 10" in told
+    assert off_quota(TAXONOMY, draw_records(TAXONOMY, 97, 1)) == []
+
+
+def test_many_records_that_cannot_be_kept_apart_take_seconds() -> None:
+    group = roles({"a": ["x"], "b": ["x"]}, ["x", "y", "z"])
+    began = time.perf_counter()
+    draw_records(Taxonomy(groups=[group]), 30_000, 1)
+    assert time.perf_counter() - began < 20
 
 
 def test_the_shipped_taxonomies_load_and_bad_ones_are_refused(tmp_path) -> None:

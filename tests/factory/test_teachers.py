@@ -71,9 +71,9 @@ def test_from_the_plan_to_the_card(
     opened: list[int] = []
     start = image.Painter.__init__
 
-    def counted(self: image.Painter, recipe: Any) -> None:
+    def counted(self: image.Painter, recipe: Any, key: str) -> None:
         opened.append(recipe.steps)
-        start(self, recipe)
+        start(self, recipe, key)
 
     monkeypatch.setattr(image.Painter, "__init__", counted)
     recipe, out = recipe_of(tiny_models, prompts), tmp_path / "data"
@@ -96,6 +96,11 @@ def test_from_the_plan_to_the_card(
     write_card(out, recipe, funnel, "two")
     card = (out / "README.md").read_text()
     assert "pictures, sharp (75%)" in card and "pictures, quick (25%)" in card
+    based_on = json.loads((out / "croissant.json").read_text())["isBasedOn"]
+    assert [part["description"] for part in based_on if "pictures," in part["description"]] == [
+        "pictures, sharp (75%)",
+        "pictures, quick (25%)",
+    ]
 
     # The same row by the other teacher is another picture, and the very same by the same one.
     alone = recipe_of(

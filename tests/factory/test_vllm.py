@@ -22,9 +22,10 @@ import pytest
 from cluster.environment import find_environment
 from cluster.errors import TargetUnavailable
 from cluster.served import ServerRecipe
+from factory.draw import draw_records
 from factory.models.text import open_writer
 from factory.recipe import TransformersWriter, VllmWriter
-from factory.taxonomy import draw_records, load_taxonomy
+from factory.taxonomy import load_taxonomy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 SETTINGS: dict[str, Any] = {"model": "zoo:writer", "temperature": 0.0, "max_new_tokens": 48}

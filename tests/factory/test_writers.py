@@ -151,9 +151,13 @@ def test_vllm_is_asked_for_in_words_where_it_is_missing(tiny_models: Path) -> No
 def test_a_busy_server_is_left_alone_as_long_as_it_asks(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(model_server.time, "sleep", waits.append)
-    echo.busy = [{"Retry-After": "9999"}, {"Retry-After": "Wed, 21 Oct"}, {"Retry-After": "7"}]
-    assert len(open_writer(OpenAiWriter(model="m", base_url=echo.url)).write(RECORDS[:1], seed=1)) == 1
-    assert [wait for wait in waits if wait >= 1] == [7.0, 2.0, 60.0]
+    for told in (
+        ("9999", "Wed, 21 Oct", "7.5"),
+        ("nan", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2099 07:28:00 GMT"),
+    ):
+        echo.busy = [{"Retry-After": wait} for wait in told]
+        assert len(open_writer(OpenAiWriter(model="m", base_url=echo.url)).write(RECORDS[:1], seed=1)) == 1
+    assert [wait for wait in waits if wait >= 1] == [7.5, 2.0, 60.0, 60.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(
