@@ -19,7 +19,7 @@ demo: setup
 
 # Two files of tests at a time: much of a test's time is waiting for processes that it starts.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 12
 
 # What would make `make test` longer than ten minutes; CI runs it too.
 test-long: setup
@@ -29,9 +29,10 @@ test-long: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Several real Ray nodes in network namespaces, nodes lost while they make and while they train: root only, a quarter of an hour.
+# Several real Ray nodes in network namespaces, nodes lost while they make and while they train: a quarter of an hour; CI runs it too.
+# Skipped, with the reason, where namespaces cannot be made (they need root).
 test-cluster: setup
-	$(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster
+	$(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster -rs
 
 # A real vLLM in the environment that EDGEFUSION_VLLM names (edgefusion cluster environment make vllm-cpu).
 test-vllm: setup

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.progress import progress_bars
+from cluster.storage import publish_folder
 from trainer.progress import follow_training
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 
@@ -36,7 +38,7 @@ def zoo_build(
         bool,
         typer.Option(
             "--go-on",
-            help="begin with the finished teacher or captioner in FOLDER (zoo unpack puts the shipped ones there)",
+            help="begin with the finished teacher, captioner or few-step student in FOLDER (zoo unpack puts the shipped ones there)",
         ),
     ] = False,
 ) -> None:
@@ -44,7 +46,7 @@ def zoo_build(
     from factory.pocket.build import MODELS, build
 
     if model == "student":
-        _build_student(folder, steps)
+        _build_student(folder, steps, go_on)
     elif model in MODELS:
         build(model, folder, steps, go_on)
     else:
@@ -100,8 +102,11 @@ def zoo_ship(
     typer.echo(f"wrote {ZOO}: {sum(p.stat().st_size for p in ZOO.rglob('*') if p.is_file()) / 2**20:.1f} MiB")
 
 
-def _build_student(folder: Path, steps: int) -> None:
-    """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer."""
+def _build_student(folder: Path, steps: int, go_on: bool) -> None:
+    """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer.
+
+    With `go_on` the second phase alone, from the few-step one, on other draws.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -110,7 +115,12 @@ def _build_student(folder: Path, steps: int) -> None:
     from trainer.loop import train
     from trainer.sample import save_student
 
-    teacher = str(folder / "teacher" / "model")
+    teacher, few_step = str(folder / "teacher" / "model"), folder / "student-fewstep"
+    training = folder / ("students-on" if go_on else "students")
+    # What this replaces stays as it was until the end: a killed training begins with the same weights again.
+    first = folder / "student-before"
+    if go_on and not first.exists():
+        publish_folder(first, lambda place: shutil.copytree(few_step, place, dirs_exist_ok=True))
     rate: dict[str, Any] = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120, "cosine": True}
     recipe = TrainerRecipe(
         teacher=teacher,
@@ -118,13 +128,20 @@ def _build_student(folder: Path, steps: int) -> None:
         size_px=64,
         cache_latents=True,
         threads=len(os.sched_getaffinity(0)),
-        adapt=AdaptRecipe(steps=steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
+        start=str(first) if go_on else None,
+        adapt=AdaptRecipe(steps=0 if go_on else steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
-            steps=steps, learning_rate=3e-4, ema_decay=0.98, guidance_min=3.0, guidance_max=3.0, **rate
+            steps=steps,
+            learning_rate=2e-4 if go_on else 3e-4,
+            ema_decay=0.99 if go_on else 0.98,
+            guidance_min=3.0,
+            guidance_max=3.0,
+            **rate,
         ),
     )
-    with progress_bars() as bars, follow_training(bars, recipe, folder / "students"):
-        train(recipe, pack_world(folder), folder / "students", seed=0)
-    adapted: Any = UNet2DConditionModel.from_pretrained(folder / "students" / "adapt" / "unet")
-    adapted.to(torch.float16).save_pretrained(folder / "student")
-    save_student(recipe, folder / "students", folder / "student-fewstep")
+    with progress_bars() as bars, follow_training(bars, recipe, training):
+        train(recipe, pack_world(folder), training, seed=int(go_on))
+    if not go_on:
+        adapted: Any = UNet2DConditionModel.from_pretrained(training / "adapt" / "unet")
+        adapted.to(torch.float16).save_pretrained(folder / "student")
+    save_student(recipe, training, few_step)

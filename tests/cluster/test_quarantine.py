@@ -51,6 +51,7 @@ def wanted(deadly: tuple[str, ...]) -> dict[str, list[Row]]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_on_ray_only_the_deadly_rows_are_lost(tmp_path: Path) -> None:
     deadly = ("1-3", "3-0", "3-9")
     ray = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))

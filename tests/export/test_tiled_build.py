@@ -33,6 +33,7 @@ def bundles(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "builds"),
     [
