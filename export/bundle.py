@@ -66,7 +66,7 @@ def export_student(
     if recipe.tiling is not None:
         plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
         if recipe.tiling.compile:
-            compiled = compile_plan(plan, load_profile(recipe.tiling.profile))
+            compiled = compile_plan(plan.tiled, load_profile(recipe.tiling.profile))
         if plan.tiled:
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)

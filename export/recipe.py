@@ -118,6 +118,11 @@ class ExportRecipe(Settings):
     parity_prompts: int = Field(default=8, ge=1, description="prompts on which builds are compared with PyTorch")
     latency_runs: int = Field(default=5, ge=1, description="timed runs after one warm-up")
     threads: int = Field(default=2, ge=1, description="CPU threads while measuring")
+    pages: bool = Field(
+        default=True,
+        description="a run also writes compare.html, for which all bundles are measured once more, and, where onnxruntime-web "
+        "lies in the cache (`edgefusion export fetch-web`), demo, which draws in the browser",
+    )
     gates: GateRecipe = GateRecipe()
     sources: list[SourceRecipe] = Field(
         default=[], description="what the student came from, with licences; the shipped student knows its own"

@@ -76,8 +76,13 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
         builds = json.loads((out / "export" / target / "bundle.json").read_text())["builds"]
         assert set(builds) == names
         assert min(builds["fp32"]["parity"]["graph_snr_db"].values()) > 60
+    compared = (out / "compare.html").read_text()
+    assert "PyTorch fp32, stored in onnx" in compared and compared.count("all hold") == 5
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "")
+    assert '<a href="compare.html">' in page and f"edgefusion export try {out / 'export' / 'onnx'}" in page
+    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://localhost", ""
+    )
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: tuple[Path, Path]) -> None:
@@ -106,7 +111,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(undisturbed: tuple[P
         assert process.poll() is None, f"the run ended before it could be killed {moment}"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (out / "report.html").exists()
+        assert not (out / "report.html").exists() and not (out / "compare.html").exists()
     subprocess.run(command(recipe, out), check=True, capture_output=True)
     assert data_bytes(out) == data_bytes(whole)
     unet = "student/unet/diffusion_pytorch_model.safetensors"
