@@ -17,8 +17,8 @@ import numpy as np
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import publish_folder
 from export import parity
-from export.build import Work, arrays_of, build_target
-from export.graph import graphs_of, to_onnx
+from export.build import Work, arrays_of, build_target, prove_tiles
+from export.graph import decoder_graph, graphs_of, to_onnx
 from export.profile import load_profile
 from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
@@ -57,6 +57,12 @@ def export_student(
     calibration = _calibrate(reference, tokens[: recipe.calibration_prompts])
     judged = tokens[recipe.calibration_prompts :]
     wanted = [reference.picture(row, i) for i, row in enumerate(judged)]
+    tiles = None
+    if recipe.decoder is not None:
+        cut = (recipe.decoder.tile, recipe.decoder.overlap)
+        graphs[2] = decoder_graph(pipeline.vae, graphs[2].inputs["latent"], cut)
+        tiles = prove_tiles(reference, parity.torch_calls(graphs)["vae_decoder"], judged, wanted, recipe)
+        reference = Build(parity.torch_calls(graphs), reference.scheduler, reference.shape)
     sources = folder / ".graphs"
     for graph in graphs:
         if not (sources / f"{graph.name}.onnx").exists():
@@ -85,6 +91,7 @@ def export_student(
         recipe=recipe,
         plan=plan,
         compiled=compiled,
+        decoder_tiles=tiles,
         keep=keep,
         student=student,
     )
