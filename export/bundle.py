@@ -24,11 +24,10 @@ from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
+from export.student import open_student
 from export.targets.judge import compile_plan
 from export.targets.registry import find_target
 from export.tiled_build import lower_tiled, plan_unet
-from trainer.guidance import fix_guidance, takes_guidance
-from trainer.models import open_pipeline
 
 Progress = Callable[[str], None]
 
@@ -45,7 +44,7 @@ def export_student(
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = _open_student(student, recipe)
+    pipeline = open_student(student, recipe.guidance_scale)
     graphs = graphs_of(pipeline)
     lines = [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
     tokens = _tokenize(pipeline, lines)
@@ -115,7 +114,7 @@ def scan_student(
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = _open_student(student, recipe)
+    pipeline = open_student(student, recipe.guidance_scale)
     graphs = graphs_of(pipeline)
     tokens = _tokenize(pipeline, [prompts[i % len(prompts)] for i in range(max(count, recipe.calibration_prompts))])
     shape = tuple(graphs[1].inputs["latent"].shape)
@@ -149,20 +148,6 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         raise EdgeFusionError(
             "is no finished bundle", where=str(folder), remedy="Run edgefusion run or export first"
         ) from error
-
-
-def _open_student(student: Path, recipe: ExportRecipe) -> Any:
-    """The pipeline; a guidance input of its UNet is fixed at the recipe's scale. Raises EdgeFusionError if that says none."""
-    pipeline = open_pipeline(str(student))
-    if takes_guidance(pipeline.unet):
-        if recipe.guidance_scale is None:
-            raise EdgeFusionError(
-                "the student takes guidance as an input, and a build has it fixed",
-                where=str(student),
-                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
-            )
-        pipeline.unet = fix_guidance(pipeline.unet, recipe.guidance_scale - 1)
-    return pipeline
 
 
 def _calibrate(reference: Build, tokens: Sequence[np.ndarray]) -> dict[str, list[dict[str, np.ndarray]]]:

@@ -51,7 +51,7 @@ def test_a_decoder_of_convolutions_is_exact_once_tiles_share_enough() -> None:
     wanted = plain(latent)
     # It sees 7 latents to each side: conv, block of three, and at twice the size conv, block, conv. A quarter of 28 is 7.
     torch.testing.assert_close(TiledDecoder(plain, 36, 28)(latent), wanted, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(TiledDecoder(plain, 36, 4)(latent), wanted, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(TiledDecoder(plain, 24, 4)(latent), wanted, rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()
@@ -86,19 +86,20 @@ def test_the_graph_holds_no_features_of_the_whole_picture(tmp_path: Path) -> Non
     torch.manual_seed(0)
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae: Any = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds)
-    latent, sizes = torch.randn(1, 4, 16, 16), {}
+    latent, sizes, stored = torch.randn(1, 4, 16, 16), {}, {}
     for name, tiles in (("whole", None), ("tiled", (10, 4))):
         graph = decoder_graph(vae.eval(), latent, tiles)
         to_onnx(graph, tmp_path / f"{name}.onnx")
         model = onnx.shape_inference.infer_shapes(onnx.load(str(tmp_path / f"{name}.onnx")))
         shapes = [[d.dim_value for d in info.type.tensor_type.shape.dim] for info in model.graph.value_info]
         sizes[name] = max(int(np.prod(shape)) for shape in shapes)
+        stored[name] = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
         session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
         with torch.no_grad():
             wanted = graph.module(latent).numpy()
         assert parity.snr_db(wanted, np.asarray(session.run(None, {"latent": latent.numpy()})[0])) > 60
     # Weights once, not once a tile; and the largest tensor is a tile's, (10 / 16)^2 of the whole's.
-    assert (tmp_path / "tiled.onnx").stat().st_size < 1.5 * (tmp_path / "whole.onnx").stat().st_size
+    assert stored["tiled"] < 1.1 * stored["whole"]
     assert sizes["tiled"] < 0.5 * sizes["whole"]
 
 
