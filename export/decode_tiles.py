@@ -80,16 +80,27 @@ class TiledDecoder(nn.Module):
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         if not self.has_norms:
             return self._tiles(latent, self.decoder, 1)
+        x = self._early(latent)
+        self._noting = True
+        self._later(x[..., ::2, ::2])
+        self._noting = False
+        return self._tiles(x, self._later, x.shape[-1] // latent.shape[-1])
+
+    def with_own_statistics(self, latent: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but every tile normalised by itself: to compare with."""
+        x, self._noting = self._early(latent), True
+        drawn = self._tiles(x, self._later, x.shape[-1] // latent.shape[-1])
+        self._noting = False
+        return drawn
+
+    def _early(self, latent: torch.Tensor) -> torch.Tensor:
         x = self.decoder.mid_block(self.decoder.conv_in(latent), None)
         *blocks, before, _ = self.decoder.up_blocks
         for block in blocks:
             x = block(x, None)
         for resnet in before.resnets:
             x = resnet(x, None)
-        self._noting = True
-        self._later(x[..., ::2, ::2])
-        self._noting = False
-        return self._tiles(x, self._later, x.shape[-1] // latent.shape[-1])
+        return x
 
     def _later(self, x: torch.Tensor) -> torch.Tensor:
         """From the last doubling on: a quarter of the multiplications, and nearly all of the memory."""
