@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from rich.progress import Progress
 
 from cluster.errors import LedgerConflict, StageError
+from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.progress import bar_each, progress_bars
@@ -68,6 +70,7 @@ class Chain:
         self.recipe, self.out = recipe, out
         self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
         self.facts = self._claim()
+        self.events = NOWHERE
 
     def run(self, until: str = "report") -> bool:
         """Run what is missing up to step `until`; returns False if there was nothing to do."""
@@ -91,19 +94,34 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
+        self.facts.setdefault("run", uuid.uuid4().hex[:12])
         self._save()
         sweep_partials(self.out)
-        with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
+        about = {"recipe": self.recipe.name, "steps": ", ".join(todo), "commit": commit()}
+        with (
+            watch_memory() as peak,
+            progress_bars() as bars,
+            heartbeat(self.out) as begin,
+            self._events().during("run", **about) as whole,
+            whole.listening(),
+        ):
             for step in todo:
                 begin(step)
                 began = time.monotonic()
                 self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
-                result = getattr(self, f"_{step}")(bars)
+                with whole.during(f"step {step}") as self.events:
+                    result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
                 self.facts |= result or {}
                 self._save()
         return True
+
+    def _events(self) -> Events:
+        kind = self.recipe.cluster.log
+        if kind == "off":
+            return NOWHERE
+        return Events((self.out / LOG).resolve(), self.facts["run"], uuid.uuid4().hex[:8], units=kind == "units")
 
     def _claim(self) -> dict[str, Any]:
         """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
@@ -195,7 +213,7 @@ class Chain:
         sizes = unit_sizes(self.data, each)
         left = sum(sizes[number] for number in units_left(self.data, each))
         task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
-        runner = make_runner(self.recipe.cluster)
+        runner = make_runner(self.recipe.cluster, self.events)
         try:
             make(
                 self.recipe.factory,
@@ -238,6 +256,7 @@ class Chain:
                     folder,
                     recipe.threads,
                     self.recipe.cluster.trains_on_gpu(),
+                    self.events,
                 )
             finally:
                 if self.recipe.cluster.runner == "ray":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import metadata
@@ -58,6 +60,16 @@ def machine_facts() -> dict[str, str]:
         "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
         "GPUs": ", ".join(gpus) or "none",
     }
+
+
+def this_machine() -> str:
+    """Names the kernel and the process namespace that this process lives in: a number of a process means something there only, and two hosts
+    or containers may well have one name."""
+    try:
+        where = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        where = f"{platform.node()} {uuid.getnode()}"
+    return hashlib.sha256(where.encode()).hexdigest()[:16]
 
 
 def load_per_core() -> float:

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
+from cluster.events import NOWHERE, Events
 from cluster.runner import ClusterRecipe, start_ray
+from cluster.tracing import flush
 
 
-def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, threads: int, use_gpu: bool) -> None:
+def launch(
+    train: Callable[[], None],
+    recipe: ClusterRecipe,
+    storage: Path,
+    threads: int,
+    use_gpu: bool,
+    events: Events = NOWHERE,
+) -> None:
     """Run `train` to its end; when a worker dies all begin again up to `max_failures` times. Raises StageError.
 
     With `train_workers_min` they may then be fewer, so `train` must take any number of workers.
@@ -26,7 +35,11 @@ def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, thre
 
     def on_worker(_config: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        train()
+        place = ray.train.get_context()
+        facts = {"rank": place.get_world_rank(), "workers": place.get_world_size()}
+        with events.during("training worker", **facts) as inner, inner.listening():
+            train()
+        flush()
 
     # What Ray Train asks for by itself, said aloud once memory is to be counted too.
     memory = recipe.memory_bytes("train")
