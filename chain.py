@@ -15,6 +15,7 @@ from cluster.errors import LedgerConflict, StageError
 from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
+from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
@@ -47,6 +48,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"trainer.own_view is {self.trainer.own_view}, which is not among factory.views ({', '.join(self.factory.views) or 'none'})"
             )
+        if named := {*self.cluster.stages, *self.cluster.memory_gib}:
+            from factory.stages import make_stages
+
+            known = [stage.name for stage in make_stages(self.factory.make, Path())]
+            if odd := unknown_stages(named, [*known, TRAIN]):
+                raise ValueError(f"cluster.stages or cluster.memory_gib: {odd}")
         distill, export = self.trainer.distill, self.export
         if distill.steps and distill.phases and export.steps % distill.phases:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +95,9 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         overrides: Annotated[list[str] | None, SET] = None,
         node: Annotated[
             list[str] | None,
-            typer.Option(help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64 (repeatable)"),
+            typer.Option(
+                help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64,resources.npu=1,labels.zone=a (repeatable)"
+            ),
         ] = None,
     ) -> None:
         """Say which workers fit where, which do not and why, before anything starts. Exits with 1 if any does not fit."""
@@ -136,20 +139,27 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
             typer.echo(f"wrote {path}")
 
 
+def _node_words(node: Node) -> str:
+    """Equal nodes, equal words; of labels only a user's own."""
+    amounts = {"CPUs": node.cpus, "GPUs": node.gpus, "GiB": node.memory_gib, **node.resources}
+    labels = [f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/")]
+    return ", ".join([*(f"{amount:g} {name}" for name, amount in amounts.items()), *labels])
+
+
 def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
-    seen: dict[tuple[float, float, float], int] = {}
-    for node in nodes:
-        kind = (node.cpus, node.gpus, node.memory_gib)
-        seen[kind] = seen.get(kind, 0) + 1
-    for (cpus, gpus, memory), count in seen.items():
-        typer.echo(f"{count} x {cpus:g} CPUs, {gpus:g} GPUs, {memory:g} GiB")
+    kinds = Counter(_node_words(node) for node in nodes)
+    for words, count in kinds.items():
+        typer.echo(f"{count} x {words}")
     table = Table("step", "stage", "workers", "each", "fits", "where, or why not")
     for fit in fits:
         need = fit.need
         each = f"{need.cpus:g} CPU" + (f", {need.gpus:g} GPU" if need.gpus else "")
         each += f", {need.memory_gib:g} GiB" if need.memory_gib else ", memory not stated"
+        each += "".join(f", {amount:g} {name}" for name, amount in need.resources.items())
         where = f"on {len(fit.nodes)} node{'s' * (len(fit.nodes) != 1)}"
-        table.add_row(need.step, need.stage, str(need.workers), each, str(fit.placed), fit.why or where)
+        where += "".join(f", {key}={value}" for key, value in need.labels.items())
+        workers = f"{need.workers_min} to {need.workers}" if need.workers_min else str(need.workers)
+        table.add_row(need.step, need.stage, workers, each, str(fit.placed), fit.why or where)
     Console().print(table)
     typer.echo(f"The process that starts the run does {DRIVER} by itself.")
     if view.vllm_model:

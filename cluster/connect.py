@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import StageError
+from cluster.places import suits
 from cluster.stage import Stage
 
 _KNOCK_S = 10.0
@@ -65,13 +66,20 @@ def see_that_it_fits(stages: Sequence[Stage], memory_bytes: dict[str, int], loca
     """Raises StageError if a local Ray can never hold a worker; on a cluster, where nodes may still join, says what is waited for."""
     import ray
 
-    nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
     for stage in stages:
         wants = {"CPU": stage.cpus, "GPU": stage.gpus, "memory": float(memory_bytes.get(stage.name, 0))}
-        if any(all(node.get(key, 0) >= want for key, want in wants.items()) for node in nodes):
+        wants |= dict(stage.resources)
+        if any(
+            all(node["Resources"].get(key, 0) >= want for key, want in wants.items())
+            and suits(stage.labels, node.get("Labels") or {})
+            for node in nodes
+        ):
             continue
         words = [f"{stage.cpus:g} CPU", *([f"{stage.gpus:g} GPU"] if stage.gpus else [])]
         words += [f"{wants['memory'] / 2**30:g} GiB"] if wants["memory"] else []
+        words += [f"{amount:g} {name}" for name, amount in stage.resources.items()]
+        words += [f"a node with {key}={value}" for key, value in stage.labels.items()]
         what = f"a worker of stage {stage.name} needs {', '.join(words)}, and no node has that"
         remedy = "edgefusion cluster check RECIPE shows what fits where"
         if local:

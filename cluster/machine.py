@@ -10,10 +10,13 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 NEEDED = [
     "torch",
@@ -90,6 +93,29 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def pins(package: str, extras: Sequence[str] = ()) -> dict[str, str]:
+    """Every distribution that `package` with `extras` brings, as installed here, by the version without what was built locally (`+cpu`)."""
+    found: dict[str, str] = {}
+    todo: list[tuple[str, tuple[str, ...]]] = [(package, tuple(extras))]
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    while todo:
+        if (one := todo.pop()) in seen:
+            continue
+        seen.add(one)
+        name, wanted = one
+        try:
+            about = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if name != package:
+            found[canonicalize_name(name)] = about.version.partition("+")[0]
+        for text in about.requires or ():
+            need = Requirement(text)
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*wanted, "")):
+                todo.append((need.name, tuple(sorted(need.extras))))
+    return dict(sorted(found.items()))
 
 
 def commit() -> str:

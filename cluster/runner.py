@@ -26,6 +26,7 @@ from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
 from cluster.metrics import WorkerMetrics
+from cluster.places import TRAIN, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply
@@ -69,6 +70,10 @@ class ClusterRecipe(Settings):
         default={},
         description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
     )
+    stages: dict[str, StagePlace] = Field(
+        default={},
+        description="by stage (render, score, train ...), what its workers take and which nodes may hold them: {render: {gpus: 0.5, labels: {zone: a}}}",
+    )
     cache: CacheRecipe = Field(
         default=CacheRecipe(), description="where shards of data sets that are given by URL are kept on each machine"
     )
@@ -88,7 +93,14 @@ class ClusterRecipe(Settings):
             raise ValueError(
                 f"train_workers_min ({self.train_workers_min}) is more than train_workers ({self.train_workers})"
             )
+        train = self.stages.get(TRAIN)
+        if train and (train.workers or train.workers_min):
+            raise ValueError("stages.train: workers of training are train_workers and train_workers_min")
         return self
+
+    def placed(self, stage: Stage) -> Stage:
+        """The stage with what `stages` says of it."""
+        return placed(stage, self.stages.get(stage.name))
 
     def trains_on_gpu(self) -> bool:
         """As the recipe says, or as this machine can."""
@@ -162,6 +174,7 @@ class OnRay:
         self._flow: FlowActor | None = None
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
+        stages = [self.recipe.placed(stage) for stage in stages]
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
         # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
         restarts = -1 if attempts else self.recipe.max_failures
@@ -199,9 +212,13 @@ class OnRay:
                 data = data.map(
                     mapper,
                     fn_constructor_args=[stage, attempts, self._flow.name, self.events],
-                    compute=ray.data.ActorPoolStrategy(size=stage.workers),
+                    compute=ray.data.ActorPoolStrategy(
+                        min_size=stage.workers_min or stage.workers, max_size=stage.workers
+                    ),
                     num_cpus=stage.cpus,
                     num_gpus=stage.gpus,
+                    resources=dict(stage.resources) or None,
+                    label_selector=dict(stage.labels) or None,
                     memory=self.recipe.memory_bytes(stage.name) or None,
                     max_restarts=restarts,
                     max_task_retries=restarts,

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
 from cluster.events import NOWHERE, Events
+from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
 from cluster.tracing import flush
 
@@ -35,15 +36,17 @@ def launch(
 
     def on_worker(_config: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        place = ray.train.get_context()
-        facts = {"rank": place.get_world_rank(), "workers": place.get_world_size()}
+        own = ray.train.get_context()
+        facts = {"rank": own.get_world_rank(), "workers": own.get_world_size()}
         with events.during("training worker", **facts) as inner, inner.listening():
             train()
         flush()
 
     # What Ray Train asks for by itself, said aloud once memory is to be counted too.
-    memory = recipe.memory_bytes("train")
-    each = {"CPU": 1.0, "GPU": float(use_gpu), "memory": float(memory)} if memory else None
+    memory, place = recipe.memory_bytes(TRAIN), recipe.stages.get(TRAIN, StagePlace())
+    each = {"CPU": 1.0 if place.cpus is None else place.cpus, **place.resources}
+    each |= {"GPU": float(place.gpus or 1)} if use_gpu else {}
+    each |= {"memory": float(memory)} if memory else {}
     fewest = recipe.train_workers_min
     trainer = TorchTrainer(
         on_worker,
@@ -52,6 +55,7 @@ def launch(
             num_workers=(fewest, recipe.train_workers) if fewest else recipe.train_workers,
             use_gpu=use_gpu,
             resources_per_worker=each,
+            label_selector=dict(place.labels) or None,
             placement_strategy=recipe.train_placement.upper(),
         ),
         run_config=ray.train.RunConfig(

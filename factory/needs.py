@@ -6,16 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.needs import Need, RunView
+from cluster.needs import RunView, need_of
 from factory.recipe import FactoryRecipe
 from factory.stages import make_stages
 
 
 def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     """`view` with the factory's workers, samples and, if vLLM writes the prompts, what it would take to serve it elsewhere."""
-    memory = view.cluster.memory_gib
-    stages = make_stages(recipe.make, Path())
-    needs = tuple(Need("make", s.name, s.workers, s.cpus, s.gpus, memory.get(s.name, 0.0)) for s in stages)
+    needs = tuple(need_of("make", stage, view.cluster) for stage in make_stages(recipe.make, Path()))
     plan = recipe.plan
     if plan.kind != "written":
         each = plan.images_per_prompt if plan.kind == "file" else 1
