@@ -16,6 +16,7 @@ from rich.table import Table
 from cluster.dashboard import dashboard
 from cluster.environment import KINDS, default_folder, make_environment
 from cluster.errors import EdgeFusionError
+from cluster.events import LOG, PROBLEMS, read_events, samples_of
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
 from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
@@ -56,6 +57,29 @@ def storage_check(
         typer.echo(f"{'ok    ' if finding.ok else 'FAILED'}  {finding.name}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command("log")
+def log(
+    out: Annotated[Path, typer.Argument(help="output folder of a run")],
+    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
+    unit: Annotated[str | None, typer.Option(help="of this unit only: unit-00012")] = None,
+    sample: Annotated[str | None, typer.Option(help="what names this sample: its id, or how it begins")] = None,
+    problems: Annotated[bool, typer.Option("--problems", help="warnings and errors only")] = False,
+) -> None:
+    """Print the log of a run, of all machines in order of time: one JSON object a line, for eyes, jq and log collectors."""
+    if not (out / LOG).is_dir():
+        raise EdgeFusionError(
+            "holds no log", where=str(out), remedy="Give the --out folder of a run; cluster.log may be off"
+        )
+    for event in read_events(out):
+        if (stage, unit) != (event.get("stage") if stage else None, event.get("unit") if unit else None):
+            continue
+        if problems and event.get("level") not in PROBLEMS:
+            continue
+        if sample and not any(key.startswith(sample) for key in samples_of(event)):
+            continue
+        typer.echo(json.dumps(event, ensure_ascii=False))
 
 
 environments = typer.Typer(
@@ -105,11 +129,31 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         nodes = [one for text in node or [] for one in parse_nodes(text)]
         if not nodes:
             local = view.cluster.address == "local" or view.cluster.runner == "in-process"
-            nodes = [own_node(view.cluster)] if local else ray_nodes(view.cluster)
+            nodes = (
+                [own_node(view.cluster)]
+                if local
+                else ray_nodes(view.cluster, lambda words: typer.echo(words, err=True))
+            )
         fits = place(view.needs, nodes)
         _show_fits(view, nodes, fits)
         if any(fit.why for fit in fits) and view.cluster.runner == "ray":
             raise typer.Exit(1)
+
+    @app.command("submit")
+    def submit_run(
+        recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/edgefusion.yaml")],
+        to: Annotated[str, typer.Option(help="the cluster's dashboard: http://127.0.0.1:8265")],
+        out: Annotated[str, typer.Option(help="output folder as the cluster's nodes see it; the same again goes on")],
+        overrides: Annotated[list[str] | None, SET] = None,
+        wait: Annotated[bool, typer.Option(help="show what it says until it ends; Ctrl-C leaves it running")] = True,
+    ) -> None:
+        """Run a recipe as a Ray job: the driver is on the cluster too. Relative paths in it are looked up there."""
+        from cluster.submit import follow, submit
+
+        job = submit(view_of(recipe, overrides or []), to, out)
+        typer.echo(f"submitted as {job}; ray job stop {job} --address {to} ends it")
+        if wait:
+            follow(to, job, lambda text: typer.echo(text, nl=False))
 
     @app.command("render")
     def render_files(

@@ -62,6 +62,29 @@ def explain(address: str, error: Exception) -> StageError:
     )
 
 
+def explain_work(error: BaseException) -> StageError | None:
+    """What Ray raised while stages worked, where it is the machine's fault and no stage's; else None."""
+    names, inner = set[str](), error
+    while inner is not None and len(names) < 20:
+        names |= {kind.__name__ for kind in type(inner).__mro__}
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    text = str(error)
+    if names & {"OutOfDiskError", "ObjectStoreFullError"} or "OutOfDiskError" in text or "ObjectStoreFullError" in text:
+        return StageError(
+            "Ray's object store is full, and so is the disk that it would spill to",
+            where="cluster",
+            remedy="Free space below Ray's folder (/tmp/ray, or --temp-dir of ray start), give the store more memory (cluster.object_store_mib, "
+            "or --object-store-memory of ray start), or make units smaller (factory.make.unit_images); the same command then goes on",
+        )
+    if "OutOfMemoryError" in names or "ray.exceptions.OutOfMemoryError" in text:
+        return StageError(
+            "Ray ended a worker, for its node ran out of memory",
+            where="cluster",
+            remedy="Say what workers need (cluster.memory_gib), so that fewer share a node, or use larger nodes; the same command then goes on",
+        )
+    return None
+
+
 def see_that_it_fits(stages: Sequence[Stage], memory_bytes: dict[str, int], local: bool) -> None:
     """Raises StageError if a local Ray can never hold a worker; on a cluster, where nodes may still join, says what is waited for."""
     import ray

@@ -28,7 +28,7 @@ from cluster.tracing import span
 
 LOG = "log"
 Event = dict[str, Any]
-_PROBLEMS = ("warning", "error")
+PROBLEMS = ("warning", "error")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 """A shorter value would blank ordinary words."""
@@ -205,6 +205,12 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Event]:
                 yield cast(Event, found)
 
 
+def samples_of(event: Event) -> list[str]:
+    """The ids of samples that an event names."""
+    dead: list[Event] = event.get("dead", [])
+    return [*event.get("samples", []), *(str(one["id"]) for one in dead)]
+
+
 def last_problems(out: Path, most: int) -> list[Event]:
     """The last warnings and errors, the newest last; looks at the ends of the files only."""
     found: list[Event] = []
@@ -213,5 +219,5 @@ def last_problems(out: Path, most: int) -> list[Event]:
         for path in files:
             with path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                found += [event for event in _parsed(file.read().splitlines()) if event.get("level") in _PROBLEMS]
+                found += [event for event in _parsed(file.read().splitlines()) if event.get("level") in PROBLEMS]
     return sorted(found, key=lambda event: str(event["time"]))[-most:]

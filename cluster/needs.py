@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.clocks import WRONG_S, clocks_apart
 from cluster.errors import EdgeFusionError
 from cluster.places import suits
 from cluster.runner import ClusterRecipe, start_ray, stop_ray
@@ -167,13 +168,22 @@ def own_node(recipe: ClusterRecipe) -> Node:
     return Node("this machine", cpus, torch.cuda.device_count(), round(memory, 1))
 
 
-def ray_nodes(recipe: ClusterRecipe) -> list[Node]:
-    """The living nodes of the running cluster at `recipe.address`; raises StageError if it cannot be reached."""
+def ray_nodes(recipe: ClusterRecipe, tell: Callable[[str], None] = lambda words: None) -> list[Node]:
+    """The living nodes of the running cluster at `recipe.address`; raises StageError if it cannot be reached.
+
+    `tell` is told of nodes whose clocks are wrong."""
     start_ray(recipe)
     import ray
 
     try:
         found: list[dict[str, Any]] = ray.nodes()
+        for name, ahead_s in clocks_apart().items():
+            if abs(ahead_s) > WRONG_S:
+                way = "ahead of" if ahead_s > 0 else "behind"
+                tell(
+                    f"the clock of {name} is {abs(ahead_s):.0f} s {way} this machine's: a run comes to no harm, but logs are dated so, and S3 "
+                    "refuses requests of a clock that is 15 minutes wrong. Set it (chrony, timedatectl)"
+                )
     finally:
         stop_ray()
     return [

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from cluster.cache import CacheRecipe
-from cluster.connect import explain, knock, see_that_it_fits
+from cluster.connect import explain, explain_work, knock, see_that_it_fits
 from cluster.errors import StageError
 from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
@@ -357,6 +357,8 @@ def _stage_error(error: BaseException) -> StageError:
     named = [line.partition("StageError: ")[2] for line in lines if "StageError: " in line]
     if named:
         return StageError(named[-1])
+    if known := explain_work(error):
+        return known
     return StageError(
         f"a worker failed: {lines[-1]}", remedy="Mend the cause and run the same command again; --debug shows all"
     )

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from cluster.errors import StageError
+from cluster.errors import EdgeFusionError, StageError
 from cluster.events import NOWHERE, Events, last_problems, read_events, scrubbed
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner
 from cluster.stage import PENDING, Row, Stage, Unit
+from edgefusion import app
 
 
 def events(out: Path, units: bool = True) -> Events:
@@ -79,6 +81,24 @@ def test_a_step_says_how_it_ended(tmp_path: Path) -> None:
     ]
     assert said[2]["text"] == "waiting for a node" and said[2]["unit"] == "unit-7"
     assert said[5]["error"] == "StageError: stage render failed. Mend it" and said[5]["level"] == "error"
+
+
+def test_the_command_finds_what_is_asked_for(tmp_path: Path) -> None:
+    log = events(tmp_path)
+    list(InProcess(2, log).run([Stage("halve", lambda: halve)], two_units()))
+    log.say("message", "warning", unit="unit-7", samples=["id-9", "id-10"])
+
+    def said(*words: str) -> list[str]:
+        ran = CliRunner().invoke(app, ["cluster", "log", str(tmp_path), *words], catch_exceptions=False)
+        assert ran.exit_code == 0
+        return [f"{e['event']} {e.get('unit', '')}".strip() for e in map(json.loads, ran.output.splitlines())]
+
+    assert said() == ["stage opened", "unit unit-0", "unit unit-1", "message unit-7"]
+    assert said("--stage", "halve", "--unit", "unit-1") == ["unit unit-1"]
+    assert said("--problems") == ["unit unit-0", "message unit-7"]
+    assert said("--sample", "id-3") == ["unit unit-0"] and said("--sample", "id-1") == ["message unit-7"]
+    with pytest.raises(EdgeFusionError, match="holds no log"):
+        CliRunner().invoke(app, ["cluster", "log", str(tmp_path / "log")], catch_exceptions=False)
 
 
 def write_many(out: Path, mine: int) -> None:

@@ -25,12 +25,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 class Cluster:
-    """A head without a dashboard on loopback and what joined it."""
+    """A head on loopback and what joined it."""
 
-    def __init__(self, home: Path, token: str = TOKEN, program: list[str] | None = None) -> None:
-        with socket.socket() as free:
+    def __init__(
+        self, home: Path, token: str = TOKEN, program: list[str] | None = None, dashboard: bool = False
+    ) -> None:
+        with socket.socket() as free, socket.socket() as second:
             free.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
+            self.dashboard = f"http://127.0.0.1:{second.getsockname()[1]}" if dashboard else ""
         self.home, self.folders, self.started = home, list[str](), list[subprocess.Popen[bytes]]()
         self.program = program or [str(Path(sys.executable).parent / "ray")]
         self.env = {**os.environ, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
@@ -41,7 +45,9 @@ class Cluster:
         port = self.address.rpartition(":")[2]
         place = [f"--address={self.address}"]
         if not self.started:
-            place = ["--head", f"--port={port}", "--include-dashboard=false"]
+            shown = self.dashboard.rpartition(":")[2]
+            place = ["--head", f"--port={port}", f"--include-dashboard={'true' if shown else 'false'}"]
+            place += [f"--dashboard-port={shown}"] if shown else []
         self.folders.append(tempfile.mkdtemp(prefix="efj-", dir="/tmp"))
         size = [f"--object-store-memory={100 << 20}", "--memory=1000000000", f"--temp-dir={self.folders[-1]}"]
         command = [*self.program, "start", "--block", "--node-ip-address=127.0.0.1", *place, *size, *words]
@@ -144,6 +150,25 @@ print(json.dumps([unit.rows[0] for unit in done]))
 
 def work(count: int, place: dict[str, object], wait: float = 0.0) -> str:
     return WORK.replace("COUNT", str(count)).replace("PLACE", repr(place)).replace("WAIT", str(wait))
+
+
+SKEWED = "import time\nreal = time.time\ntime.time = lambda: real() + 300\n"
+CLOCKS = """
+from cluster.needs import ray_nodes
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe
+print(len(ray_nodes(build_recipe(ClusterRecipe, {"address": "ADDRESS"}, "test"), lambda words: print("told:", words))))
+"""
+
+
+def test_a_driver_whose_clock_is_wrong_is_told_and_works(tmp_path: Path) -> None:
+    with cluster(tmp_path) as head:
+        head.node("--num-cpus=2", "--labels=zone=a")
+        assert head.run(CLOCKS).stdout == "1\n"
+        said = head.run(SKEWED + CLOCKS).stdout
+        assert said.startswith("told: the clock of ") and said.endswith("1\n") and " s behind this machine's" in said
+        said = head.run(SKEWED + work(4, {"workers": 1}))
+        assert len(json.loads(said.stdout.splitlines()[-1])) == 4, said.stderr
 
 
 def test_stages_go_where_their_labels_and_resources_are_and_wait_for_a_node_with_a_word(tmp_path: Path) -> None:

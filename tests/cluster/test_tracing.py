@@ -102,9 +102,7 @@ def test_a_run_is_one_trace_over_all_its_processes(tmp_path: Path, kind: str) ->
     assert b"hf_planted" not in b"".join(one.SerializeToString() for one in found)
     trace = found[0].trace_id.hex()
     log = "".join(file.read_text() for file in (tmp_path / "log").iterdir())
-    assert log.count(f'"trace": "{trace}"') == len(log.splitlines()) - 1, (
-        "all lines but the first, before the run's span"
-    )
+    assert log.count(f'"trace": "{trace}"') == len(log.splitlines()) > 10, "every line says of which trace it is"
 
 
 def test_a_collector_that_is_away_stops_nothing_and_says_nothing(tmp_path: Path) -> None:
