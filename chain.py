@@ -135,27 +135,27 @@ class Chain:
 
         Nothing is written yet: a recipe whose models are not there must not take the folder.
         """
-        path, digest = self.out / RUN, recipe_digest(self.recipe)
+        path, tree = self.out / RUN, self.recipe.model_dump(mode="json")
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
-                same = facts["recipe_digest"] == digest
+                same = _what_is_made(facts["recipe"]) == _what_is_made(tree)
             except (ValueError, KeyError):
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
             if not same:
                 raise LedgerConflict(
-                    f"the folder holds a run of another recipe: {_first_difference(facts['recipe'], self.recipe)}",
+                    f"the folder holds a run of another recipe: {_first_difference(_what_is_made(facts['recipe']), _what_is_made(tree))}",
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
-            return facts
+            return {**facts, "recipe": tree, "recipe_digest": recipe_digest(self.recipe)}
         if self.out.is_dir() and any(self.out.iterdir()):
             raise LedgerConflict(
                 "the folder is not empty and holds no run", where=str(self.out), remedy="Choose another --out folder"
             )
         facts = {
-            "recipe_digest": digest,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_digest": recipe_digest(self.recipe),
+            "recipe": tree,
             "versions": {package: version_of(package) for package in NEEDED},
             "commit": commit(),
             "machine": machine_facts(),
@@ -324,7 +324,12 @@ class Chain:
         return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
 
 
-def _first_difference(there: dict[str, Any], here: Recipe) -> str:
+def _what_is_made(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without where it runs: a run may be begun on a laptop and go on elsewhere, or under a head of another address."""
+    return json.loads(json.dumps({name: part for name, part in recipe.items() if name != "cluster"}))
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The first key with another value, in words."""
 
     def walk(one: Any, other: Any, key: str) -> str:
@@ -333,4 +338,4 @@ def _first_difference(there: dict[str, Any], here: Recipe) -> str:
             return next((walk(a, b, f"{key}.{name}" if key else name) for name, a, b in pairs if a != b), "")
         return f"{key} is {json.dumps(one)} there and {json.dumps(other)} now"
 
-    return walk(there, here.model_dump(mode="json"), "")
+    return walk(there, here, "")

@@ -35,7 +35,9 @@ def knock(address: str) -> None:
 
 def explain(address: str, error: Exception) -> StageError:
     """What `ray.init` raised, in words that a user can act on."""
-    text = str(error) or type(error).__name__
+    # Ray says "failed to connect" and hides why in the cause.
+    said = [str(one) or type(one).__name__ for one in _causes(error)]
+    text = "\n".join(said)
     if re.search(r"version mismatch", text, re.IGNORECASE):
         versions = " ".join(text.split())
         return StageError(
@@ -55,19 +57,29 @@ def explain(address: str, error: Exception) -> StageError:
             where=_WHERE,
             remedy="It may be too busy: run the same command again, or use --set cluster.runner=in-process",
         )
+    why = dict.fromkeys(one.strip().splitlines()[0] for one in (said[0], said[-1]) if one.strip())
     return StageError(
-        f"Ray at {address} cannot be reached ({text.splitlines()[0]})",
+        f"Ray at {address} cannot be reached ({': '.join(why)})",
         where=_WHERE,
-        remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
+        remedy="Start the cluster, see that its token is here (RAY_AUTH_TOKEN) and that it is not too busy to answer; "
+        "or use --set cluster.address=local or --set cluster.runner=in-process",
     )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, and what it says it came of."""
+    found: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in found:
+        found.append(inner)
+        cause = getattr(inner, "cause", None)
+        inner = cause if isinstance(cause, BaseException) else inner.__cause__
+    return found
 
 
 def explain_work(error: BaseException) -> StageError | None:
     """What Ray raised while stages worked, where it is the machine's fault and no stage's; else None."""
-    names, inner = set[str](), error
-    while inner is not None and len(names) < 20:
-        names |= {kind.__name__ for kind in type(inner).__mro__}
-        inner = getattr(inner, "cause", None) or inner.__cause__
+    names = {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
     text = str(error)
     if names & {"OutOfDiskError", "ObjectStoreFullError"} or "OutOfDiskError" in text or "ObjectStoreFullError" in text:
         return StageError(

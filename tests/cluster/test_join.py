@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,19 @@ class Cluster:
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
 
     def node(self, *words: str) -> None:
-        """The first is the head; returns when it answers."""
+        """The first is the head; returns when it answers. On a very busy machine Ray gives a node up after 30 s, so it is tried again."""
+        for left in (2, 1, 0):
+            log = self._start(words)
+            end = time.monotonic() + 180
+            while b"Ray runtime started" not in log.read_bytes() and self.started[-1].poll() is None:
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.2)
+            if self.started[-1].poll() is None:
+                return
+            assert left and "timed out during startup" in log.read_text(), log.read_text()
+            self.started.pop()
+
+    def _start(self, words: Sequence[str]) -> Path:
         port = self.address.rpartition(":")[2]
         place = [f"--address={self.address}"]
         if not self.started:
@@ -56,10 +68,7 @@ class Cluster:
             self.started.append(
                 subprocess.Popen(command, env=self.env, stdout=said, stderr=said, start_new_session=True)
             )
-        end = time.monotonic() + 180
-        while b"Ray runtime started" not in log.read_bytes():
-            assert self.started[-1].poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
+        return log
 
     def run(self, code: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A driver of its own, for a process may start Ray with one token only."""
@@ -168,6 +177,7 @@ def test_a_driver_whose_clock_is_wrong_is_told_and_works(tmp_path: Path) -> None
         said = head.run(SKEWED + CLOCKS).stdout
         assert said.startswith("told: the clock of ") and said.endswith("1\n") and " s behind this machine's" in said
         said = head.run(SKEWED + work(4, {"workers": 1}))
+        assert said.returncode == 0, said.stderr
         assert len(json.loads(said.stdout.splitlines()[-1])) == 4, said.stderr
 
 
@@ -182,9 +192,12 @@ def test_stages_go_where_their_labels_and_resources_are_and_wait_for_a_node_with
             while "waiting for one to join" not in said:
                 said = run.stderr.readline()
                 assert said, "it ended without a word"
-            assert "a worker of stage look needs 0.5 CPU, 1 npu, a node with zone=b, and no node has that now" in said
-            head.node("--num-cpus=2", "--labels=zone=b", '--resources={"npu": 1}')
-            out, more = run.communicate(timeout=300)
+            try:
+                assert "stage look needs 0.5 CPU, 1 npu, a node with zone=b, and no node has that now" in said
+                head.node("--num-cpus=2", "--labels=zone=b", '--resources={"npu": 1}')
+                out, more = run.communicate(timeout=300)
+            finally:
+                run.kill()
         rows = json.loads(out.splitlines()[-1])
         assert len(rows) == 4 and {row["zone"] for row in rows} == {"b"}, more
         assert len({row["pid"] for row in rows}) == 1, "one npu, one worker"
