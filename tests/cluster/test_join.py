@@ -170,15 +170,12 @@ print(len(ray_nodes(build_recipe(ClusterRecipe, {"address": "ADDRESS"}, "test"),
 """
 
 
-def test_a_driver_whose_clock_is_wrong_is_told_and_works(tmp_path: Path) -> None:
+def test_nodes_whose_clocks_are_apart_are_named(tmp_path: Path) -> None:
     with cluster(tmp_path) as head:
         head.node("--num-cpus=2", "--labels=zone=a")
         assert head.run(CLOCKS).stdout == "1\n"
         said = head.run(SKEWED + CLOCKS).stdout
         assert said.startswith("told: the clock of ") and said.endswith("1\n") and " s behind this machine's" in said
-        said = head.run(SKEWED + work(4, {"workers": 1}))
-        assert said.returncode == 0, said.stderr
-        assert len(json.loads(said.stdout.splitlines()[-1])) == 4, said.stderr
 
 
 def test_stages_go_where_their_labels_and_resources_are_and_wait_for_a_node_with_a_word(tmp_path: Path) -> None:
