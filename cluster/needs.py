@@ -90,6 +90,8 @@ class RunView:
     """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
+    server_drops: tuple[str, ...] = ()
+    """Further ones that a recipe needs for that which serves vLLM for itself; the tree here has no such keys."""
 
 
 DRIVER = "plan, select, samples, export and report"

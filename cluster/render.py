@@ -93,7 +93,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
             remedy="Start one (any that speaks OpenAI's chat completions) and give "
-            + " ".join(f"--set {setting.format(url='URL')}" for setting in view.server_settings),
+            + " ".join(f"--set '{s.format(url='URL')}'" for s in (*view.server_settings, *view.server_drops)),
         )
     settings = [setting.format(url=url) for setting in view.server_settings]
     machines: dict[str, str] = {}

@@ -10,6 +10,8 @@ from cluster.needs import RunView, need_of
 from factory.recipe import FactoryRecipe
 from factory.stages import make_stages
 
+_OWN_SERVER = ("environment", "server")
+
 
 def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     """`view` with the factory's workers, samples and, if vLLM writes the prompts, what it would take to serve it elsewhere."""
@@ -20,6 +22,7 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
         samples = (plan.limit or 0) * each
         return replace(view, needs=view.needs + needs, samples=samples, unit_images=recipe.make.unit_images)
     served = plan.writer.kind == "vllm"
+    own = [name for name in _OWN_SERVER if name in view.tree["factory"]["plan"]["writer"]] if served else []
     return replace(
         view,
         tree=_without_own_server(view.tree) if served else view.tree,
@@ -28,11 +31,12 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
         unit_images=recipe.make.unit_images,
         vllm_model=plan.writer.model if served else "",
         server_settings=("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
+        server_drops=tuple(f"~factory.plan.writer.{name}" for name in own),
     )
 
 
 def _without_own_server(tree: dict[str, Any]) -> dict[str, Any]:
     """The recipe without what says how the run serves vLLM for itself: launch files bring a server of their own, and another `kind`."""
     factory = tree["factory"]
-    writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in ("environment", "server")}
+    writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in _OWN_SERVER}
     return {**tree, "factory": {**factory, "plan": {**factory["plan"], "writer": writer}}}

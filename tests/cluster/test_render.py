@@ -175,6 +175,12 @@ def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_
         with pytest.raises(EdgeFusionError, match=words):
             render(view, place, options, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    # The remedy is one: with what it says the files are rendered.
+    with pytest.raises(EdgeFusionError) as caught:
+        render(paper, "aws", NFS, tmp_path / "none")
+    words = shlex.split(caught.value.remedy.partition("give ")[2].replace("URL", "http://127.0.0.1:8000/v1"))
+    view = cluster_view(PAPER, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    assert render(view, "aws", NFS, tmp_path / "aws")
 
 
 @pytest.mark.parametrize("with_vllm", [True, False])
