@@ -329,6 +329,11 @@ class EvaluateRecipe(Settings):
     seed: int = Field(default=0, ge=0, description="seed of the first picture, and of the order of the prompts")
     batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
     threads: int = Field(default=2, ge=1, description="CPU threads")
+    attribute_words: dict[str, dict[str, list[str]]] = Field(
+        default={},
+        description="how prompts say an attribute's values, where not by the value itself: {gender: {man: [man, male], woman: [woman, female]}}; "
+        "the n-th word of one value answers to the n-th of another",
+    )
     fidelity: bool = Field(default=False, description="also IS and FID on Inception features, by torch-fidelity")
     fidelity_px: int = Field(default=256, ge=32, description="edge that pictures are resized to for those, pixels")
 

@@ -38,7 +38,7 @@ def zoo_build(
         bool,
         typer.Option(
             "--go-on",
-            help="begin with the finished clip, judge, teacher, captioner or few-step student in FOLDER (zoo unpack puts the shipped ones there)",
+            help="begin with the finished teacher, captioner or few-step student in FOLDER (zoo unpack puts the shipped ones there)",
         ),
     ] = False,
 ) -> None:
@@ -105,8 +105,7 @@ def zoo_ship(
 def _build_student(folder: Path, steps: int, go_on: bool) -> None:
     """The adapted student (`FOLDER/student`) and the few-step one (`FOLDER/student-fewstep`), by the project's own trainer.
 
-    With `go_on` both begin with the few-step one that is there, on other draws, and the first is half as long: enough to follow a teacher that
-    went on too.
+    With `go_on` the second phase alone, from the few-step one, on other draws.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -130,7 +129,7 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
         cache_latents=True,
         threads=len(os.sched_getaffinity(0)),
         start=str(first) if go_on else None,
-        adapt=AdaptRecipe(steps=steps // (4 if go_on else 2), learning_rate=4e-4, ema_decay=0.998, **rate),
+        adapt=AdaptRecipe(steps=0 if go_on else steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
             steps=steps,
             learning_rate=2e-4 if go_on else 3e-4,
@@ -143,6 +142,7 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
     )
     with progress_bars() as bars, follow_training(bars, recipe, training):
         train(recipe, pack_world(folder), training, seed=int(go_on))
-    adapted: Any = UNet2DConditionModel.from_pretrained(training / "adapt" / "unet")
-    adapted.to(torch.float16).save_pretrained(folder / "student")
+    if not go_on:
+        adapted: Any = UNet2DConditionModel.from_pretrained(training / "adapt" / "unet")
+        adapted.to(torch.float16).save_pretrained(folder / "student")
     save_student(recipe, training, few_step)

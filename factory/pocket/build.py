@@ -55,7 +55,7 @@ WILD = "wild.parquet"
 MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher")
 
 
-CAN_GO_ON = ("clip", "judge", "captioner", "teacher")
+CAN_GO_ON = ("captioner", "teacher")
 """What can be trained further from its finished weights."""
 
 
@@ -66,20 +66,20 @@ def build(model: str, zoo: Path, steps: int, warm: bool = False) -> None:
     """
     if warm and model not in CAN_GO_ON:
         raise EdgeFusionError(
-            f"the zoo's {model} cannot go on from finished weights, only {', '.join(CAN_GO_ON)} can",
+            f"the zoo's {model} cannot go on from finished weights, only {' and '.join(CAN_GO_ON)} can",
             remedy="Leave --go-on out",
         )
     pairs, pixels = render_world(fetch_packages(zoo / "packages"), zoo / "world.npz")
     if model == "vae":
         train_vae(pairs, pixels, zoo / "vae", steps=steps)
     elif model == "clip":
-        train_clip(pairs, pixels, zoo / "clip", FILTER, steps=steps, warm=warm)
+        train_clip(pairs, pixels, zoo / "clip", FILTER, steps=steps)
     elif model == "wild":
         write_wild(pairs, pixels, zoo / "packages", zoo / WILD)
     elif model == "evalset":
         write_evalset(pairs, pixels, zoo / EVALSET)
     elif model == "judge":
-        train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps, warm=warm)
+        train_clip(pairs, pixels, zoo / "judge", JUDGE, steps=steps)
     elif model == "captioner":
         train_captioner(pairs, pixels, zoo, steps=steps, warm=warm)
     elif model == "writer":

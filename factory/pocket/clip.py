@@ -1,8 +1,7 @@
 """The zoo's two CLIPs: the filter, whose text tower is also the teacher's text encoder, and the judge, which only evaluates.
 
 They share nothing but the world: other seed, other vision tower (ViT, ResNet), other tokenizer. The judge alone also learns from what is
-held out. Both learn from captions with one fact changed, so that they read attributes and not only subjects: a text tower to which "man" and
-"woman" are nearly the same (it needs neither to tell subjects apart) leaves a teacher that listens to it nothing to draw by.
+held out, and from captions with one fact changed, so that it reads attributes and not only subjects.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -47,12 +46,9 @@ class Kind:
     sees_held_out: bool
     wrong_facts: bool
     """Each picture is also shown a caption with one fact changed, as a wrong answer."""
-    batch: int = 96
-    people: float | None = None
-    """Share of each batch that are people, who are hardest to tell apart; as many as there are if left out."""
 
 
-FILTER = Kind(1, 1536, {"layers": 5, "width": 160, "head_width": 32, "patch_size": 8}, 128, False, True, 64, 0.6)
+FILTER = Kind(1, 1536, {"layers": 5, "width": 160, "head_width": 32, "patch_size": 8}, 128, False, False)
 JUDGE = Kind(21, 1100, {"layers": [1, 2, 2, 1], "width": 20, "head_width": 40, "patch_size": None}, 96, True, True)
 
 
@@ -99,26 +95,16 @@ def clip_config(kind: Kind, tokens: int) -> dict[str, Any]:
     }
 
 
-def train_clip(
-    pairs: Pairs, pixels: np.ndarray, folder: Path, kind: Kind, *, steps: int, warm: bool = False
-) -> nn.Module:
-    """Train and write an open_clip folder to `folder/model` (load it as `local-dir:PATH`); the filter's text tower to `folder/text_encoder`.
-
-    With `warm`, the weights there are where training begins.
-    """
+def train_clip(pairs: Pairs, pixels: np.ndarray, folder: Path, kind: Kind, *, steps: int, batch: int = 96) -> nn.Module:
+    """Train and write an open_clip folder to `folder/model` (load it as `local-dir:PATH`); the filter's text tower to `folder/text_encoder`."""
     torch.manual_seed(kind.seed)
     tokenizer = train_tokenizer(pairs, folder / "model", kind.vocabulary)
     config = clip_config(kind, len(tokenizer))
-    batch, model, place = kind.batch, _new_clip(config), folder / "model" / "open_clip_model.safetensors"
-    start = _new_clip(config) if warm else None
-    if start is not None:
-        start.load_state_dict(load_file(place))
+    model = _new_clip(config)
     rows = np.array([i for i, (concept, _) in enumerate(pairs) if kind.sees_held_out or not concept.held_out])
 
-    chances = _chances(np.array([pairs[i][0].is_person for i in rows]), kind.people)
-
     def loss_at(step: int) -> torch.Tensor:
-        picked = np.random.default_rng((4 * kind.seed, step)).choice(rows, batch, replace=False, p=chances)
+        picked = np.random.default_rng((4 * kind.seed, step)).choice(rows, batch, replace=False)
         pictures, records, texts = batch_of(pairs, pixels, picked, seed=step)
         words = random.Random(f"wrong/{step}")
         wrong = [sentence(change_one_fact(r, words), words) for r in records] if kind.wrong_facts else []
@@ -135,12 +121,13 @@ def train_clip(
         found = retrieval(average, tokenizer, pairs, pixels, 96)
         print(f"{folder.name}: step {step}, held-out R@1 among 96: {found:.3f}", flush=True)
 
-    rate: dict[str, Any] = {"learning_rate": 5e-4 if warm else 1e-3, "weight_decay": 0.1, "ema_decay": 0.998}
-    model = fit(model, loss_at, folder, steps=steps, on_save=on_save, start=start, **rate)
+    model = fit(
+        model, loss_at, folder, steps=steps, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998, on_save=on_save
+    )
     weights = {
         k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in model.state_dict().items()
     }
-    save_file(weights, place)
+    save_file(weights, folder / "model" / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     (folder / "model" / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
@@ -148,13 +135,6 @@ def train_clip(
     if kind is FILTER:
         text_encoder(model, len(tokenizer)).half().save_pretrained(folder / "text_encoder")
     return model
-
-
-def _chances(person: np.ndarray, share: float | None) -> np.ndarray | None:
-    """How likely each row is to be drawn, so that `share` of them are people."""
-    if share is None:
-        return None
-    return np.where(person, share / person.sum(), (1 - share) / (~person).sum())
 
 
 CHOICES = {"gender": GENDERS, "tone": TONES, "style": STYLES, "background": tuple(BACKGROUNDS)}

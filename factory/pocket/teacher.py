@@ -16,15 +16,12 @@ from factory.pocket.clip import Pairs, tokens
 from factory.pocket.fit import fit
 from factory.pocket.grammar import sentence
 from factory.pocket.vae import encode
-from factory.pocket.world import BACKGROUNDS, TONES, compose, describe
+from factory.pocket.world import BACKGROUNDS, compose, describe
 
 STYLES = ("3d", "flat")
 """The teacher draws the two styles that share their outlines; the third stays for the CLIPs and for raw pictures."""
 
 UNCONDITIONAL_SHARE = 0.1
-
-PEOPLE_SHARE = 0.5
-"""Share of draws that are people: their many near-equal compositions take longest to tell apart, and objects must not be drowned by them."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -96,28 +93,19 @@ def train_teacher(
     unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
     before = zoo / "teacher" / "model" / "unet"
     start: Any = UNet2DConditionModel.from_pretrained(before, dtype=torch.float32) if warm else None
-    person = torch.tensor([pairs[int(r)][0].is_person for r in data["rows"]])
-    weight = torch.where(person, PEOPLE_SHARE / person.sum(), (1 - PEOPLE_SHARE) / (~person).sum())
-
-    records = [describe(*pairs[int(r)], names[int(g)]) for r, g in zip(data["rows"], data["grounds"], strict=True)]
-    twins = Twins(records)
+    # Professions have many near-equal compositions; each object must not be drowned by them.
+    weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
 
     def loss_at(step: int) -> torch.Tensor:
         draw, words = torch.Generator().manual_seed(step), random.Random(step)
-        first = torch.multinomial(weight, batch // 2, generator=draw)
-        second = torch.tensor([twins.of(int(i), words) for i in first])
-        stray = torch.multinomial(weight, batch // 2, generator=draw)
-        alone = second < 0
-        picked = torch.cat([first, torch.where(alone, stray, second)])
-        texts = [_say(records[int(i)], f"{step}/{n % (batch // 2)}") for n, i in enumerate(picked)]
+        picked = torch.multinomial(weight, batch, generator=draw)
+        records = [describe(*pairs[int(data["rows"][i])], names[int(data["grounds"][i])]) for i in picked]
+        texts = ["" if words.random() < UNCONDITIONAL_SHARE else sentence(r, words) for r in records]
         with torch.no_grad():
             states = encoder(tokens(tokenizer, texts)).last_hidden_state
         clean = data["latents"][picked]
         noise = torch.randn(clean.shape, generator=draw)
         times = torch.randint(0, 1000, (batch,), generator=draw)
-        # Of twins nothing but the one fact differs, so what is learned of it is not drowned by the noise.
-        noise[batch // 2 :][~alone] = noise[: batch // 2][~alone]
-        times[batch // 2 :][~alone] = times[: batch // 2][~alone]
         noisy = noiser.add_noise(clean, noise, times)  # pyright: ignore[reportArgumentType]
         wanted = noiser.get_velocity(clean, noise, times)  # pyright: ignore[reportArgumentType]
         return F.mse_loss(unet(noisy, times, states, return_dict=False)[0], wanted)
@@ -126,38 +114,10 @@ def train_teacher(
         pipeline = assemble(average, vae, encoder, tokenizer)
         sample_grid(pipeline, pairs, zoo / "teacher" / f"look-{step:06d}.png")
 
-    rate: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.01, "save_every_s": 600.0}
+    rate: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.01}
     unet = fit(unet, loss_at, zoo / "teacher", steps=steps, on_save=on_save, start=start, **rate)
     assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(zoo / "teacher" / "model")
     return unet
-
-
-class Twins:
-    """Finds a picture that differs from a given one of a person in gender or skin tone alone."""
-
-    def __init__(self, records: list[dict[str, str]]) -> None:
-        self.records = records
-        self.rows = {_identity(record): row for row, record in enumerate(records)}
-
-    def of(self, row: int, rng: random.Random) -> int:
-        """The row of a twin, gendered if it differs by gender; -1 where there is none."""
-        record = self.records[row]
-        if record.get("gender") not in ("man", "woman") or "tone" not in record:
-            return -1
-        key = rng.choice(("gender", "tone"))
-        others = ("man", "woman") if key == "gender" else TONES
-        other = rng.choice([value for value in others if value != record[key]])
-        return self.rows.get(_identity({**record, key: other}), -1)
-
-
-def _identity(record: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(record.items()))
-
-
-def _say(record: dict[str, str], seed: str) -> str:
-    """A wording, or none at all; the same seed words twins alike."""
-    words = random.Random(seed)
-    return "" if words.random() < UNCONDITIONAL_SHARE else sentence(record, words)
 
 
 def assemble(

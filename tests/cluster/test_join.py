@@ -199,6 +199,6 @@ def test_stages_go_where_their_labels_and_resources_are_and_wait_for_a_node_with
         assert len(rows) == 4 and {row["zone"] for row in rows} == {"b"}, more
         assert len({row["pid"] for row in rows}) == 1, "one npu, one worker"
         # More workers are started where work waits and there is room.
-        said = head.run(work(24, {"workers": 3, "workers_min": 1, "labels": {"zone": "!b"}}, wait=1.0))
+        said = head.run(work(90, {"workers": 3, "workers_min": 1, "labels": {"zone": "!b"}}, wait=1.0))
         rows = json.loads(said.stdout.splitlines()[-1])
         assert {row["zone"] for row in rows} == {"a"} and len({row["pid"] for row in rows}) > 1

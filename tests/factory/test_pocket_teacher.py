@@ -1,8 +1,6 @@
-import random
-
 import torch
 
-from factory.pocket.teacher import Twins, new_unet, schedule
+from factory.pocket.teacher import new_unet, schedule
 
 
 def test_teacher_is_sd_v1_shaped_and_reads_its_text() -> None:
@@ -22,19 +20,3 @@ def test_schedule_is_stable_diffusions_with_velocity() -> None:
     noiser = schedule()
     assert noiser.config["prediction_type"] == "v_prediction"
     torch.testing.assert_close(noiser.alphas_cumprod[-1], torch.tensor(0.0047), atol=1e-4, rtol=0)
-
-
-def test_twins_differ_in_one_fact_of_a_person() -> None:
-    man = {"subject": "farmer", "gender": "man", "tone": "dark", "style": "flat", "background": "red"}
-    woman, light = man | {"gender": "woman"}, man | {"tone": "light"}
-    records = [
-        man,
-        woman,
-        light,
-        {"subject": "fox", "style": "flat", "background": "red"},
-        man | {"background": "blue"},
-    ]
-    twins = Twins(records)
-    assert {twins.of(0, random.Random(i)) for i in range(40)} == {1, 2, -1}, "a tone that is not there has no twin"
-    assert twins.of(3, random.Random(0)) == -1
-    assert {twins.of(4, random.Random(i)) for i in range(20)} == {-1}

@@ -95,5 +95,5 @@ def test_training_can_begin_with_finished_weights_and_then_goes_on_from_its_chec
 
 
 def test_what_cannot_go_on_is_refused(tmp_path) -> None:
-    with pytest.raises(EdgeFusionError, match="only clip, judge, captioner, teacher can"):
-        build("vae", tmp_path, 1, warm=True)
+    with pytest.raises(EdgeFusionError, match="only captioner and teacher can"):
+        build("judge", tmp_path, 1, warm=True)
