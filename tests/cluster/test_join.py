@@ -202,3 +202,33 @@ def test_stages_go_where_their_labels_and_resources_are_and_wait_for_a_node_with
         said = head.run(work(90, {"workers": 3, "workers_min": 1, "labels": {"zone": "!b"}}, wait=1.0))
         rows = json.loads(said.stdout.splitlines()[-1])
         assert {row["zone"] for row in rows} == {"a"} and len({row["pid"] for row in rows}) > 1
+
+
+FULL = """
+import sys
+from cluster.errors import StageError
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe, OnRay
+from cluster.stage import PENDING, Stage, Unit
+
+def big(rows):
+    return [{**row, "blob": b"x" * (60 << 20)} for row in rows]
+
+def same(rows):
+    return rows
+
+units = [Unit(f"unit-{i}", [{"id": str(i), "outcome": PENDING, "reason": ""}]) for i in range(4)]
+recipe = build_recipe(ClusterRecipe, {"cpus": 2, "object_store_mib": 80}, "test")
+try:
+    list(OnRay(recipe).run([Stage("big", lambda: big, cpus=0.5), Stage("same", lambda: same, cpus=0.5)], units))
+except StageError as error:
+    sys.exit(f"ended: {error}")
+"""
+
+
+def test_a_full_object_store_and_a_full_disk_behind_it() -> None:
+    """Ray takes the disk for full at a hundredth of its size."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_local_fs_capacity_threshold": "0.01"}
+    said = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True, timeout=500)
+    assert said.returncode == 1
+    assert "ended: cluster: Ray's object store is full, and so is the disk that it would spill to" in said.stderr
