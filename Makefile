@@ -14,7 +14,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[dev,zoo]"
 	touch $@
 
+# Without npm the run is the same but for the page that draws in the browser; the report says how to make it later.
 demo: setup
+	$(BIN)/edgefusion export fetch-web || true
 	$(BIN)/edgefusion run recipes/pocket.yaml --out runs/pocket
 
 # Two files of tests at a time: much of a test's time is waiting for processes that it starts.

@@ -71,7 +71,7 @@ class Recipe(Settings):
 class Chain:
     """One run of a recipe into a folder. Each step knows by its output whether it is done, so a rerun goes on where it stopped."""
 
-    STEPS = ("plan", "make", "select", "train", "student", "samples", "export", "report")
+    STEPS = ("plan", "make", "select", "train", "student", "samples", "export", "pages", "report")
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
@@ -172,12 +172,17 @@ class Chain:
             return "funnel" in self.facts and self._holds_decisions()
         if step == "export":
             return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
+        if step == "pages" and not (self.out / "compare.html").exists():
+            from export.handover import has_pages
+
+            return has_pages(self.out, self.recipe.export)
         proof = {
             "plan": self.data / "plan.parquet",
             "make": self.data / "manifest.parquet",
             "train": self.student,
             "student": self.student,
             "samples": self.out / "samples",
+            "pages": self.out / "compare.html",
             "report": self.out / "report.html",
         }
         return proof[step].exists()
@@ -305,6 +310,13 @@ class Chain:
             lambda what: bars.update(task, description=f"export: {what}"),
         )
         bars.update(task, description="export", total=1, completed=1)
+
+    def _pages(self, bars: Progress) -> None:
+        from export.handover import write_pages
+
+        task = bars.add_task("pages", total=None)
+        write_pages(self.out, self.recipe.export, lambda what: bars.update(task, description=f"pages: {what}"))
+        bars.update(task, description="pages", total=1, completed=1)
 
     def _report(self, bars: Progress) -> None:
         from export.report import write_report

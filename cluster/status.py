@@ -65,6 +65,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
             _step(out, f"export {target}", out / "export" / target / "bundle.json", {})
             for target in recipe["export"]["targets"]
         ),
+        *([_step(out, "pages", out / "compare.html", seconds)] if recipe["export"].get("pages") else []),
         _step(out, "report", out / "report.html", seconds),
     ]
     state = beat.get("state", "unknown")

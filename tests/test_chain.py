@@ -85,8 +85,13 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
     assert {e["run"] for e in said} == {facts["run"]} and len({e["start"] for e in said}) == 1
     noted = [e["unit"] for e in said if e["event"] == "unit" and e["stage"] == "commit"]
     assert sorted(f"{unit}.parquet" for unit in noted) == sorted(p.name for p in (out / "dataset" / "ledger").iterdir())
+    compared = (out / "compare.html").read_text()
+    assert "PyTorch fp32, stored in onnx" in compared and compared.count("all hold") == 5
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "")
+    assert '<a href="compare.html">' in page and f"edgefusion export try {out / 'export' / 'onnx'}" in page
+    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://localhost", ""
+    )
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: tuple[Path, Path]) -> None:
@@ -115,7 +120,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(undisturbed: tuple[P
         assert process.poll() is None, f"the run ended before it could be killed {moment}"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (out / "report.html").exists()
+        assert not (out / "report.html").exists() and not (out / "compare.html").exists()
     subprocess.run(command(recipe, out), check=True, capture_output=True)
     assert data_bytes(out) == data_bytes(whole)
     unet = "student/unet/diffusion_pytorch_model.safetensors"
