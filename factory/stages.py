@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
+from cluster.usage import JOURNAL
 from factory.ingest import fetch
 from factory.jpeg import read_jpeg
 from factory.ledger import commit_unit
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from factory.models.image import Painter
 
 REJECTED = "rejected"
+CAPTIONS = "captions"
+"""Folder of the data set that holds what a captioner on a server was asked, a journal a unit."""
 _BLANK_DEVIATION = 2.0
 """A picture whose values (0-255) deviate less than this shows nothing."""
 
@@ -40,7 +43,13 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
         first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
         if recipe.captioner is not None:
             first.append(
-                Stage("caption", lambda: _Caption(recipe), recipe.render_workers, cpus=0.5, gpus=recipe.render_gpus)
+                Stage(
+                    "caption",
+                    lambda: _Caption(recipe, folder),
+                    recipe.render_workers,
+                    cpus=0.5,
+                    gpus=recipe.render_gpus,
+                )
             )
     return [
         *first,
@@ -169,17 +178,18 @@ def _scaled(square: np.ndarray, size_px: int) -> np.ndarray:
 
 
 class _Caption:
-    def __init__(self, recipe: MakeRecipe) -> None:
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
         from factory.models.caption import open_captioner
 
         set_threads(recipe.threads)
         assert recipe.captioner is not None
-        self.model = open_captioner(recipe.captioner)
+        self.folder, self.model = folder, open_captioner(recipe.captioner)
         self.device_s = 0.0
         """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
+        self.model.note_usage(self.folder / CAPTIONS / f"{rows[0]['unit']}{JOURNAL}")
         captions = self.model.describe(pictures)
         self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]

@@ -73,7 +73,9 @@ def test_all_kinds_of_jpeg_at_all_scales(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_damaged_ends_as_it_does_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     rng, read = random.Random(0), 0
     for number in range(300):
-        data = bytearray(rng.choice([d for k, d in kinds().items() if k != "large"]) if number % 60 else kinds()["large"])
+        data = bytearray(
+            rng.choice([d for k, d in kinds().items() if k != "large"]) if number % 60 else kinds()["large"]
+        )
         if number % 3 == 0:
             data = data[: rng.randrange(2, len(data))]
         elif number % 3 == 1:
