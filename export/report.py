@@ -63,7 +63,16 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Kept and rejected pictures with scores and reasons, the score histogram, dead letters. Of the ledger only columns and what is shown is read."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
-        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}, "further": {}, "asked": {}}
+        return {
+            "kept": [],
+            "rejected": [],
+            "dead": [],
+            "histogram": None,
+            "selections": {},
+            "differs": {},
+            "further": {},
+            "asked": {},
+        }
     import pyarrow.parquet as pq
 
     unit_images = facts["recipe"]["factory"]["make"]["unit_images"]
@@ -95,10 +104,18 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "rejected": [card(i) for i in shown[1].tolist()],
         "asked": {what: told for what in ("plan", "captions") if (told := _asked(data / what))},
         "dead": [{"prompt": rows[i]["prompt"], "reason": reasons[i].as_py()} for i in shown[2].tolist()],
-        "selections": list_views(data),
+        "selections": (selections := list_views(data)),
+        "differs": {
+            name: _differs(found["rules"], selections.get("", found)["rules"]) for name, found in selections.items()
+        },
         "histogram": _histogram(*scores["clip_score"], "CLIP cosine of picture and prompt", rules["min_clip"]),
         "further": {name: _further(scores[name], name, rules["scores"].get(name, {})) for name in names},
     }
+
+
+def _differs(rules: dict[str, Any], main: dict[str, Any]) -> str:
+    """`text raw, min_clip -1`: what a view's rules say otherwise than the main selection's."""
+    return ", ".join(f"{key} {rules[key]}" for key in rules if rules[key] != main.get(key))
 
 
 def _asked(folder: Path) -> str:
