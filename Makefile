@@ -14,7 +14,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[dev,zoo]"
 	touch $@
 
+# Without npm the run is the same but for the page that draws in the browser; the report says how to make it later.
 demo: setup
+	$(BIN)/edgefusion export fetch-web || true
 	$(BIN)/edgefusion run recipes/pocket.yaml --out runs/pocket
 
 # Two files of tests at a time: much of a test's time is waiting for processes that it starts.
@@ -30,9 +32,9 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 # Several real Ray nodes in network namespaces, nodes lost while they make and while they train: a quarter of an hour; CI runs it too.
-# Skipped, with the reason, where namespaces cannot be made (they need root).
+# Skipped, with the reason, where namespaces cannot be made (they need root and `ip`). Ends within 20 minutes, whatever hangs.
 test-cluster: setup
-	$(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster -rs
+	timeout --kill-after=30 1160 $(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster -rs
 
 # A real vLLM in the environment that EDGEFUSION_VLLM names (edgefusion cluster environment make vllm-cpu).
 test-vllm: setup

@@ -85,6 +85,10 @@ def _run(recipe: Path, out: Path | None, overrides: list[str] | None, until: str
         typer.echo("planned {planned} = kept {kept} + rejected {rejected} + dead {dead}".format(**funnel))
     if until == "report":
         typer.echo(f"open {out / 'report.html'}")
+        if (out / "demo").exists():
+            typer.echo(
+                f"draw in the browser: python3 -m http.server --directory {out / 'demo'}, then http://localhost:8000"
+            )
 
 
 @app.command()
@@ -93,7 +97,7 @@ def run(
     out: Annotated[Path | None, _OUT] = None,
     overrides: Annotated[list[str] | None, _SET] = None,
 ) -> None:
-    """Run the whole chain: plan, make, select, pack, adapt, distill, export, report. Kill it anywhere; run it again to go on."""
+    """Run the whole chain: plan, make, select, pack, adapt, distill, export, pages, report. Kill it anywhere; run it again to go on."""
     _run(recipe, out, overrides, "report")
 
 

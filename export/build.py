@@ -20,7 +20,7 @@ from export.graph import Graph
 from export.noise import GENERATOR
 from export.proof import BUNDLE, write_reference, write_sample, write_sums
 from export.recipe import ExportRecipe
-from export.runtime import Build
+from export.runtime import Build, Call
 from export.solve import Plan
 from export.targets.contract import EdgeTarget, Source, bytes_of
 from export.tiled_build import SOURCE, TILED, tiling_facts
@@ -46,6 +46,7 @@ class Work:
     recipe: ExportRecipe
     plan: Plan | None
     compiled: dict[str, Any] | None
+    decoder_tiles: dict[str, Any] | None
     keep: Sequence[str]
     student: Path
 
@@ -89,6 +90,24 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
             facts["tiling"] = tiling_facts(plan, ms["unet"], builds[mix.name][kind]["unet"], work.compiled)
         sheet.append(pictures)
     _describe(target, place, work, builds, sheet)
+
+
+def prove_tiles(
+    whole: Build, tiled: Call, tokens: Sequence[np.ndarray], wanted: Sequence[np.ndarray], recipe: ExportRecipe
+) -> dict[str, Any]:
+    """How near pictures that are decoded in tiles come to the whole decoder's. Raises ParityError for one that misses its gate."""
+    assert recipe.decoder is not None
+    latents = [whole.denoise(row, seed) for seed, row in enumerate(tokens)]
+    drawn = [np.clip(tiled({"latent": latent})[0].transpose(1, 2, 0) * 255, 0, 255).round() for latent in latents]
+    found = parity.picture_parity(wanted, [picture.astype(np.uint8) for picture in drawn])
+    least = recipe.gates.decoder_psnr_db
+    if found["psnr_db"] < least:
+        raise ParityError(
+            f"decoding in tiles of {recipe.decoder.tile} latents changes the pictures: {found['psnr_db']:.1f} dB, {least:g} wanted",
+            where="vae_decoder",
+            remedy="Choose a larger export.decoder.tile or overlap, or leave export.decoder out",
+        )
+    return {**recipe.decoder.model_dump(), **found}
 
 
 def arrays_of(graphs: Sequence[Graph]) -> dict[str, dict[str, np.ndarray]]:
@@ -166,6 +185,7 @@ def _describe(
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,
         "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},
+        "decoder_tiles": work.decoder_tiles,
         "builds": builds,
         "files": {
             str(f.relative_to(place)): digest_file(f)

@@ -17,18 +17,17 @@ import numpy as np
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import publish_folder
 from export import parity
-from export.build import Work, arrays_of, build_target
-from export.graph import graphs_of, to_onnx
+from export.build import Work, arrays_of, build_target, prove_tiles
+from export.graph import decoder_graph, graphs_of, to_onnx
 from export.profile import load_profile
 from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
+from export.student import open_student
 from export.targets.judge import compile_plan
 from export.targets.registry import find_target
 from export.tiled_build import lower_tiled, plan_unet
-from trainer.guidance import fix_guidance, takes_guidance
-from trainer.models import open_pipeline
 
 Progress = Callable[[str], None]
 
@@ -45,7 +44,7 @@ def export_student(
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = _open_student(student, recipe)
+    pipeline = open_student(student, recipe.guidance_scale)
     graphs = graphs_of(pipeline)
     lines = [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
     tokens = _tokenize(pipeline, lines)
@@ -57,6 +56,12 @@ def export_student(
     calibration = _calibrate(reference, tokens[: recipe.calibration_prompts])
     judged = tokens[recipe.calibration_prompts :]
     wanted = [reference.picture(row, i) for i, row in enumerate(judged)]
+    tiles = None
+    if recipe.decoder is not None:
+        cut = (recipe.decoder.tile, recipe.decoder.overlap)
+        graphs[2] = decoder_graph(pipeline.vae, graphs[2].inputs["latent"], cut)
+        tiles = prove_tiles(reference, parity.torch_calls(graphs)["vae_decoder"], judged, wanted, recipe)
+        reference = Build(parity.torch_calls(graphs), reference.scheduler, reference.shape)
     sources = folder / ".graphs"
     for graph in graphs:
         if not (sources / f"{graph.name}.onnx").exists():
@@ -66,7 +71,7 @@ def export_student(
     if recipe.tiling is not None:
         plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
         if recipe.tiling.compile:
-            compiled = compile_plan(plan, load_profile(recipe.tiling.profile))
+            compiled = compile_plan(plan.tiled, load_profile(recipe.tiling.profile))
         if plan.tiled:
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)
@@ -85,6 +90,7 @@ def export_student(
         recipe=recipe,
         plan=plan,
         compiled=compiled,
+        decoder_tiles=tiles,
         keep=keep,
         student=student,
     )
@@ -108,7 +114,7 @@ def scan_student(
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = _open_student(student, recipe)
+    pipeline = open_student(student, recipe.guidance_scale)
     graphs = graphs_of(pipeline)
     tokens = _tokenize(pipeline, [prompts[i % len(prompts)] for i in range(max(count, recipe.calibration_prompts))])
     shape = tuple(graphs[1].inputs["latent"].shape)
@@ -142,20 +148,6 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         raise EdgeFusionError(
             "is no finished bundle", where=str(folder), remedy="Run edgefusion run or export first"
         ) from error
-
-
-def _open_student(student: Path, recipe: ExportRecipe) -> Any:
-    """The pipeline; a guidance input of its UNet is fixed at the recipe's scale. Raises EdgeFusionError if that says none."""
-    pipeline = open_pipeline(str(student))
-    if takes_guidance(pipeline.unet):
-        if recipe.guidance_scale is None:
-            raise EdgeFusionError(
-                "the student takes guidance as an input, and a build has it fixed",
-                where=str(student),
-                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
-            )
-        pipeline.unet = fix_guidance(pipeline.unet, recipe.guidance_scale - 1)
-    return pipeline
 
 
 def _calibrate(reference: Build, tokens: Sequence[np.ndarray]) -> dict[str, list[dict[str, np.ndarray]]]:

@@ -180,6 +180,14 @@ def demo(
     typer.echo(f"wrote {out}. Look: python3 -m http.server --directory {out}, then http://localhost:8000")
 
 
+@app.command("fetch-web")
+def fetch_web() -> None:
+    """Fetch what the browser's page needs (onnxruntime-web, by npm, once), so that runs write the page without the network."""
+    from export.ort_web import keep
+
+    typer.echo(f"kept in {keep()}")
+
+
 @app.command()
 def plan(
     model: Annotated[
@@ -205,7 +213,7 @@ def plan(
     if judge:
         from export.targets.judge import compile_plan
 
-        compiled = compile_plan(found, chip)
+        compiled = compile_plan(found.blocks, chip)
         Console().print(compiled_table(found, compiled))
     if out is not None:
         for path in write_plan(found, chip, model, out, compiled):
@@ -220,7 +228,7 @@ def npu(
     profile: Annotated[str, typer.Option(help="an ethos-u85 profile, or a YAML file")] = "ethos-u85-1024",
     size_px: Annotated[int | None, typer.Option(help="side of the picture in pixels; default: the model's own")] = None,
     out: Annotated[Path, typer.Option(help="folder for the files and npu.json")] = Path("npu"),
-    cut: Annotated[list[str] | None, typer.Option(help="untiled or tiled (repeatable); default: both")] = None,
+    cut: Annotated[list[str] | None, typer.Option(help="untiled, tiled or parts (repeatable); default: all")] = None,
 ) -> None:
     """A whole UNet as W8A16 TFLite and what Arm's compiler says of it: operators left to the CPU, DRAM traffic, latency (the npu extra)."""
     from export.npu_report import CUTS, judge_unet, unet_table

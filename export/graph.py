@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cluster.errors import StageError
+from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
 
 
@@ -38,11 +39,13 @@ class _Unet(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Scaled latents 1 C H W to a picture 1 3 H W in [0, 1]."""
+    """Scaled latents 1 C H W to a picture 1 3 H W in [0, 1]; `tiles`: latents of a tile and of what two share."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, tiles: tuple[int, int] | None) -> None:
         super().__init__()
         self.decoder, self.scale = with_small_upsampling(vae.decoder), vae.config.scaling_factor
+        if tiles is not None:
+            self.decoder = TiledDecoder(self.decoder, *tiles)
         self.post = getattr(vae, "post_quant_conv", None)  # AutoencoderTiny has none
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
@@ -84,9 +87,9 @@ def graphs_of(pipeline: Any) -> list[Graph]:
     ]
 
 
-def decoder_graph(vae: Any, latent: torch.Tensor) -> Graph:
-    """The graph of a diffusers autoencoder's decoder (AutoencoderKL, AutoencoderTiny) for latents of that shape."""
-    return Graph("vae_decoder", _Decoder(vae).eval(), {"latent": latent}, "picture")
+def decoder_graph(vae: Any, latent: torch.Tensor, tiles: tuple[int, int] | None = None) -> Graph:
+    """The graph of a diffusers autoencoder's decoder (AutoencoderKL, AutoencoderTiny) for latents of that shape, whole or in tiles."""
+    return Graph("vae_decoder", _Decoder(vae, tiles).eval(), {"latent": latent}, "picture")
 
 
 def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:

@@ -6,6 +6,7 @@ Costs do not depend on weights or scales, so that an architecture without weight
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,9 @@ from export.blocks import ARCHITECTURES, attention_blocks, read_architecture
 from export.profile import load_profile
 from export.solve import solve
 
-CUTS = ("untiled", "tiled")
-"""Untiled: one head at a time, because all heads at once make the compiler divide by zero; tiled: the solver's plan."""
+CUTS = ("untiled", "tiled", "parts")
+"""Untiled: one head at a time, because all heads at once make the compiler divide by zero; tiled: the solver's plan; parts: the same in
+several files, one for each tiled block and one for what lies between, the estimates summed."""
 
 
 def judge_unet(
@@ -32,11 +34,11 @@ def judge_unet(
     cuts: tuple[str, ...] = CUTS,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Write `out/unet.CUT.tflite` of a model folder, zoo:NAME or published architecture and ask the compiler about each.
+    """Write `out/unet.CUT.tflite` (of parts, `unet.parts.NN.tflite`) of a model folder, zoo:NAME or published architecture and ask the compiler about each.
 
     Raises RecipeError for another vendor's chip, TargetUnavailable without the compiler, StageError for a UNet that is not lowered.
     """
-    from export.targets.ethos import estimate
+    from export.targets.ethos import estimate, together
     from export.targets.ethos_unet import cuts_of
     from export.targets.litert import operators
     from export.targets.npu_unet import usual_calibration, write_unet
@@ -48,18 +50,30 @@ def judge_unet(
         raise RecipeError(f"{profile.name} is not an Arm NPU", remedy="Choose an ethos-u85 profile")
     config, side, tokens = read_architecture(model, size_px)
     blocks = attention_blocks(config, side, tokens)
-    chosen = {"tiled": cuts_of(solve(blocks, profile)), "untiled": {block.name: (1, 1) for block in blocks}}
+    planned = cuts_of(solve(blocks, profile))
+    chosen = {"tiled": planned, "parts": planned, "untiled": {block.name: (1, 1) for block in blocks}}
     unet = _unet(model, config)
     found: dict[str, Any] = {"model": model, "profile": profile.name, "latent_side": side, "cuts": {}}
     out.mkdir(parents=True, exist_ok=True)
     for cut in cuts:
         path = out / f"unet.{cut}.tflite"
         progress(f"writing {path}")
-        write_unet(unet, side, tokens, usual_calibration(unet), path, chosen[cut])
-        row: dict[str, Any] = {"bytes": path.stat().st_size, "operators": operators(path), "compiler_estimated": None}
-        progress(f"compiling {path} for {profile.name}")
+        scales = usual_calibration(unet)
+        paths = write_unet(unet, side, tokens, scales, path, chosen[cut], in_parts=cut == "parts")
+        kinds: Counter[str] = sum((Counter(operators(part)) for part in paths), Counter())
+        row: dict[str, Any] = {
+            "files": len(paths),
+            "bytes": sum(part.stat().st_size for part in paths),
+            "operators": dict(kinds.most_common()),
+            "compiler_estimated": None,
+        }
+        said = []
         try:
-            row["compiler_estimated"] = asdict(estimate(path, profile))
+            for part in paths:
+                progress(f"compiling {part} for {profile.name}")
+                said.append(estimate(part, profile))
+            row["compiler_estimated"] = asdict(together(said))
+            row["each"] = [asdict(one) for one in said] if len(said) > 1 else []
         except EdgeFusionError as error:
             row["not_compiled"] = error.what
         found["cuts"][cut] = row
@@ -74,10 +88,13 @@ def unet_table(found: dict[str, Any]) -> Table:
         caption="Estimated by Vela, Arm's offline compiler; no device. Scales are not calibrated: costs do not depend on them.",
         box=box.SIMPLE,
     )
-    for heading in ("cut", "file MB", "ops", "NPU ops", "CPU ops", "DRAM MB", "ms", "Mcycles"):
+    for heading in ("cut", "files", "MB", "ops", "NPU ops", "CPU ops", "DRAM MB", "ms", "Mcycles"):
         table.add_column(heading, no_wrap=True)
     for cut, row in found["cuts"].items():
-        said, head = row["compiler_estimated"], [cut, f"{row['bytes'] / 1e6:.1f}", str(sum(row["operators"].values()))]
+        said, head = (
+            row["compiler_estimated"],
+            [cut, str(row["files"]), f"{row['bytes'] / 1e6:.1f}", str(sum(row["operators"].values()))],
+        )
         if said is None:
             table.add_row(*head, "", "", "", "", row["not_compiled"])
             continue

@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 def copy_ort_web(folder: Path, tarball: Path | None = None) -> None:
     """Put FILES into `folder`, from `tarball` or the cache or the registry. Raises TargetUnavailable."""
-    package = tarball or _cached()
+    package = tarball or keep()
     if not _is_sound(package):
         raise TargetUnavailable(
             f"is not onnxruntime-web {VERSION} as it was published",
@@ -74,11 +74,20 @@ def copy_ort_web(folder: Path, tarball: Path | None = None) -> None:
                 shutil.copyfileobj(member, file)
 
 
-def _cached() -> Path:
-    kept = cache_folder() / f"onnxruntime-web-{VERSION}.tgz"
-    if not kept.exists():
-        publish_bytes(kept, _fetch())
-    return kept
+def is_cached() -> bool:
+    """Whether a page can be written without the network."""
+    return _kept().exists()
+
+
+def keep() -> Path:
+    """The package in the cache, fetched if it is not there. Raises TargetUnavailable."""
+    if not _kept().exists():
+        publish_bytes(_kept(), _fetch())
+    return _kept()
+
+
+def _kept() -> Path:
+    return cache_folder() / f"onnxruntime-web-{VERSION}.tgz"
 
 
 def _fetch() -> bytes:

@@ -62,25 +62,48 @@ def totals(plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def compiled_table(plan: Plan, compiled: dict[str, Any]) -> Table:
-    """What the compiler estimated for the tiled blocks, untiled and as chosen."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, caption="Compiler-estimated, not measured.")
-    for heading in ("block", "shape", "DRAM MB", "latency ms"):
+    """What the compiler estimated for every block: with its own softmax, untiled, as chosen; the sums last."""
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        caption="Compiler-estimated, not measured: DRAM MB, ms. Own: untiled with the compiler's softmax; untiled and chosen write it out in parts. "
+        "*: one head at a time, because the compiler takes no more.",
+    )
+    for heading in ("block", "shape", "cut", "own", "untiled", "chosen", "own to chosen"):
         table.add_column(heading, no_wrap=True)
-    for part in plan.tiled:
+    sums: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in ("own_softmax", "untiled", "chosen")}
+    for part in plan.blocks:
         block, said = part.block, compiled[part.block.name]
-        before, after = said["untiled"], said["chosen"]
-        known = isinstance(before, dict)
+        mark = "*" if said["untiled_heads"] not in (None, block.heads) else ""
+        known = said["untiled_heads"] is not None
+        for kind in sums if known else ():
+            sums[kind][0] += said[kind]["dram_bytes"]
+            sums[kind][1] += said[kind]["latency_s"]
         table.add_row(
             f"{_short(block.name)} {'cross' if block.crossed else 'self'}",
             f"{block.queries}x{block.keys}x{block.width}",
-            *(
-                _change(before[key] * scale, after[key] * scale)
-                if known
-                else f"no build → {_brief(after[key] * scale)}"
-                for key, scale in (("dram_bytes", 1e-6), ("latency_s", 1e3))
-            ),
+            f"{part.chosen.head_group} x {part.chosen.query_tiles}" if part.is_tiled else "untiled",
+            *(_costs(said[kind], mark) if known else "no build" for kind in ("own_softmax", "untiled")),
+            _costs(said["chosen"], ""),
+            _gain(said["own_softmax"], said["chosen"]) if known else "",
         )
+    before, untiled, after = ({"dram_bytes": dram, "latency_s": time} for dram, time in sums.values())
+    table.add_section()
+    table.add_row("sum", "", "", _costs(before, ""), _costs(untiled, ""), _costs(after, ""), _gain(before, after))
     return table
+
+
+def _costs(said: dict[str, Any], mark: str) -> str:
+    return f"{_brief(said['dram_bytes'] / 1e6)}, {_brief(said['latency_s'] * 1e3)}{mark}"
+
+
+def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if not after["dram_bytes"]:
+        return ""
+    return (
+        f"{before['dram_bytes'] / after['dram_bytes']:.1f}x less, {after['latency_s'] / before['latency_s'] - 1:+.0%}"
+    )
 
 
 def write_plan(

@@ -15,6 +15,10 @@ from export.quantise import Inputs
 _GROUP = 32
 """Weights that share a scale in w4."""
 
+_SMOOTH, _ROWS_TO_SMOOTH = 0.95, 16
+"""SmoothQuant's strength, and the calibration rows that it needs: with fewer the largest activations are not among them, and what it moves
+into the weights does more harm than good."""
+
 
 def quantise_openvino(
     source: Path, target: Path, precision: str, calibration: Sequence[Inputs], keep: Sequence[str]
@@ -38,6 +42,9 @@ def quantise_openvino(
     patterns = [rf"^{re.escape(name)}(/WithoutBiases)?$" for name in kept_layers(source, keep)]
     ignored = nncf.IgnoredScope(patterns=patterns, validate=False)
     if whole == "w8a8":
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+
+        smooth = _SMOOTH if len(calibration) >= _ROWS_TO_SMOOTH else -1
         done = _quiet(
             nncf.quantize,
             model,
@@ -46,6 +53,9 @@ def quantise_openvino(
             model_type=nncf.ModelType.TRANSFORMER,
             preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=ignored,
+            advanced_parameters=AdvancedQuantizationParameters(
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(convolution=-1, matmul=smooth)
+            ),
         )
     elif whole == "w8":
         done = _quiet(nncf.compress_weights, model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)

@@ -53,6 +53,9 @@ class GateRecipe(Settings):
     quantised_psnr_db: float = Field(
         default=20.0, description="least PSNR of the pictures of a build that is not fp32 throughout, dB"
     )
+    decoder_psnr_db: float = Field(
+        default=40.0, description="least PSNR of pictures decoded in tiles against the whole decoder's, dB"
+    )
     judge: OpenClipScorer | None = Field(
         default=None, description="the CLIP that judges the pictures of a build beside PyTorch's; none: no such gate"
     )
@@ -62,6 +65,19 @@ class GateRecipe(Settings):
     recall_margin: float = Field(
         default=0.125, ge=0, description="how far the judge's R@1 (picture to prompt) may fall under PyTorch's"
     )
+
+
+class DecoderRecipe(Settings):
+    """A VAE decoder that draws in tiles, which takes less memory."""
+
+    tile: int = Field(ge=4, description="side of a tile in latents")
+    overlap: int = Field(default=4, ge=1, description="latents that two neighbours share")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DecoderRecipe:
+        if self.overlap >= self.tile:
+            raise ValueError(f"overlap ({self.overlap}) must be less than tile ({self.tile})")
+        return self
 
 
 class SourceRecipe(Settings):
@@ -108,6 +124,10 @@ class ExportRecipe(Settings):
     tiling: TilingRecipe | None = Field(
         default=None, description="{profile: NAME}: also build with attention tiled for that NPU"
     )
+    decoder: DecoderRecipe | None = Field(
+        default=None,
+        description="{tile: N, overlap: M}: the VAE's decoder draws in tiles of N latents, with less memory",
+    )
     steps: int = Field(default=2, ge=1, le=8, description="denoising steps of the build")
     guidance_scale: float | None = Field(
         default=None, ge=0, description="what a student that takes guidance is fixed at; others have none"
@@ -118,6 +138,11 @@ class ExportRecipe(Settings):
     parity_prompts: int = Field(default=8, ge=1, description="prompts on which builds are compared with PyTorch")
     latency_runs: int = Field(default=5, ge=1, description="timed runs after one warm-up")
     threads: int = Field(default=2, ge=1, description="CPU threads while measuring")
+    pages: bool = Field(
+        default=True,
+        description="a run also writes compare.html, for which all bundles are measured once more, and, where onnxruntime-web "
+        "lies in the cache (`edgefusion export fetch-web`), demo, which draws in the browser",
+    )
     gates: GateRecipe = GateRecipe()
     sources: list[SourceRecipe] = Field(
         default=[], description="what the student came from, with licences; the shipped student knows its own"

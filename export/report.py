@@ -15,6 +15,7 @@ from PIL import Image
 from cluster.storage import publish_bytes
 from cluster.usage import files_of_usage, read_usage, spell_usage
 from export.bundle import read_bundle
+from export.handover import doors
 from export.pages import png_url
 from factory.index import load_columns
 from factory.ledger import ENTRY, read_entry, read_pictures
@@ -48,6 +49,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
         skipped=_skipped_part(out / "training"),
         samples=_samples_part(out / "samples"),
         bundles=_bundle_part(out / "export"),
+        doors=doors(out),
     )
     publish_bytes(out / "report.html", page.encode())
     return out / "report.html"

@@ -147,15 +147,15 @@ class _Cells:
         if row < self._start:
             self._begin()
         while row >= self._start + len(self._batch):
-            self._start += len(self._batch)
-            self._batch = next(self._left, None)
-            if self._batch is None:
-                self._begin()
+            following = next(self._left, None)
+            if following is None:
                 raise IndexError(f"there is no row {row}")
+            self._start, self._batch = self._start + len(self._batch), following
         return self._batch[row - self._start].as_py()
 
     def _begin(self) -> None:
-        self._start, self._batch = 0, pa.array([])
+        self._start = 0
+        self._batch: Any = ()
         batches = self._file.iter_batches(_CELLS, row_groups=[self._group], columns=[self._column])
         self._left = (batch.column(0) for batch in batches)
 

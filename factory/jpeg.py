@@ -37,7 +37,7 @@ def read_jpeg(image: Image.Image, data: bytes, least_px: tuple[int, int] = (0, 0
 @cache
 def _decoder() -> Any:
     try:
-        import simplejpeg
+        import simplejpeg  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return simplejpeg

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError
+from cluster.events import read_events
 from cluster.recipe import load_recipe
 from factory.verify import verify
 
@@ -76,8 +77,21 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
         builds = json.loads((out / "export" / target / "bundle.json").read_text())["builds"]
         assert set(builds) == names
         assert min(builds["fp32"]["parity"]["graph_snr_db"].values()) > 60
+    said = list(read_events(out))
+    assert [e["event"] for e in said if e["event"].endswith(" ended")] == [
+        *(f"step {step} ended" for step in Chain.STEPS),
+        "run ended",
+    ]
+    assert {e["run"] for e in said} == {facts["run"]} and len({e["start"] for e in said}) == 1
+    noted = [e["unit"] for e in said if e["event"] == "unit" and e["stage"] == "commit"]
+    assert sorted(f"{unit}.parquet" for unit in noted) == sorted(p.name for p in (out / "dataset" / "ledger").iterdir())
+    compared = (out / "compare.html").read_text()
+    assert "PyTorch fp32, stored in onnx" in compared and compared.count("all hold") == 5
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "")
+    assert '<a href="compare.html">' in page and f"edgefusion export try {out / 'export' / 'onnx'}" in page
+    assert page.count("data:image/png") > 8 and "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://localhost", ""
+    )
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: tuple[Path, Path]) -> None:
@@ -106,7 +120,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(undisturbed: tuple[P
         assert process.poll() is None, f"the run ended before it could be killed {moment}"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (out / "report.html").exists()
+        assert not (out / "report.html").exists() and not (out / "compare.html").exists()
     subprocess.run(command(recipe, out), check=True, capture_output=True)
     assert data_bytes(out) == data_bytes(whole)
     unet = "student/unet/diffusion_pytorch_model.safetensors"
@@ -161,6 +175,9 @@ def test_a_run_that_cannot_work_says_why(
 def test_a_folder_of_another_recipe_or_of_someone_else_is_refused(copy: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, out = copy
     assert "another recipe: seed is 7 there and 8 now" in fails(recipe, out, "seed=8")
+    # Where it runs is another matter: begun on a laptop, gone on with under a head of another address each time.
+    elsewhere = ["cluster.runner=ray", "cluster.address=192.0.2.9:6379", "cluster.train_workers=2"]
+    assert not Chain(load_recipe(Recipe, recipe, elsewhere), out).run(), "there is nothing to do"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "holds no run" in fails(recipe, tmp_path / "mine")

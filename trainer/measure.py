@@ -26,6 +26,7 @@ from cluster.storage import publish_bytes
 from factory.models import fingerprint, quiet
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
+from trainer.attributes import Asked, agreement, ask
 from trainer.fidelity import fidelity, require_fidelity
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
 from trainer.models import open_pipeline
@@ -42,6 +43,7 @@ METRICS = {
     "fid": "FID ↓",
     "inception_score": "IS ↑",
 }
+_WITHOUT_ATTRIBUTES = "no prompt says an attribute that the data set records; give --data, or set attribute_words"
 Tick = Callable[[str, int, int], object]
 """(what, done, of how many) -> anything."""
 
@@ -56,6 +58,8 @@ class Questions:
     paired: bool
     key: str | None = None
     """What makes these references these."""
+    records: list[dict[str, str]] | None = None
+    """What each prompt was asked for, by attribute, where the data set says so."""
 
 
 def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, done, of: None) -> dict[str, Any]:
@@ -78,10 +82,12 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
     real = (
         judge.embed("references: judging", questions.references, questions.key, tick) if questions.references else None
     )
+    asked = ask(questions.prompts, questions.records, recipe.attribute_words) if questions.records else {}
     rows: list[dict[str, Any]] = []
     if real is not None and questions.paired:
         own = real[: len(texts)]
-        rows.append({"model": "the data set's own pictures", "steps": None, **measure(own, texts, None, among)})
+        row = {"model": "the data set's own pictures", "steps": None, **measure(own, texts, None, among)}
+        rows.append(row | read_attributes(asked, own, clip))
     for model in recipe.models:
         pipeline, plans = prepare(model, recipe)
         for steps, guidance in plans:
@@ -90,7 +96,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
             keys = hashlib.sha256("".join(path.stem for path in pictures).encode()).hexdigest()
             made = judge.embed(f"{model}, {steps} steps: judging", readers, keys, tick)
             row = {"model": model, "digest": fingerprint(model), "steps": steps, "guidance": guidance}
-            row |= measure(made, texts, real, among)
+            row |= measure(made, texts, real, among) | read_attributes(asked, made, clip)
             if recipe.fidelity:
                 row |= fidelity(pictures, questions.references, recipe.fidelity_px)
             rows.append(row)
@@ -101,7 +107,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
         "references": len(questions.references),
         "judge": judge.digest,
         "interval": "95%, bootstrap over pictures",
-        "absent": _absent(recipe, questions),
+        "absent": _absent(recipe, questions) | ({} if asked else {"attributes": _WITHOUT_ATTRIBUTES}),
         "rows": rows,
     }
     publish_bytes(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
@@ -121,6 +127,16 @@ def measure(
     return {
         name: None if i is None else {key: round(value, 5) for key, value in i._asdict().items()}
         for name, i in found.items()
+    }
+
+
+def read_attributes(asked: dict[str, Asked], pictures: np.ndarray, clip: Clip) -> dict[str, Any]:
+    """`attributes`: by attribute the share of pictures that agree with their prompt, its interval, how many were asked, and chance."""
+    return {
+        "attributes": {
+            key: {**{k: round(v, 5) for k, v in share._asdict().items()}, "asked": count, "chance": round(chance, 5)}
+            for key, (share, count, chance) in agreement(asked, pictures, clip.texts).items()
+        }
     }
 
 
@@ -194,6 +210,7 @@ def read_questions(recipe: EvaluateRecipe) -> Questions:
     stream = ShardStream(Path(recipe.data))
     order = EndlessOrder(len(stream), recipe.seed).batch(0, len(stream))
     asked: list[int] = []
+    records: list[dict[str, str]] = []
     if not recipe.prompts:
         seen: set[str] = set()
         for row in order:
@@ -204,10 +221,12 @@ def read_questions(recipe: EvaluateRecipe) -> Questions:
                 seen.add(meaning)
                 asked.append(row)
                 prompts.append(example.prompt)
+                records.append({k: str(v) for k, v in (example.facts.get("attributes") or {}).items()})
     taken = set(asked)
     rows = [*asked, *(row for row in order if row not in taken)][: max(recipe.references, len(asked))]
     readers = [lambda row=row: stream.read(row).pixels() for row in rows]
-    return Questions(prompts, readers, paired=not recipe.prompts, key=f"{stream.digest()} {rows}")
+    key = f"{stream.digest()} {rows}"
+    return Questions(prompts, readers, paired=not recipe.prompts, key=key, records=records if any(records) else None)
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -217,8 +236,12 @@ def table(report: dict[str, Any]) -> Table:
     names = [name for name in METRICS if any(row.get(name) for row in report["rows"])]
     for name in names:
         shown.add_column(METRICS[name], justify="right")
+    attributes = list(dict.fromkeys(key for row in report["rows"] for key in row["attributes"]))
+    for key in attributes:
+        shown.add_column(f"{key} as asked ↑", justify="right")
     for row in report["rows"]:
-        shown.add_row(str(row["model"]), str(row["steps"] or ""), *(_cell(row.get(name)) for name in names))
+        cells = [_cell(row.get(name)) for name in names] + [_cell(row["attributes"].get(key)) for key in attributes]
+        shown.add_row(str(row["model"]), str(row["steps"] or ""), *cells)
     if report["absent"]:
         reasons = dict.fromkeys(report["absent"].values())
         named = {why: [name for name, given in report["absent"].items() if given == why] for why in reasons}

@@ -76,14 +76,17 @@ def refuse_misfit(unet: Any, pipeline: Any, what: str, remedy: str) -> None:
 
 
 def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) -> UNet2DConditionModel:
+    """The student as `phase` begins: what the phase before left, `trainer.start`, or the teacher's own blocks; raises StageError."""
     before = folder / "adapt" / "unet"
     if phase == "distill" and before.exists():
         return UNet2DConditionModel.from_pretrained(before)
-    teacher = pipeline.unet
+    teacher, size = pipeline.unet, recipe.student
     try:
         if recipe.start is None:
-            return build_student(teacher, recipe.student).float()
-        wanted = student_config(dict(teacher.config), recipe.student)
+            return (
+                copy.deepcopy(teacher).requires_grad_(True) if size == "whole" else build_student(teacher, size).float()
+            )
+        wanted = teacher.config if size == "whole" else student_config(dict(teacher.config), size)
     except SurgeryError as error:
         raise StageError(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"

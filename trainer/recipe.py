@@ -134,7 +134,10 @@ class TrainerRecipe(Settings):
     teacher: str = Field(
         description="diffusers pipeline folder, hub name or zoo:NAME; the large UNet both phases learn from"
     )
-    student: Literal["base", "small", "tiny"] = Field(default="tiny", description="BK-SDM size cut from the teacher")
+    student: Literal["base", "small", "tiny", "whole"] = Field(
+        default="tiny",
+        description="BK-SDM size cut from the teacher, or `whole`: a student as large as its teacher, which phase 2 alone makes few-step",
+    )
     start: str | None = Field(
         default=None,
         description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
@@ -208,6 +211,12 @@ class TrainerRecipe(Settings):
             raise ValueError(
                 "distill.lora needs a student to sit on, and the bare cut is none; set adapt.steps or name a `start`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_has_nothing_to_adapt(self) -> TrainerRecipe:
+        if self.student == "whole" and self.adapt.steps:
+            raise ValueError("student is whole, so nothing was cut that phase 1 could mend; set adapt.steps to 0")
         return self
 
     @model_validator(mode="after")
@@ -320,6 +329,11 @@ class EvaluateRecipe(Settings):
     seed: int = Field(default=0, ge=0, description="seed of the first picture, and of the order of the prompts")
     batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
     threads: int = Field(default=2, ge=1, description="CPU threads")
+    attribute_words: dict[str, dict[str, list[str]]] = Field(
+        default={},
+        description="how prompts say an attribute's values, where not by the value itself: {gender: {man: [man, male], woman: [woman, female]}}; "
+        "the n-th word of one value answers to the n-th of another",
+    )
     fidelity: bool = Field(default=False, description="also IS and FID on Inception features, by torch-fidelity")
     fidelity_px: int = Field(default=256, ge=32, description="edge that pictures are resized to for those, pixels")
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from export.targets.attention import Reach, Softmax, Weights, attend, attend_hea
 from export.targets.litert_run import LiteRtModel
 from export.targets.tflite import INSTALL, Writer
 
-__all__ = ["Reach", "Weights", "attend", "estimate", "lower", "lower_head", "random_weights", "weights_of"]
+__all__ = ["Reach", "Softmax", "Weights", "attend", "estimate", "lower", "lower_head", "random_weights", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Estimate:
     cpu_operators: int
     npu_operators: int
     sram_bytes: int
+
+
+def together(parts: Sequence[Estimate]) -> Estimate:
+    """Of files that run one after another: everything summed, but for the memory on chip, which is the largest."""
+    sums = {name: sum(getattr(part, name) for part in parts) for name in Estimate.__annotations__}
+    return Estimate(**{**sums, "sram_bytes": max(part.sram_bytes for part in parts)})
 
 
 def lower(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class LiteRtModel:
         self._runner: Any = Interpreter(str(path), num_threads=threads, experimental_preserve_all_tensors=keep)
         self._runner.allocate_tensors()
         self._inputs = self._runner.get_input_details()
-        self._first = self._runner.get_output_details()[0]  # the network's own: the writer puts it first
+        self._outputs = self._runner.get_output_details()
+        self._first = self._outputs[0]  # the network's own: the writer puts it first
 
     @property
     def names(self) -> list[str]:
@@ -44,6 +46,10 @@ class LiteRtModel:
         self._runner.invoke()
         return self._value(self._first)
 
+    def outputs(self) -> dict[str, np.ndarray]:
+        """All outputs of the last run by the tensors' names, which those of a signature may not be."""
+        return {detail["name"]: self._value(detail) for detail in self._outputs}
+
     def values(self) -> dict[str, np.ndarray]:
         """Every named tensor of the last run, of a model opened with `keep`."""
         found: dict[str, np.ndarray] = {}
@@ -54,3 +60,13 @@ class LiteRtModel:
 
     def _value(self, detail: Any) -> np.ndarray:
         return self._runner.get_tensor(detail["index"]) * np.float32(detail["quantization"][0])
+
+
+def run_parts(paths: Sequence[Path], given: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The last part's first output by LiteRT's kernels, for inputs by name; what lies between parts is handed on by name."""
+    known = dict(given)
+    for path in paths:
+        model = LiteRtModel(path)
+        first = model(*(known[name] for name in model.names))
+        known |= model.outputs()
+    return first

@@ -25,6 +25,9 @@ class Meter(Ops):
         self._inputs, self._found = inputs, found
         self.values: dict[str, np.ndarray] | None = {} if keep else None
 
+    def part(self) -> None:
+        pass
+
     def input(self, shape: Sequence[int], reach: Reach, name: str = "") -> Tensor:
         value = torch.from_numpy(np.ascontiguousarray(self._inputs[name], np.float32)).reshape(tuple(shape))
         return self._made(value, reach)

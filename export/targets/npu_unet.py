@@ -91,13 +91,21 @@ def write_unet(
     softmax: Softmax = "parts",
     release: bool = True,
     keep: Sequence[str] = (),
-) -> None:
-    """Write the file; convolutions of the modules `keep` get weights of 16 bits. Its first output is the prediction 1 H W C. Raises TargetUnavailable without ai-edge-litert."""
+    in_parts: bool = False,
+) -> list[Path]:
+    """Write the file, or with `in_parts` one for each tiled block and for what lies between; returns them in the order they run.
+
+    Convolutions of the modules `keep` get weights of 16 bits. The last file's first output is the prediction 1 H W C.
+    Raises TargetUnavailable without ai-edge-litert.
+    """
     check_unet(unet)
     writer = Writer(found)
     work = Lowering(writer, unet, cuts, softmax, release, keep)
-    prediction = work.run(side, tokens)
-    writer.save([prediction, *work.released], path)
+    outputs = [work.run(side, tokens), *work.released]
+    if in_parts:
+        return writer.save_parts(outputs, path)
+    writer.save(outputs, path)
+    return [path]
 
 
 def write_host(unet: Any, inputs: dict[str, torch.Tensor], path: Path) -> None:

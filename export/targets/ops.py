@@ -43,6 +43,10 @@ class Ops(ABC):
     """One graph; operators run in the order in which they are added."""
 
     @abstractmethod
+    def part(self) -> None:
+        """From here on operators belong to another file, where a network is written in parts; nothing else hangs on it."""
+
+    @abstractmethod
     def input(self, shape: Sequence[int], reach: Reach, name: str = "") -> Tensor:
         """An int16 input with values in [-reach, reach]."""
 

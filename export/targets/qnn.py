@@ -117,7 +117,8 @@ def quantise_qnn(
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             ready = Path(folder) / "ready.onnx"
             if not qnn_preprocess_model(str(source), str(ready)):
-                ready = source
+                shutil.copyfile(source, ready)
+            _give_norms_their_own(ready)
             config = get_qnn_qdq_config(
                 str(ready),
                 reader(calibration),
@@ -129,6 +130,26 @@ def quantise_qnn(
             quantize(str(ready), str(target), config)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _give_norms_their_own(path: Path) -> None:
+    """Every LayerNormalization with a gain and an offset of its own.
+
+    The exporter stores equal tensors once. A norm's offset becomes int32 in the scale of that norm's input, which the compiler refuses to
+    read for anybody else.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    users = Counter(name for node in model.graph.node for name in node.input)
+    for i, node in enumerate(model.graph.node):
+        for place, name in enumerate(node.input):
+            if node.op_type == "LayerNormalization" and place > 0 and name in stored and users[name] > 1:
+                own = model.graph.initializer.add()
+                own.CopyFrom(stored[name])
+                own.name = node.input[place] = f"{name}.of.{i}"
+    onnx.save(model, str(path))
 
 
 def compile_context(origin: Path, path: Path, chip: Chip = SM8650) -> None:

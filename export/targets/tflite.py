@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import TargetUnavailable
-from cluster.storage import publish_bytes
 from export.targets.ops import FULL, UNIT, Calibration, Ops, Reach, Tensor, int8_scale
+from export.targets.tflite_parts import cut_model, write_model
 
 INSTALL = 'pip install "edgefusion[npu]"'
 
@@ -44,6 +44,10 @@ class Writer(Ops):
         self._graph.tensors, self._graph.operators, self._graph.inputs = [], [], []
         self._model.subgraphs = [self._graph]
         self._codes: dict[tuple[str, int], int] = {}
+        self._starts: list[int] = []
+
+    def part(self) -> None:
+        self._starts.append(len(self._graph.operators))
 
     def input(self, shape: Sequence[int], reach: Reach, name: str = "") -> Tensor:
         tensor = self._tensor(shape, reach, name=name)
@@ -156,12 +160,17 @@ class Writer(Ops):
 
     def save(self, outputs: Sequence[Tensor], path: Path) -> None:
         """Write the file whole."""
-        import flatbuffers
-
         self._graph.outputs = [output.index for output in outputs]
-        builder = flatbuffers.Builder(1 << 20)
-        builder.Finish(self._model.Pack(builder), b"TFL3")
-        publish_bytes(path, bytes(builder.Output()))
+        write_model(self._model, path)
+
+    def save_parts(self, outputs: Sequence[Tensor], path: Path) -> list[Path]:
+        """Write NAME.00.tflite, NAME.01.tflite, ..., cut where `part` was called, to be run in this order."""
+        self._graph.outputs = [output.index for output in outputs]
+        parts = cut_model(self._model, self._starts)
+        paths = [path.with_suffix(f".{n:02}{path.suffix}") for n in range(len(parts))]
+        for part, place in zip(parts, paths, strict=True):
+            write_model(part, place)
+        return paths
 
     def _add(
         self, kind: str, version: int, inputs: Sequence[int], shape: Sequence[int], reach: Reach, options: Any

@@ -190,9 +190,13 @@ class Lowering:
         weights = Weights(query, key, value, out, bias + out @ value_bias, query_bias)
         reach = Reach(*(f"{name}.{part}" for part in Reach.__annotations__))
         group, tiles = self.cuts.get(name, (attention.heads, 1))
+        if tiles > 1:
+            self.ops.part()
         said, groups = attend_heads(
             self.ops, hidden, context, weights, attention.heads, group, tiles, reach, self.softmax
         )
+        if tiles > 1:
+            self.ops.part()
         if self.release and tiles > 1 and len(groups) > 1:
             self.released += groups
         return said

@@ -3,9 +3,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.blocks import Block
+from export.plan_view import compiled_table
 from export.profile import load_profile
 from export.solve import solve
 from export.targets import ethos
@@ -106,7 +108,26 @@ def test_the_compiler_agrees_that_the_plan_pays(name, times_less, width) -> None
     pytest.importorskip("ai_edge_litert")
     profile = load_profile(name)
     plan = solve([Block("a", 1024, 1024, width, width, 8, False)], profile)
-    said = compile_plan(plan, profile)["a"]
+    said = compile_plan(plan.blocks, profile)["a"]
     assert said["chosen"]["cpu_operators"] == 0
     assert said["chosen"]["dram_bytes"] * times_less < said["untiled"]["dram_bytes"]
     assert said["chosen"]["latency_s"] < said["untiled"]["latency_s"]
+    assert said["untiled_heads"] == 8 and said["own_softmax"]["dram_bytes"] > said["chosen"]["dram_bytes"]
+
+
+def test_every_block_is_compiled_and_a_shape_once(monkeypatch) -> None:
+    pytest.importorskip("ethosu")
+    pytest.importorskip("ai_edge_litert")
+    profile, asked = load_profile("ethos-u85-1024"), []
+    monkeypatch.setattr(
+        ethos, "estimate", lambda path, chip, real=ethos.estimate: asked.append(path) or real(path, chip)
+    )
+    plan = solve([CROSS, replace(CROSS, name="b")], profile)
+    said = compile_plan(plan.blocks, profile)
+    assert (
+        said["a"] is said["b"] and not plan.tiled and len(asked) == 2
+    )  # as planned, and with the compiler's own softmax
+    assert said["a"]["chosen"] is said["a"]["untiled"]
+    table = Console(width=200, record=True)
+    table.print(compiled_table(plan, said))
+    assert table.export_text().count("cross") == 2

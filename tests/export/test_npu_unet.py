@@ -1,6 +1,7 @@
 """A whole UNet in int16: the same function as diffusers', close to it as a file, and nothing left to the CPU by Arm's compiler."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from export.parity import snr_db
 from export.profile import load_profile
 from export.recipe import ExportRecipe
 from export.targets.ethos import estimate
-from export.targets.litert_run import LiteRtModel
+from export.targets.litert import operators
+from export.targets.litert_run import LiteRtModel, run_parts
 from export.targets.meter import Meter
 from export.targets.norms import geglu, group_norm, layer_norm
 from export.targets.npu_unet import calibrate, meter_unet, torch_inputs, write_unet
@@ -97,6 +99,21 @@ def test_the_file_computes_the_unet_and_tiles_change_nothing(tmp_path: Path) -> 
     assert snr_db(wanted, said["plain"]) > 30
     assert snr_db(wanted, said["kept"]) > snr_db(wanted, said["plain"])
     assert snr_db(said["plain"], said["tiled"]) > 45
+
+
+def test_parts_are_the_whole_file_to_the_code(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    unet, given = small_unet(), torch_inputs(HostTime(small_unet()), row(1))
+    found = calibrate(unet, [row(), row(1)])
+    cuts = {b.name: (1, 4) for b in attention_blocks(unet.config, SIDE, TOKENS) if not b.crossed and b.queries == 64}
+    (whole,) = write_unet(unet, SIDE, TOKENS, found, tmp_path / "whole.tflite", cuts)
+    parts = write_unet(unet, SIDE, TOKENS, found, tmp_path / "parts.tflite", cuts, in_parts=True)
+    assert len(cuts) > 1 and len(parts) == 2 * len(cuts) + 1
+    counted = sum((Counter(operators(part)) for part in parts), Counter())
+    assert counted == operators(whole)
+    # A tiled block is alone in its file.
+    assert all(operators(part)["BATCH_MATMUL"] == 2 * 2 * 4 for part in parts[1::2])
+    np.testing.assert_array_equal(run_parts(parts, given), run_parts([whole], given))
 
 
 def test_the_compiler_leaves_nothing_to_the_cpu(tmp_path: Path) -> None:

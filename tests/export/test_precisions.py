@@ -177,3 +177,23 @@ def test_an_unknown_build_is_told(student_bundles: Path) -> None:
 
     with pytest.raises(EdgeFusionError, match="there is no mixed build"):
         open_bundle(student_bundles / "onnx", "mixed")
+
+
+@pytest.mark.parametrize(("rows", "smooths"), [(4, False), (16, True)])
+def test_openvino_smooths_only_what_it_saw_enough_of(tmp_path: Path, rows: int, smooths: bool) -> None:
+    """SmoothQuant on few rows cost the shipped student's W8A8 4 dB (docs/export.md)."""
+    import openvino
+    import torch
+    from torch import nn
+
+    from export.graph import Graph, to_onnx
+    from export.quantise_openvino import quantise_openvino
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    to_onnx(Graph("layers", layers, {"x": torch.randn(1, 8, 32)}, "y"), tmp_path / "plain.onnx")
+    seen = [{"x": np.random.default_rng(i).standard_normal((1, 8, 32)).astype(np.float32)} for i in range(rows)]
+    quantise_openvino(tmp_path / "plain.onnx", tmp_path / "w8a8.xml", "w8a8", seen, [])
+    ops = openvino.Core().read_model(str(tmp_path / "w8a8.xml")).get_ops()
+    assert any(op.get_type_name() == "FakeQuantize" for op in ops)
+    assert any("smooth_quant" in op.get_friendly_name() for op in ops) == smooths

@@ -59,6 +59,34 @@ def test_a_refused_operator_is_named_and_nothing_is_left(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.bin"))
 
 
+@needs_qnn
+def test_norms_of_two_kinds_that_share_an_offset_compile(tmp_path: Path) -> None:
+    """The exporter stores equal tensors (offsets that are all 0) once, and a LayerNormalization's code of it suits no other operator."""
+    import onnx
+    import torch
+    from torch import nn
+
+    from export.graph import Graph, to_onnx
+
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups, self.line, self.tokens = nn.GroupNorm(4, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tokens(self.line(self.groups(x.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)))
+
+    torch.manual_seed(0)
+    to_onnx(Graph("norms", Norms().eval(), {"x": torch.randn(1, 64, 32)}, "y"), tmp_path / "norms.onnx")
+    graph = onnx.load(str(tmp_path / "norms.onnx")).graph
+    (offset,) = {node.input[2] for node in graph.node if node.op_type == "LayerNormalization"}
+    assert sum(offset in node.input for node in graph.node) == 2  # shared with the other norm
+    rows = [{"x": np.random.default_rng(i).standard_normal((1, 64, 32)).astype(np.float32) * 9} for i in range(4)]
+    quantise_qnn(tmp_path / "norms.onnx", tmp_path / "norms.source.onnx", "w8a16", rows, [])
+    compile_context(tmp_path / "norms.source.onnx", tmp_path / "norms.ctx.onnx")
+    assert (tmp_path / "norms.ctx_qnn.bin").stat().st_size > 1000
+
+
 def test_the_compilers_words_are_read() -> None:
     line = "E: Unsupported nodes in QNN EP: { name: node_einsum, type: Einsum }{ name: a, type: Erf }"
     assert refused([line, "other"]) == "Erf (a), Einsum (node_einsum)"

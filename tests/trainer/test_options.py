@@ -20,6 +20,7 @@ from cluster.recipe import build_recipe
 from export.runtime import Build, scheduler_constants
 from trainer.adversary import Heads, Opponent, hinge, teacher_features
 from trainer.guidance import add_guidance_input, embed_guidance, fix_guidance
+from trainer.models import open_pipeline
 from trainer.options import AdversarialRecipe
 from trainer.recipe import TrainerRecipe
 from trainer.sample import generate, is_few_step, save_student, student_guidance
@@ -253,3 +254,20 @@ def test_the_chains_recipe_refuses_builds_that_cross_edges_or_lack_a_scale(tiny_
     with pytest.raises(RecipeError, match="choose one from 4 to 7"):
         chain(*guided)
     assert chain(*guided, "export.guidance_scale=5").export.guidance_scale == 5
+
+
+def test_a_student_as_large_as_its_teacher_needs_no_cut(tiny_models: Path, data: Path, tmp_path: Path) -> None:
+    settings = recipe(tiny_models, {}, student="whole")
+    loop.train(settings, data, tmp_path, seed=1)
+    teacher = UNet2DConditionModel.from_pretrained(tiny_models / "teacher", subfolder="unet").state_dict()
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "distill" / "unet").state_dict()
+    assert student.keys() == teacher.keys()
+    assert any(not torch.equal(student[key], teacher[key].float()) for key in teacher), "it learned nothing"
+    save_student(settings, tmp_path, tmp_path / "student")
+    assert generate(open_pipeline(str(tmp_path / "student")), ["a fox"], [0], 2)[0].shape == (32, 32, 3)
+
+
+def test_nothing_is_adapted_where_nothing_was_cut(tiny_models: Path) -> None:
+    phase = {"batch_images": 4, "learning_rate": 1e-3, "steps": 1}
+    with pytest.raises(RecipeError, match=r"student is whole.*set adapt\.steps to 0"):
+        recipe(tiny_models, {}, student="whole", adapt=phase)

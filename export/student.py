@@ -1,0 +1,68 @@
+"""Opens a student folder for export, and says which part of it is missing. Knows diffusers' folders, no graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import EdgeFusionError, StageError
+from trainer.guidance import fix_guidance, takes_guidance
+from trainer.models import open_pipeline
+
+_PARTS = {
+    "tokenizer": ("tokenizer_config.json",),
+    "scheduler": ("scheduler_config.json",),
+    "text_encoder": ("config.json", "*.safetensors"),
+    "unet": ("config.json", "*.safetensors"),
+    "vae": ("config.json", "*.safetensors"),
+}
+"""Folders of a student, and what each must hold; weights may also end in .bin."""
+
+
+def open_student(folder: Path, guidance_scale: float | None) -> Any:
+    """The pipeline in float32; a guidance input of its UNet is fixed at the scale. Raises EdgeFusionError, naming the part."""
+    check_parts(folder)
+    try:
+        pipeline = open_pipeline(str(folder))
+    except EdgeFusionError:
+        raise
+    except Exception as error:  # the libraries' own words for a config that lies about its weights come in any class
+        raise StageError(
+            f"cannot be opened: {str(error).splitlines()[0]}",
+            where=str(folder),
+            remedy="Save the student again; --debug shows the library's report",
+        ) from error
+    if takes_guidance(pipeline.unet):
+        if guidance_scale is None:
+            raise EdgeFusionError(
+                "the student takes guidance as an input, and a build has it fixed",
+                where=str(folder),
+                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
+            )
+        pipeline.unet = fix_guidance(pipeline.unet, guidance_scale - 1)
+    return pipeline
+
+
+def check_parts(folder: Path) -> None:
+    """Raises StageError for a folder without one of a pipeline's parts or files."""
+    lacking = [f"{part}/{name}" for part, names in _PARTS.items() for name in names if not _has(folder / part, name)]
+    if not (folder / "model_index.json").is_file():
+        lacking.insert(0, "model_index.json")
+    if lacking:
+        raise StageError(
+            f"the student lacks {', '.join(lacking)}",
+            where=str(folder),
+            remedy="Give a whole diffusers pipeline folder, such as OUT/student of a run",
+        )
+    try:
+        json.loads((folder / "model_index.json").read_text())
+    except ValueError as error:
+        raise StageError(
+            "is no JSON", where=str(folder / "model_index.json"), remedy="Save the student again"
+        ) from error
+
+
+def _has(place: Path, name: str) -> bool:
+    endings = [name, name.replace(".safetensors", ".bin")]
+    return any(next(place.glob(ending), None) is not None for ending in endings)
