@@ -331,9 +331,9 @@ class Chain:
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
-        from factory.pack import read_manifest
+        from factory.pack import first_prompts
 
-        return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
+        return list(self.recipe.trainer.grid_prompts) or first_prompts(self.data, count)
 
 
 def _what_is_made(recipe: dict[str, Any]) -> dict[str, Any]:

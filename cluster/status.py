@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from cluster.errors import EdgeFusionError
 from cluster.events import last_problems
 from cluster.heartbeat import read_heartbeat
-from cluster.usage import read_usage
+from cluster.usage import files_of_usage, read_usage
 
 Facts = dict[str, Any]
 _PHASES = ("adapt", "distill")
@@ -93,12 +93,19 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
         "kept_share": _share(outcomes, "kept"),
         "make": _at_work(live, outcomes),
         "reasons": reasons,
-        "asked": asdict(usage) if (usage := read_usage((out / "dataset" / "plan").glob("*.parquet"))).answers else None,
+        "asked": _asked(out / "dataset" / "plan"),
+        "asked_for_captions": _asked(out / "dataset" / "captions"),
         "problems": last_problems(out, _PROBLEMS),
         "suspects": _suspects(out / "dataset" / "attempts"),
         "unreadable": unreadable,
         "units_not_counted": unseen,
     }
+
+
+def _asked(folder: Path) -> dict[str, Any] | None:
+    """What servers were asked for the files in there; None if nothing was."""
+    usage = read_usage(files_of_usage(folder))
+    return asdict(usage) if usage.answers else None
 
 
 def _ledger(data: Path) -> dict[int, str]:

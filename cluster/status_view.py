@@ -70,8 +70,9 @@ def view(facts: dict[str, Any]) -> Group:
     if samples["planned"]:
         share = f"; kept {facts['kept_share']:.1%}" if facts["kept_share"] is not None else ""
         lines.append(f"samples: {samples['planned']} planned, {', '.join(parts) or 'none made yet'}{share}")
-    if facts["asked"]:
-        lines.append(f"prompts: {spell_usage(Usage(**facts['asked']))}")
+    for what, asked in (("prompts", facts["asked"]), ("captions", facts["asked_for_captions"])):
+        if asked:
+            lines.append(f"{what}: {spell_usage(Usage(**asked))}")
     if make := facts["make"]:
         now = facts["state"] == "running" and facts["step"] == "make"
         told = [*make["told"], *([f"at the end in {clock(make['eta_s'])}"] if now and make["eta_s"] else [])]
