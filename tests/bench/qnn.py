@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/bench/qnn.py FOLDER [--model zoo:student-fewstep] [--size-px N]
 
-`--model bk-sdm-tiny --size-px 512` is the full-size student with random weights (10 GB of memory, 4 GB of disk). Steps whose files lie in
+`--model bk-sdm-tiny --size-px 512` is the full-size student with random weights (19 GB of memory, 4 GB of disk). Steps whose files lie in
 FOLDER are not done again. Compile time and size are the compiler's on this machine; nothing is run on a phone.
 """
 

@@ -102,7 +102,9 @@ def test_the_tiles_are_in_the_file(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 640])
-@pytest.mark.parametrize(("name", "times_less"), [("ethos-u85-256", 2), ("ethos-u85-1024", 3)])
+@pytest.mark.parametrize(
+    ("name", "times_less"), [pytest.param("ethos-u85-256", 2, marks=pytest.mark.long), ("ethos-u85-1024", 3)]
+)
 def test_the_compiler_agrees_that_the_plan_pays(name, times_less, width) -> None:
     pytest.importorskip("ethosu")
     pytest.importorskip("ai_edge_litert")
