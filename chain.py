@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from pydantic import Field, model_validator
 from rich.progress import Progress
 
 from cluster.errors import LedgerConflict, StageError
+from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
+from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
@@ -45,6 +48,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"trainer.own_view is {self.trainer.own_view}, which is not among factory.views ({', '.join(self.factory.views) or 'none'})"
             )
+        if named := {*self.cluster.stages, *self.cluster.memory_gib}:
+            from factory.stages import make_stages
+
+            known = [stage.name for stage in make_stages(self.factory.make, Path())]
+            if odd := unknown_stages(named, [*known, TRAIN]):
+                raise ValueError(f"cluster.stages or cluster.memory_gib: {odd}")
         distill, export = self.trainer.distill, self.export
         if distill.steps and distill.phases and export.steps % distill.phases:
             raise ValueError(
@@ -68,6 +77,7 @@ class Chain:
         self.recipe, self.out = recipe, out
         self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
         self.facts = self._claim()
+        self.events = NOWHERE
 
     def run(self, until: str = "report") -> bool:
         """Run what is missing up to step `until`; returns False if there was nothing to do."""
@@ -91,46 +101,61 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
+        self.facts.setdefault("run", uuid.uuid4().hex[:12])
         self._save()
         sweep_partials(self.out)
-        with watch_memory() as peak, progress_bars() as bars, heartbeat(self.out) as begin:
+        about = {"recipe": self.recipe.name, "steps": ", ".join(todo), "commit": commit()}
+        with (
+            watch_memory() as peak,
+            progress_bars() as bars,
+            heartbeat(self.out) as begin,
+            self._events().during("run", **about) as whole,
+            whole.listening(),
+        ):
             for step in todo:
                 begin(step)
                 began = time.monotonic()
                 self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
-                result = getattr(self, f"_{step}")(bars)
+                with whole.during(f"step {step}") as self.events:
+                    result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
                 self.facts |= result or {}
                 self._save()
         return True
 
+    def _events(self) -> Events:
+        kind = self.recipe.cluster.log
+        if kind == "off":
+            return NOWHERE
+        return Events((self.out / LOG).resolve(), self.facts["run"], uuid.uuid4().hex[:8], units=kind == "units")
+
     def _claim(self) -> dict[str, Any]:
         """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
 
         Nothing is written yet: a recipe whose models are not there must not take the folder.
         """
-        path, digest = self.out / RUN, recipe_digest(self.recipe)
+        path, tree = self.out / RUN, self.recipe.model_dump(mode="json")
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
-                same = facts["recipe_digest"] == digest
+                same = _what_is_made(facts["recipe"]) == _what_is_made(tree)
             except (ValueError, KeyError):
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
             if not same:
                 raise LedgerConflict(
-                    f"the folder holds a run of another recipe: {_first_difference(facts['recipe'], self.recipe)}",
+                    f"the folder holds a run of another recipe: {_first_difference(_what_is_made(facts['recipe']), _what_is_made(tree))}",
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
-            return facts
+            return {**facts, "recipe": tree, "recipe_digest": recipe_digest(self.recipe)}
         if self.out.is_dir() and any(self.out.iterdir()):
             raise LedgerConflict(
                 "the folder is not empty and holds no run", where=str(self.out), remedy="Choose another --out folder"
             )
         facts = {
-            "recipe_digest": digest,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_digest": recipe_digest(self.recipe),
+            "recipe": tree,
             "versions": {package: version_of(package) for package in NEEDED},
             "commit": commit(),
             "machine": machine_facts(),
@@ -200,7 +225,7 @@ class Chain:
         sizes = unit_sizes(self.data, each)
         left = sum(sizes[number] for number in units_left(self.data, each))
         task = bars.add_task("make: pictures", total=sum(sizes), completed=sum(sizes) - left)
-        runner = make_runner(self.recipe.cluster)
+        runner = make_runner(self.recipe.cluster, self.events)
         try:
             make(
                 self.recipe.factory,
@@ -243,6 +268,7 @@ class Chain:
                     folder,
                     recipe.threads,
                     self.recipe.cluster.trains_on_gpu(),
+                    self.events,
                 )
             finally:
                 if self.recipe.cluster.runner == "ray":
@@ -305,12 +331,17 @@ class Chain:
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
-        from factory.pack import read_manifest
+        from factory.pack import first_prompts
 
-        return list(self.recipe.trainer.grid_prompts) or [row["prompt"] for row in read_manifest(self.data)[:count]]
+        return list(self.recipe.trainer.grid_prompts) or first_prompts(self.data, count)
 
 
-def _first_difference(there: dict[str, Any], here: Recipe) -> str:
+def _what_is_made(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without where it runs: a run may be begun on a laptop and go on elsewhere, or under a head of another address."""
+    return json.loads(json.dumps({name: part for name, part in recipe.items() if name != "cluster"}))
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The first key with another value, in words."""
 
     def walk(one: Any, other: Any, key: str) -> str:
@@ -319,4 +350,4 @@ def _first_difference(there: dict[str, Any], here: Recipe) -> str:
             return next((walk(a, b, f"{key}.{name}" if key else name) for name, a, b in pairs if a != b), "")
         return f"{key} is {json.dumps(one)} there and {json.dumps(other)} now"
 
-    return walk(there, here.model_dump(mode="json"), "")
+    return walk(there, here, "")

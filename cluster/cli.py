@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from rich.table import Table
 from cluster.dashboard import dashboard
 from cluster.environment import KINDS, default_folder, make_environment
 from cluster.errors import EdgeFusionError
+from cluster.events import LOG, PROBLEMS, read_events, samples_of
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
 from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
@@ -57,6 +59,29 @@ def storage_check(
         raise typer.Exit(1)
 
 
+@app.command("log")
+def log(
+    out: Annotated[Path, typer.Argument(help="output folder of a run")],
+    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
+    unit: Annotated[str | None, typer.Option(help="of this unit only: unit-00012")] = None,
+    sample: Annotated[str | None, typer.Option(help="what names this sample: its id, or how it begins")] = None,
+    problems: Annotated[bool, typer.Option("--problems", help="warnings and errors only")] = False,
+) -> None:
+    """Print the log of a run, of all machines in order of time: one JSON object a line, for eyes, jq and log collectors."""
+    if not (out / LOG).is_dir():
+        raise EdgeFusionError(
+            "holds no log", where=str(out), remedy="Give the --out folder of a run; cluster.log may be off"
+        )
+    for event in read_events(out):
+        if (stage, unit) != (event.get("stage") if stage else None, event.get("unit") if unit else None):
+            continue
+        if problems and event.get("level") not in PROBLEMS:
+            continue
+        if sample and not any(key.startswith(sample) for key in samples_of(event)):
+            continue
+        typer.echo(json.dumps(event, ensure_ascii=False))
+
+
 environments = typer.Typer(
     no_args_is_help=True, help="Python environments of their own, for programs whose packages fight with ours."
 )
@@ -94,7 +119,9 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         overrides: Annotated[list[str] | None, SET] = None,
         node: Annotated[
             list[str] | None,
-            typer.Option(help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64 (repeatable)"),
+            typer.Option(
+                help="nodes to check against instead: 4:cpus=16,gpus=1,memory_gib=64,resources.npu=1,labels.zone=a (repeatable)"
+            ),
         ] = None,
     ) -> None:
         """Say which workers fit where, which do not and why, before anything starts. Exits with 1 if any does not fit."""
@@ -102,11 +129,31 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         nodes = [one for text in node or [] for one in parse_nodes(text)]
         if not nodes:
             local = view.cluster.address == "local" or view.cluster.runner == "in-process"
-            nodes = [own_node(view.cluster)] if local else ray_nodes(view.cluster)
+            nodes = (
+                [own_node(view.cluster)]
+                if local
+                else ray_nodes(view.cluster, lambda words: typer.echo(words, err=True))
+            )
         fits = place(view.needs, nodes)
         _show_fits(view, nodes, fits)
         if any(fit.why for fit in fits) and view.cluster.runner == "ray":
             raise typer.Exit(1)
+
+    @app.command("submit")
+    def submit_run(
+        recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/edgefusion.yaml")],
+        to: Annotated[str, typer.Option(help="the cluster's dashboard: http://127.0.0.1:8265")],
+        out: Annotated[str, typer.Option(help="output folder as the cluster's nodes see it; the same again goes on")],
+        overrides: Annotated[list[str] | None, SET] = None,
+        wait: Annotated[bool, typer.Option(help="show what it says until it ends; Ctrl-C leaves it running")] = True,
+    ) -> None:
+        """Run a recipe as a Ray job: the driver is on the cluster too. Relative paths in it are looked up there."""
+        from cluster.submit import follow, submit
+
+        job = submit(view_of(recipe, overrides or []), to, out)
+        typer.echo(f"submitted as {job}; ray job stop {job} --address {to} ends it")
+        if wait:
+            follow(to, job, lambda text: typer.echo(text, nl=False))
 
     @app.command("render")
     def render_files(
@@ -136,20 +183,27 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
             typer.echo(f"wrote {path}")
 
 
+def _node_words(node: Node) -> str:
+    """Equal nodes, equal words; of labels only a user's own."""
+    amounts = {"CPUs": node.cpus, "GPUs": node.gpus, "GiB": node.memory_gib, **node.resources}
+    labels = [f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/")]
+    return ", ".join([*(f"{amount:g} {name}" for name, amount in amounts.items()), *labels])
+
+
 def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
-    seen: dict[tuple[float, float, float], int] = {}
-    for node in nodes:
-        kind = (node.cpus, node.gpus, node.memory_gib)
-        seen[kind] = seen.get(kind, 0) + 1
-    for (cpus, gpus, memory), count in seen.items():
-        typer.echo(f"{count} x {cpus:g} CPUs, {gpus:g} GPUs, {memory:g} GiB")
+    kinds = Counter(_node_words(node) for node in nodes)
+    for words, count in kinds.items():
+        typer.echo(f"{count} x {words}")
     table = Table("step", "stage", "workers", "each", "fits", "where, or why not")
     for fit in fits:
         need = fit.need
         each = f"{need.cpus:g} CPU" + (f", {need.gpus:g} GPU" if need.gpus else "")
         each += f", {need.memory_gib:g} GiB" if need.memory_gib else ", memory not stated"
+        each += "".join(f", {amount:g} {name}" for name, amount in need.resources.items())
         where = f"on {len(fit.nodes)} node{'s' * (len(fit.nodes) != 1)}"
-        table.add_row(need.step, need.stage, str(need.workers), each, str(fit.placed), fit.why or where)
+        where += "".join(f", {key}={value}" for key, value in need.labels.items())
+        workers = f"{need.workers_min} to {need.workers}" if need.workers_min else str(need.workers)
+        table.add_row(need.step, need.stage, workers, each, str(fit.placed), fit.why or where)
     Console().print(table)
     typer.echo(f"The process that starts the run does {DRIVER} by itself.")
     if view.vllm_model:

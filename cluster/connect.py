@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import StageError
+from cluster.places import suits
 from cluster.stage import Stage
 
 _KNOCK_S = 10.0
@@ -34,7 +35,9 @@ def knock(address: str) -> None:
 
 def explain(address: str, error: Exception) -> StageError:
     """What `ray.init` raised, in words that a user can act on."""
-    text = str(error) or type(error).__name__
+    # Ray says "failed to connect" and hides why in the cause.
+    said = [str(one) or type(one).__name__ for one in _causes(error)]
+    text = "\n".join(said)
     if re.search(r"version mismatch", text, re.IGNORECASE):
         versions = " ".join(text.split())
         return StageError(
@@ -54,24 +57,64 @@ def explain(address: str, error: Exception) -> StageError:
             where=_WHERE,
             remedy="It may be too busy: run the same command again, or use --set cluster.runner=in-process",
         )
+    why = dict.fromkeys(one.strip().splitlines()[0] for one in (said[0], said[-1]) if one.strip())
     return StageError(
-        f"Ray at {address} cannot be reached ({text.splitlines()[0]})",
+        f"Ray at {address} cannot be reached ({': '.join(why)})",
         where=_WHERE,
-        remedy="Start the cluster, or use --set cluster.address=local or --set cluster.runner=in-process",
+        remedy="Start the cluster, see that its token is here (RAY_AUTH_TOKEN) and that it is not too busy to answer; "
+        "or use --set cluster.address=local or --set cluster.runner=in-process",
     )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, and what it says it came of."""
+    found: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in found:
+        found.append(inner)
+        cause = getattr(inner, "cause", None)
+        inner = cause if isinstance(cause, BaseException) else inner.__cause__
+    return found
+
+
+def explain_work(error: BaseException) -> StageError | None:
+    """What Ray raised while stages worked, where it is the machine's fault and no stage's; else None."""
+    names = {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
+    text = str(error)
+    if names & {"OutOfDiskError", "ObjectStoreFullError"} or "OutOfDiskError" in text or "ObjectStoreFullError" in text:
+        return StageError(
+            "Ray's object store is full, and so is the disk that it would spill to",
+            where="cluster",
+            remedy="Free space below Ray's folder (/tmp/ray, or --temp-dir of ray start), give the store more memory (cluster.object_store_mib, "
+            "or --object-store-memory of ray start), or make units smaller (factory.make.unit_images); the same command then goes on",
+        )
+    if "OutOfMemoryError" in names or "ray.exceptions.OutOfMemoryError" in text:
+        return StageError(
+            "Ray ended a worker, for its node ran out of memory",
+            where="cluster",
+            remedy="Say what workers need (cluster.memory_gib), so that fewer share a node, or use larger nodes; the same command then goes on",
+        )
+    return None
 
 
 def see_that_it_fits(stages: Sequence[Stage], memory_bytes: dict[str, int], local: bool) -> None:
     """Raises StageError if a local Ray can never hold a worker; on a cluster, where nodes may still join, says what is waited for."""
     import ray
 
-    nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
     for stage in stages:
         wants = {"CPU": stage.cpus, "GPU": stage.gpus, "memory": float(memory_bytes.get(stage.name, 0))}
-        if any(all(node.get(key, 0) >= want for key, want in wants.items()) for node in nodes):
+        wants |= dict(stage.resources)
+        if any(
+            all(node["Resources"].get(key, 0) >= want for key, want in wants.items())
+            and suits(stage.labels, node.get("Labels") or {})
+            for node in nodes
+        ):
             continue
         words = [f"{stage.cpus:g} CPU", *([f"{stage.gpus:g} GPU"] if stage.gpus else [])]
         words += [f"{wants['memory'] / 2**30:g} GiB"] if wants["memory"] else []
+        words += [f"{amount:g} {name}" for name, amount in stage.resources.items()]
+        words += [f"a node with {key}={value}" for key, value in stage.labels.items()]
         what = f"a worker of stage {stage.name} needs {', '.join(words)}, and no node has that"
         remedy = "edgefusion cluster check RECIPE shows what fits where"
         if local:

@@ -1,4 +1,8 @@
-"""A sign of life in the output folder: `heartbeat.json` says which process on which host is at which step, and when it last said so."""
+"""A sign of life in the output folder: `heartbeat.json` says which process on which host is at which step, and when it last said so.
+
+Whoever reads it may be on another host, whose clock may be wrong. So age alone, reckoned by two clocks, proves nothing: a reader who doubts
+looks again for a while, by its own clock, and believes what changes.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import EdgeFusionError
-from cluster.machine import every
+from cluster.machine import every, this_machine
 from cluster.storage import publish_bytes
 
 HEARTBEAT = "heartbeat.json"
 EVERY_S = 5.0
 _SILENT_S = 60.0
 """Longer than a shared file system may keep a file's old contents from other hosts, seconds."""
+_LOOK_AGAIN_S = 3 * EVERY_S
+_CERTAIN_S = 86_400.0
+"""No clock that a cluster runs on is as wrong as that."""
 
 
 @contextmanager
@@ -28,6 +35,7 @@ def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
     facts: dict[str, Any] = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
+        "machine": this_machine(),
         "state": "running",
         "step": "",
         "began": round(time.time(), 1),
@@ -42,6 +50,9 @@ def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
     def begin(step: str) -> None:
         facts.update(step=step, step_began=round(time.time(), 1))
         write()
+        # The same moment by the storage's clock, which dates the files of the step.
+        with contextlib.suppress(OSError):
+            facts["step_began_there"] = (folder / HEARTBEAT).stat().st_mtime
 
     with every(EVERY_S, write):
         try:
@@ -53,24 +64,64 @@ def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
             facts.update(state="finished")
 
 
-def read_heartbeat(folder: Path) -> dict[str, Any]:
-    """The last heartbeat, with `state` turned into `died` if whoever wrote it is gone, and `age_s`; empty if there is none."""
+def read_heartbeat(folder: Path, wait: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The last heartbeat, with `state` turned into `died` if whoever wrote it is gone, and `age_s`; empty if there is none.
+
+    Where only the clocks of two hosts say that it is gone, or its clock is ahead of this one's, it is looked at again for some 15 s and counts as
+    alive if it changes; `wait` is told so before, in words. With `clock_ahead_s`: by how much the writer's clock was ahead then.
+    """
+    facts = _read(folder)
+    if not facts or facts["state"] != "running":
+        return facts
+    if facts.get("machine", "") == this_machine() or ("machine" not in facts and facts["host"] == socket.gethostname()):
+        if facts["age_s"] > _SILENT_S or is_gone(facts):
+            facts["state"] = "died"
+        return facts
+    if -EVERY_S <= facts["clock_age_s"] <= _SILENT_S:
+        return facts
+    if facts["clock_age_s"] > _CERTAIN_S:
+        return {**facts, "state": "died"}
+    if wait:
+        apart = abs(facts["clock_age_s"])
+        way = "old" if facts["clock_age_s"] > 0 else "in the future"
+        wait(
+            f"the last sign of life from {facts['host']} is {apart:.0f} s {way} by this machine's clock, and the two clocks may differ: "
+            f"looking again for {_LOOK_AGAIN_S:.0f} s"
+        )
+    return _look_again(folder, facts)
+
+
+def _look_again(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
+    end = time.monotonic() + _LOOK_AGAIN_S
+    while time.monotonic() < end:
+        time.sleep(1.0)
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # a shared file system then asks its server what is there
+        now = _read(folder)
+        if now and now["when"] != first["when"]:
+            return {**now, "age_s": 0.0, "clock_ahead_s": round(-now["clock_age_s"], 1)}
+    return {**first, "state": "died"}
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((folder / HEARTBEAT).read_text())
-        facts["age_s"] = max(0.0, time.time() - facts["when"])
-        if facts["state"] == "running" and (facts["age_s"] > _SILENT_S or is_gone(facts["host"], facts["pid"])):
-            facts["state"] = "died"
+        facts["clock_age_s"] = time.time() - float(facts["when"])
+        facts["age_s"] = max(0.0, facts["clock_age_s"])
+        _ = facts["state"], str(facts["host"]), int(facts["pid"])
         return facts
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def is_gone(host: str, pid: int) -> bool:
-    """A process is known not to live any more; only this host's can be asked."""
-    if host != socket.gethostname():
+def is_gone(writer: dict[str, Any]) -> bool:
+    """The process that wrote its `machine` (or, before that was written, its `host`) and `pid` is known not to live any more; only this
+    machine's can be asked."""
+    here = writer["machine"] == this_machine() if "machine" in writer else writer["host"] == socket.gethostname()
+    if not here:
         return False
     try:
-        os.kill(pid, 0)
+        os.kill(int(writer["pid"]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator
+import uuid
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 NEEDED = [
     "torch",
@@ -60,6 +65,16 @@ def machine_facts() -> dict[str, str]:
     }
 
 
+def this_machine() -> str:
+    """Names the kernel and the process namespace that this process lives in: a number of a process means something there only, and two hosts
+    or containers may well have one name."""
+    try:
+        where = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        where = f"{platform.node()} {uuid.getnode()}"
+    return hashlib.sha256(where.encode()).hexdigest()[:16]
+
+
 def load_per_core() -> float:
     """Processes that wanted a core in the last minute, our own included, for each core there is: far above 1, times taken now are too long."""
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
@@ -78,6 +93,29 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def pins(package: str, extras: Sequence[str] = ()) -> dict[str, str]:
+    """Every distribution that `package` with `extras` brings, as installed here, by the version without what was built locally (`+cpu`)."""
+    found: dict[str, str] = {}
+    todo: list[tuple[str, tuple[str, ...]]] = [(package, tuple(extras))]
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    while todo:
+        if (one := todo.pop()) in seen:
+            continue
+        seen.add(one)
+        name, wanted = one
+        try:
+            about = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if name != package:
+            found[canonicalize_name(name)] = about.version.partition("+")[0]
+        for text in about.requires or ():
+            need = Requirement(text)
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*wanted, "")):
+                todo.append((need.name, tuple(sorted(need.extras))))
+    return dict(sorted(found.items()))
 
 
 def commit() -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.clocks import WRONG_S, clocks_apart
 from cluster.errors import EdgeFusionError
+from cluster.places import suits
 from cluster.runner import ClusterRecipe, start_ray, stop_ray
+from cluster.stage import Stage
+
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,15 @@ class Need:
     gpus: float = 0.0
     memory_gib: float = 0.0
     """0 where the recipe does not say; then memory is not checked."""
+    workers_min: int | None = None
+    """Fewer workers will do, down to this."""
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What a worker takes of a node, by what it is called to a user."""
+        return {"CPUs": self.cpus, "GPUs": self.gpus, "GiB of memory": self.memory_gib, **self.resources}
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,19 @@ class Node:
     cpus: float
     gpus: float = 0.0
     memory_gib: float = math.inf
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        return {"CPUs": self.cpus, "GPUs": self.gpus, "GiB of memory": self.memory_gib, **self.resources}
+
+
+def need_of(step: str, stage: Stage, cluster: ClusterRecipe) -> Need:
+    """A stage's workers as the recipe places them."""
+    own = cluster.placed(stage)
+    memory = cluster.memory_gib.get(stage.name, 0.0)
+    return Need(step, own.name, own.workers, own.cpus, own.gpus, memory, own.workers_min, own.resources, own.labels)
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,8 @@ class RunView:
     """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
+    server_drops: tuple[str, ...] = ()
+    """Further ones that a recipe needs for that which serves vLLM for itself; the tree here has no such keys."""
 
 
 DRIVER = "plan, select, samples, export and report"
@@ -85,40 +115,46 @@ def place(needs: Sequence[Need], nodes: Sequence[Node]) -> list[Fit]:
     """Largest worker first onto the first node with room, step by step; the answer is in the order of `needs`."""
     found: dict[int, Fit] = {}
     for step in dict.fromkeys(need.step for need in needs):
-        free = [[node.cpus, node.gpus, node.memory_gib] for node in nodes]
+        free = [node.amounts for node in nodes]
         mine = [i for i, need in enumerate(needs) if need.step == step]
         for i in sorted(mine, key=lambda i: (-needs[i].gpus, -needs[i].memory_gib, -needs[i].cpus)):
             found[i] = _place_one(needs[i], nodes, free)
     return [found[i] for i in range(len(needs))]
 
 
-def _place_one(need: Need, nodes: Sequence[Node], free: list[list[float]]) -> Fit:
-    wants = [need.cpus, need.gpus, need.memory_gib]
+def _place_one(need: Need, nodes: Sequence[Node], free: list[dict[str, float]]) -> Fit:
     taken: dict[str, int] = {}
     for _ in range(need.workers):
-        room = [i for i, left in enumerate(free) if all(w <= has + 1e-9 for w, has in zip(wants, left, strict=True))]
+        room = [i for i, left in enumerate(free) if suits(need.labels, nodes[i].labels) and _has(left, need)]
         if not room:
             break
         # A stage without GPUs stays off GPU nodes while others have room.
         spot = min(room, key=lambda i: (nodes[i].gpus > 0) != (need.gpus > 0))
-        free[spot] = [has - w for w, has in zip(wants, free[spot], strict=True)]
+        free[spot] |= {what: free[spot][what] - want for what, want in need.amounts.items() if want}
         taken[nodes[spot].name] = taken.get(nodes[spot].name, 0) + 1
-    lacking = need.workers - sum(taken.values())
-    return Fit(need, taken, _why(need, nodes, free) if lacking else "")
+    enough = sum(taken.values()) >= (need.workers_min or need.workers)
+    return Fit(need, taken, "" if enough else _why(need, nodes, free))
 
 
-def _why(need: Need, nodes: Sequence[Node], free: list[list[float]]) -> str:
-    words = ("CPUs", "GPUs", "GiB of memory")
-    wants = [need.cpus, need.gpus, need.memory_gib]
-    whole = [[node.cpus, node.gpus, node.memory_gib] for node in nodes]
-    for want, word, column in zip(wants, words, range(3), strict=True):
-        most = max((node[column] for node in whole), default=0.0)
+def _has(left: Mapping[str, float], need: Need) -> bool:
+    return all(want <= left.get(what, 0.0) + 1e-9 for what, want in need.amounts.items())
+
+
+def _why(need: Need, nodes: Sequence[Node], free: list[dict[str, float]]) -> str:
+    right = [i for i, node in enumerate(nodes) if suits(need.labels, node.labels)]
+    if not right:
+        asked = ", ".join(f"{key}={value}" for key, value in need.labels.items())
+        return f"no node has the labels that it asks for ({asked})"
+    wants = {what: want for what, want in need.amounts.items() if want}
+    for what, want in wants.items():
+        most = max(nodes[i].amounts.get(what, 0.0) for i in right)
         if want > most + 1e-9:
-            return f"a worker needs {want:g} {word} and no node has more than {most:g}"
+            return f"a worker needs {want:g} {what} and no node has more than {most:g}"
+    left = [free[i] for i in right]
     short = [
-        f"{sum(left[column] for left in free):g} {word} are left in all and a worker needs {want:g}"
-        for want, word, column in zip(wants, words, range(3), strict=True)
-        if want and not any(want <= left[column] + 1e-9 for left in free)
+        f"{sum(one.get(what, 0.0) for one in left):g} {what} are left in all and a worker needs {want:g}"
+        for what, want in wants.items()
+        if not any(want <= one.get(what, 0.0) + 1e-9 for one in left)
     ]
     return "; ".join(short) or "no single node has all that a worker needs left at once"
 
@@ -134,13 +170,22 @@ def own_node(recipe: ClusterRecipe) -> Node:
     return Node("this machine", cpus, torch.cuda.device_count(), round(memory, 1))
 
 
-def ray_nodes(recipe: ClusterRecipe) -> list[Node]:
-    """The living nodes of the running cluster at `recipe.address`; raises StageError if it cannot be reached."""
+def ray_nodes(recipe: ClusterRecipe, tell: Callable[[str], None] = lambda words: None) -> list[Node]:
+    """The living nodes of the running cluster at `recipe.address`; raises StageError if it cannot be reached.
+
+    `tell` is told of nodes whose clocks are wrong."""
     start_ray(recipe)
     import ray
 
     try:
         found: list[dict[str, Any]] = ray.nodes()
+        for name, ahead_s in clocks_apart().items():
+            if abs(ahead_s) > WRONG_S:
+                way = "ahead of" if ahead_s > 0 else "behind"
+                tell(
+                    f"the clock of {name} is {abs(ahead_s):.0f} s {way} this machine's: a run comes to no harm, but logs are dated so, and S3 "
+                    "refuses requests of a clock that is 15 minutes wrong. Set it (chrony, timedatectl)"
+                )
     finally:
         stop_ray()
     return [
@@ -149,24 +194,48 @@ def ray_nodes(recipe: ClusterRecipe) -> list[Node]:
             float(node["Resources"].get("CPU", 0)),
             float(node["Resources"].get("GPU", 0)),
             round(float(node["Resources"].get("memory", 0)) / 2**30, 1),
+            {name: float(amount) for name, amount in node["Resources"].items() if _is_own(str(name))},
+            {str(key): str(value) for key, value in (node.get("Labels") or {}).items()},
         )
         for node in found
         if node["Alive"]
     ]
 
 
+def _is_own(name: str) -> bool:
+    """A resource that somebody gave the node, and not one that Ray counts by itself."""
+    return name not in ("CPU", "GPU", "memory", "object_store_memory") and not name.startswith(
+        ("node:", "accelerator_type:")
+    )
+
+
 def parse_nodes(text: str) -> list[Node]:
-    """`4:cpus=16,gpus=1,memory_gib=64` to four nodes; raises EdgeFusionError."""
+    """`4:cpus=16,gpus=1,memory_gib=64,resources.npu=1,labels.zone=a` to four nodes; raises EdgeFusionError."""
     count, colon, rest = text.partition(":")
+    numbers: dict[str, float] = {}
+    resources: dict[str, float] = {}
+    labels: dict[str, str] = {}
     try:
-        pairs = [part.split("=") for part in rest.split(",")]
-        values = {name.strip(): float(value) for name, value in pairs}
-        if not colon or not set(values) <= {"cpus", "gpus", "memory_gib"} or "cpus" not in values:
+        for part in rest.split(","):
+            name, value = (word.strip() for word in part.split("="))
+            kind, dot, key = name.partition(".")
+            if dot and kind == "labels":
+                labels[key] = value
+            elif dot and kind == "resources":
+                resources[key] = float(value)
+            elif name in ("cpus", "gpus", "memory_gib"):
+                numbers[name] = float(value)
+            else:
+                raise ValueError
+        if not colon or "cpus" not in numbers:
             raise ValueError
-        return [Node(f"{count} x {rest} #{i + 1}", **values) for i in range(int(count))]
+        return [
+            Node(f"{count} x {rest} #{i + 1}", **numbers, resources=resources, labels=labels) for i in range(int(count))
+        ]
     except ValueError:
         raise EdgeFusionError(
-            f"--node takes COUNT:cpus=N,gpus=N,memory_gib=N, not {text!r}", remedy="For example 4:cpus=16,gpus=1"
+            f"--node takes COUNT:cpus=N,gpus=N,memory_gib=N,resources.NAME=N,labels.NAME=WORD, not {text!r}",
+            remedy="For example 4:cpus=16,gpus=1",
         ) from None
 
 
@@ -178,6 +247,8 @@ class Group:
     cpus: int
     gpus: int
     memory_gib: int
+    resources: Mapping[str, int] = field(default_factory=dict[str, int])
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tuple[Group, Group]:
@@ -196,6 +267,41 @@ def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tup
             max(4 * gpus_per_node, math.ceil(beside) + 2),
             gpus_per_node,
             max(32 * gpus_per_node, math.ceil(gpu_memory * 1.25)),
+            _own_of(with_gpu, -(-gpus // gpus_per_node)),
+            _labels_of(with_gpu),
         ),
-        Group(-(-cpus // cpus_per_node), cpus_per_node, 0, max(4 * cpus_per_node, math.ceil(cpu_memory * 1.25))),
+        Group(
+            -(-cpus // cpus_per_node),
+            cpus_per_node,
+            0,
+            max(4 * cpus_per_node, math.ceil(cpu_memory * 1.25)),
+            _own_of(without, -(-cpus // cpus_per_node)),
+            _labels_of(without),
+        ),
     )
+
+
+def _own_of(needs: Sequence[Need], nodes: int) -> dict[str, int]:
+    """Resources of the cluster's own on each of `nodes`."""
+    most: dict[str, float] = {}
+    for step in dict.fromkeys(need.step for need in needs):
+        mine = [need for need in needs if need.step == step]
+        for name in {name for need in mine for name in need.resources}:
+            whole = sum(need.resources.get(name, 0.0) * need.workers for need in mine)
+            largest = max(need.resources.get(name, 0.0) for need in mine)
+            most[name] = max(most.get(name, 0.0), whole / max(1, nodes), largest)
+    return {name: math.ceil(amount) for name, amount in sorted(most.items())}
+
+
+def _labels_of(needs: Sequence[Need]) -> dict[str, str]:
+    """Labels that nodes for all of these carry; raises EdgeFusionError where no one node could."""
+    found: dict[str, str] = {}
+    for need in needs:
+        for key, value in need.labels.items():
+            if found.setdefault(key, value) != value or not _LABEL.fullmatch(value):
+                raise EdgeFusionError(
+                    f"stage {need.stage} asks for nodes with {key}={value}, and one group of equal nodes serves its stages",
+                    where="cluster.stages",
+                    remedy="Ask for one plain value of each label in all stages with GPUs and in all without, or write the groups by hand",
+                )
+    return found

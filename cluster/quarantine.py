@@ -67,7 +67,9 @@ class Attempts:
         note = replace(left, run=self.run, at_risk=[], deaths=left.deaths + bool(left.at_risk and counts))
         if not left.at_risk:
             return note
-        log.warning("a worker died in stage %s on %d rows of %s", stage.name, len(left.at_risk), unit.id)
+        facts = {"stage": stage.name, "unit": unit.id, "samples": left.at_risk, "who_died": left.who}
+        words = "a worker died in stage %s on %d rows of %s"
+        log.warning(words, stage.name, len(left.at_risk), unit.id, extra={"facts": facts})
         if len(left.at_risk) == 1:
             (key,) = left.at_risk
             return replace(note, alone={**note.alone, key: note.alone.get(key, 0) + bool(counts)})

@@ -92,7 +92,11 @@ def recipe_digest(recipe: Settings) -> str:
 
 
 def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
-    """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`. Raises RecipeError."""
+    """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`; `~a.b.c` takes the key out. Raises
+    RecipeError."""
+    if change.startswith("~") and "=" not in change:
+        _take_out(tree, change[1:].strip().split("."))
+        return
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
         example = "trainer.adapt.steps=20" if option == "--set" else "min_clip=0.4"
@@ -112,6 +116,14 @@ def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
         raise RecipeError(f"{option} {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
 
 
+def _take_out(tree: dict[str, Any], path: list[str]) -> None:
+    place: Any = tree
+    for name in path[:-1]:
+        place = cast(dict[str, Any], place).get(name) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+        cast(dict[str, Any], place).pop(path[-1], None)
+
+
 def _explain(schema: type[BaseModel], error: ValidationError, where: str, changed: Sequence[str]) -> RecipeError:
     first = error.errors()[0]
     # A discriminated union puts its tag into the location; it is not a key of the file.
@@ -120,6 +132,8 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str, change
     where = _blamed(key, where, changed)
     if first["type"] == "extra_forbidden":
         known = _fields_at(schema, path[:-1])
+        if path[-1] in known:
+            return RecipeError(f"{key} is no key of this kind", where=where, remedy=f"Take it out: --set ~{key}")
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.4)
         remedy = f"Did you mean {near[0]}?" if near else f"Valid here: {', '.join(sorted(known))}"
         return RecipeError(f"{key} is not a known key", where=where, remedy=remedy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _PART_BYTES = 50 << 20
 _CHUNK_BYTES = 1 << 20
 _KEY = "Check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their like), then run again"
 _BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidClientTokenId")
+_BAD_CLOCK = ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture")
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError")
 
 
@@ -101,6 +103,21 @@ class RemoteStore:
         with plain_words(f"{self}/{name}", "written"):
             return publish_new(f"{self}/{name}", data, self._files)
 
+    def age_s(self, name: str) -> float | None:
+        """How long ago the file was written, by the store's own clock alone: a fresh file is written beside it, compared and removed.
+
+        None if the store does not date its files, or the file is not there."""
+        probe = f".edgefusion-clock-{uuid.uuid4().hex[:12]}"
+        self.publish(probe, b"may be removed\n")
+        try:
+            with plain_words(f"{self}/{name}"):
+                now, then = (self._files.modified(self._path(one)) for one in (probe, name))
+                return float((now - then).total_seconds())
+        except (EdgeFusionError, TypeError):
+            return None
+        finally:
+            self.remove(probe)
+
     def remove(self, name: str) -> None:
         """A file, if it is there."""
         with plain_words(f"{self}/{name}", "removed"), contextlib.suppress(FileNotFoundError):
@@ -153,6 +170,11 @@ def explain_store(where: str, error: Exception, done: str = "read") -> EdgeFusio
         return EdgeFusionError("there is no such bucket", where=where, remedy="Make it, or correct the address")
     if isinstance(error, FileNotFoundError):
         return CorruptShard("is missing", where=where, remedy="Copy the data set there again")
+    if codes & set(_BAD_CLOCK):
+        remedy = "Set it (timedatectl, chrony, or the host's own), then run again"
+        return EdgeFusionError(
+            f"the store says that the clock of this machine is wrong ({first})", where=where, remedy=remedy
+        )
     if codes & set(_NO_KEYS):
         return EdgeFusionError(f"the store wants a key and none was found ({first})", where=where, remedy=_KEY)
     if codes & set(_BAD_KEYS):

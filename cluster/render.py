@@ -5,8 +5,10 @@ Renders text and starts nothing. Secrets are named, never written. The templates
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cluster.environment import VLLM
 from cluster.errors import EdgeFusionError
-from cluster.machine import NEEDED, version_of
+from cluster.machine import pins, version_of
 from cluster.needs import DRIVER, Group, RunView, groups
 from cluster.storage import publish_bytes
 
@@ -28,6 +30,8 @@ _MACHINES: dict[str, dict[int, tuple[str, int]]] = {
     "gcp": {0: ("n2-standard-8", 8), 1: ("g2-standard-16", 16), 4: ("g2-standard-48", 48), 8: ("a3-highgpu-8g", 208)},
 }
 """GPUs a machine: (its name, its CPUs)."""
+_EXTRAS = ("s3", "metrics", "otel")
+"""What images bring beside the packages that every run needs."""
 _STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
 _PLAIN = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:/@_-]*|/[A-Za-z0-9._:/@-]*")
 
@@ -89,7 +93,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
             remedy="Start one (any that speaks OpenAI's chat completions) and give "
-            + " ".join(f"--set {setting.format(url='URL')}" for setting in view.server_settings),
+            + " ".join(f"--set '{s.format(url='URL')}'" for s in (*view.server_settings, *view.server_drops)),
         )
     settings = [setting.format(url=url) for setting in view.server_settings]
     machines: dict[str, str] = {}
@@ -100,6 +104,13 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     more = [word for setting in settings for word in ("--set", setting)]
     whole = gpu if gpu.nodes else cpu
     workers = [("gpu", "gpu", gpu)] * bool(gpu.nodes) + [("cpu", "cpu", cpu)] * bool(cpu.nodes)
+    # Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones.
+    node = replace(
+        whole,
+        cpus=whole.cpus + (-(-cpu.cpus * cpu.nodes // gpu.nodes) if gpu.nodes else 0),
+        resources={**cpu.resources, **gpu.resources},
+        labels=_of_all(gpu.labels, cpu.labels) if place == "slurm" else {},
+    )
     return {
         "name": view.name,
         "folder": str(folder),
@@ -110,7 +121,8 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "ray": version_of("ray"),
         "python": _PYTHON,
         "vllm": VLLM,
-        "pins": {name: str(version_of(name)).partition("+")[0] for name in NEEDED if version_of(name)},
+        "extras": ",".join(_EXTRAS),
+        "pins": pins("edgefusion", _EXTRAS),
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
         "driver": DRIVER,
         "head": Group(1, 4, 0, 16),
@@ -123,10 +135,30 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         # Relative paths of a recipe are those of the image.
         "entrypoint": "cd /app && " + shlex.join(run + more),
         "launched": "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]]),
-        # Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones.
-        "node": replace(whole, cpus=whole.cpus + (-(-cpu.cpus * cpu.nodes // gpu.nodes) if gpu.nodes else 0)),
+        "node": node,
+        "place_words": _place_words(node),
         "nodes": whole.nodes,
     }
+
+
+def _of_all(*labels: Mapping[str, str]) -> dict[str, str]:
+    """The labels of nodes that serve all groups; raises EdgeFusionError where no one node could."""
+    found: dict[str, str] = {}
+    for key, value in (pair for group in labels for pair in group.items()):
+        if found.setdefault(key, value) != value:
+            raise EdgeFusionError(
+                f"stages ask for nodes with {key}={found[key]} and with {key}={value}, and the nodes of a Slurm job are all alike",
+                where="cluster.stages",
+                remedy="Ask for one of them, or write a heterogeneous job by hand",
+            )
+    return found
+
+
+def _place_words(node: Group) -> str:
+    """Of `ray start`: resources and labels of a node."""
+    resources = f" --resources={shlex.quote(json.dumps(dict(node.resources)))}" if node.resources else ""
+    labels = ",".join(f"{key}={value}" for key, value in node.labels.items())
+    return resources + (f" --labels={shlex.quote(labels)}" if labels else "")
 
 
 def _machines(place: Place, gpu: Group, cpu: Group, options: Options) -> tuple[Group, Group, dict[str, str]]:

@@ -20,11 +20,13 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, model_validator
 
 from cluster.cache import CacheRecipe
-from cluster.connect import explain, knock, see_that_it_fits
+from cluster.connect import explain, explain_work, knock, see_that_it_fits
 from cluster.errors import StageError
+from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
 from cluster.metrics import WorkerMetrics
+from cluster.places import TRAIN, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply
@@ -68,8 +70,16 @@ class ClusterRecipe(Settings):
         default={},
         description="memory that a worker needs, GiB, by stage: {render: 12, train: 40}; Ray then packs no more workers than fit",
     )
+    stages: dict[str, StagePlace] = Field(
+        default={},
+        description="by stage (render, score, train ...), what its workers take and which nodes may hold them: {render: {gpus: 0.5, labels: {zone: a}}}",
+    )
     cache: CacheRecipe = Field(
         default=CacheRecipe(), description="where shards of data sets that are given by URL are kept on each machine"
+    )
+    log: Literal["units", "problems", "off"] = Field(
+        default="units",
+        description="what OUT/log notes: every unit of every stage, only steps and what went wrong, or nothing",
     )
     max_failures: int = Field(
         default=2,
@@ -83,7 +93,14 @@ class ClusterRecipe(Settings):
             raise ValueError(
                 f"train_workers_min ({self.train_workers_min}) is more than train_workers ({self.train_workers})"
             )
+        train = self.stages.get(TRAIN)
+        if train and (train.workers or train.workers_min):
+            raise ValueError("stages.train: workers of training are train_workers and train_workers_min")
         return self
+
+    def placed(self, stage: Stage) -> Stage:
+        """The stage with what `stages` says of it."""
+        return placed(stage, self.stages.get(stage.name))
 
     def trains_on_gpu(self) -> bool:
         """As the recipe says, or as this machine can."""
@@ -112,15 +129,15 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def make_runner(recipe: ClusterRecipe) -> Runner:
-    return InProcess(recipe.max_failures) if recipe.runner == "in-process" else OnRay(recipe)
+def make_runner(recipe: ClusterRecipe, events: Events = NOWHERE) -> Runner:
+    return InProcess(recipe.max_failures, events) if recipe.runner == "in-process" else OnRay(recipe, events)
 
 
 class InProcess:
     """Everything here, one unit after the other. A row that kills it kills the run; the next runs find and bury that row."""
 
-    def __init__(self, max_failures: int = 2) -> None:
-        self.max_failures = max_failures
+    def __init__(self, max_failures: int = 2, events: Events = NOWHERE) -> None:
+        self.max_failures, self.events = max_failures, events
         self._flow = Flow([])
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
@@ -129,11 +146,11 @@ class InProcess:
         self._flow = Flow([(stage.name, 1) for stage in stages])
         for unit in units:
             # Opened late: a run with nothing left to do loads no models.
-            workers = workers or [(stage, stage.open()) for stage in stages]
+            workers = workers or [(stage, _opened(stage, self.events)) for stage in stages]
             for stage, worker in workers:
                 before = unit
                 try:
-                    unit = _work(stage, worker, before, attempts, self._flow)
+                    unit = _work(stage, worker, before, attempts, self._flow, self.events)
                 finally:
                     # Also after an exception or Ctrl-C: only a process that was killed leaves its note.
                     if attempts:
@@ -152,11 +169,12 @@ class InProcess:
 class OnRay:
     """Ray Data actor pools, one pool a stage; one row of the data set is one unit, so Ray can split and retry nothing smaller."""
 
-    def __init__(self, recipe: ClusterRecipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: ClusterRecipe, events: Events = NOWHERE) -> None:
+        self.recipe, self.events = recipe, events
         self._flow: FlowActor | None = None
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
+        stages = [self.recipe.placed(stage) for stage in stages]
         attempts = _attempts(notes.resolve() if notes else None, self.recipe.max_failures, trust_other_runs=False)
         # With notes it is they that end the dying; Ray, which cannot tell one row from another, need not count.
         restarts = -1 if attempts else self.recipe.max_failures
@@ -193,10 +211,14 @@ class OnRay:
                 mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
                 data = data.map(
                     mapper,
-                    fn_constructor_args=[stage, attempts, self._flow.name],
-                    compute=ray.data.ActorPoolStrategy(size=stage.workers),
+                    fn_constructor_args=[stage, attempts, self._flow.name, self.events],
+                    compute=ray.data.ActorPoolStrategy(
+                        min_size=stage.workers_min or stage.workers, max_size=stage.workers
+                    ),
                     num_cpus=stage.cpus,
                     num_gpus=stage.gpus,
+                    resources=dict(stage.resources) or None,
+                    label_selector=dict(stage.labels) or None,
                     memory=self.recipe.memory_bytes(stage.name) or None,
                     max_restarts=restarts,
                     max_task_retries=restarts,
@@ -224,15 +246,16 @@ class OnRay:
 class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
-    def __init__(self, stage: Stage, attempts: Attempts | None, flow: str) -> None:
+    def __init__(self, stage: Stage, attempts: Attempts | None, flow: str, events: Events) -> None:
         self.stage, self.attempts, self.metrics = stage, attempts, WorkerMetrics(stage.name)
-        self.desk = RayDesk(flow)
+        self.desk, self.events = RayDesk(flow), events
+        events.listen()
         with attempts.opening(stage) if attempts else nullcontext(), self.metrics.opening():
-            self.worker = stage.open()
+            self.worker = _opened(stage, events)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit, began = Unit.from_bytes(row["unit"], row["payload"]), time.perf_counter()
-        done = _work(self.stage, self.worker, unit, self.attempts, self.desk)
+        done = _work(self.stage, self.worker, unit, self.attempts, self.desk, self.events)
         answer = {"unit": done.id, "payload": done.to_bytes()}
         if self.attempts:
             self.attempts.end(self.stage, unit)
@@ -244,10 +267,25 @@ def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) ->
     return Attempts(folder, max(1, max_failures), uuid.uuid4().hex, trust_other_runs) if folder else None
 
 
-def _work(stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None, desk: Desk) -> Unit:
+def _opened(stage: Stage, events: Events) -> Worker:
+    began = time.perf_counter()
+    try:
+        worker = stage.open()
+    except Exception as error:
+        events.say("stage failed to open", "error", stage=stage.name, error=first_words(error))
+        raise
+    events.say("stage opened", stage=stage.name, seconds=round(time.perf_counter() - began, 3))
+    return worker
+
+
+def _work(
+    stage: Stage, worker: Worker, unit: Unit, attempts: Attempts | None, desk: Desk, events: Events = NOWHERE
+) -> Unit:
     samples, began = sum(stage.whole or row["outcome"] == PENDING for row in unit.rows), time.perf_counter()
     desk.begin(stage.name, unit.id, len(unit.rows))
-    done = apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
+    with events.work(stage.name, unit) as finished:
+        done = apply_noted(stage, worker, unit, attempts) if attempts else apply(stage, worker, unit)
+        finished.append(done)
     desk.end(stage.name, unit.id, samples, time.perf_counter() - began)
     return done
 
@@ -319,6 +357,8 @@ def _stage_error(error: BaseException) -> StageError:
     named = [line.partition("StageError: ")[2] for line in lines if "StageError: " in line]
     if named:
         return StageError(named[-1])
+    if known := explain_work(error):
+        return known
     return StageError(
         f"a worker failed: {lines[-1]}", remedy="Mend the cause and run the same command again; --debug shows all"
     )

@@ -7,8 +7,8 @@ not drop it. Knows nothing of what the rows mean but the two columns `id` and `o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -34,10 +34,16 @@ class Stage:
     name: str
     open: Callable[[], Worker]
     workers: int = 1
+    """At most, if there is `workers_min`."""
     cpus: float = 1.0
     gpus: float = 0.0
     whole: bool = False
     """Give the worker all rows of a unit, dead ones included; such a stage is never bisected."""
+    workers_min: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of the cluster's own names, for a worker."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the nodes that may hold a worker (cluster/places.py)."""
 
 
 @dataclass(frozen=True)

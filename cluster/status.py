@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,22 +22,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import EdgeFusionError
+from cluster.events import last_problems
 from cluster.heartbeat import read_heartbeat
-from cluster.usage import read_usage
+from cluster.usage import files_of_usage, read_usage
 
 Facts = dict[str, Any]
 _PHASES = ("adapt", "distill")
 _UNIT = re.compile(r"unit-([0-9]+)\.parquet")
 _READ_UNITS = 2048
 """Ledger entries that one look reads beyond those that make has counted."""
+_PROBLEMS = 5
+"""Of the log, the last."""
 _STALE_S = 60.0
 """What make said longer ago is no rate of now."""
 
 
-def read_status(out: Path) -> Facts:
+def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
     """Everything `edgefusion status` shows; numbers in seconds and items a second, None where nothing is known.
 
-    Raises EdgeFusionError if `out` holds no run.
+    `wait` is told, in words, before this waits to see whether the driver lives (`read_heartbeat`). Raises EdgeFusionError if `out` holds no run.
     """
     try:
         run: Facts = json.loads((out / "run.json").read_text())
@@ -45,10 +49,10 @@ def read_status(out: Path) -> Facts:
         raise EdgeFusionError(
             "holds no run", where=str(out), remedy="Give the --out folder of edgefusion run"
         ) from None
-    beat = read_heartbeat(out)
+    beat = read_heartbeat(out, wait)
     seconds: dict[str, float] = run.get("seconds", {})
     ledger = _ledger(out / "dataset")
-    live = _live(out / "dataset", ledger)
+    live = _live(out / "dataset", ledger, beat)
     outcomes, reasons, unreadable, unseen = _outcomes(out / "dataset", ledger, live)
     stages = [
         _step(out, "plan", out / "dataset" / "plan.parquet", seconds),
@@ -82,17 +86,26 @@ def read_status(out: Path) -> Facts:
         "pid": beat.get("pid"),
         "host": beat.get("host"),
         "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
+        "clock_ahead_s": beat.get("clock_ahead_s"),
         "stages": stages,
         "samples": outcomes,
         "units": len(ledger),
         "kept_share": _share(outcomes, "kept"),
         "make": _at_work(live, outcomes),
         "reasons": reasons,
-        "asked": asdict(usage) if (usage := read_usage((out / "dataset" / "plan").glob("*.parquet"))).answers else None,
+        "asked": _asked(out / "dataset" / "plan"),
+        "asked_for_captions": _asked(out / "dataset" / "captions"),
+        "problems": last_problems(out, _PROBLEMS),
         "suspects": _suspects(out / "dataset" / "attempts"),
         "unreadable": unreadable,
         "units_not_counted": unseen,
     }
+
+
+def _asked(folder: Path) -> dict[str, Any] | None:
+    """What servers were asked for the files in there; None if nothing was."""
+    usage = read_usage(files_of_usage(folder))
+    return asdict(usage) if usage.answers else None
 
 
 def _ledger(data: Path) -> dict[int, str]:
@@ -106,14 +119,16 @@ def _ledger(data: Path) -> dict[int, str]:
     return {int(match[1]): name for match, name in found if match}
 
 
-def _live(data: Path, ledger: dict[int, str]) -> Facts:
+def _live(data: Path, ledger: dict[int, str], beat: Facts) -> Facts:
     """What make last said; empty if it never did, or if units that it counted were given back since."""
     try:
         found: Facts = json.loads((data / "index" / "live.json").read_text())
         upto, more = int(found["upto"]), {int(number) for number in found["more"]}
         # Numbers are told once each, so counting those below `upto` shows a gap.
         whole = sum(number < upto for number in ledger) == upto and more <= ledger.keys()
-        return {**found, "more": more, "age_s": max(0.0, time.time() - float(found["when"]))} if whole else {}
+        # The driver wrote both files: by its own clock one is so much older than the other, whatever this host's clock says.
+        now = float(beat["when"]) + beat["age_s"] if beat else time.time()
+        return {**found, "more": more, "age_s": max(0.0, now - float(found["when"]))} if whole else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -162,7 +177,9 @@ def _make(
 def _ledger_rate(paths: list[Path], beat: Facts) -> float | None:
     """Pictures a second between this run's first and last commit; before that models were loaded."""
     times = sorted((p.stat().st_mtime, p) for p in paths)
-    times = [(when, path) for when, path in times if when >= beat.get("step_began", 0.0)]
+    # Files are dated by the storage's clock, and so is the step's beginning where the driver could tell.
+    began = beat.get("step_began_there") or beat.get("step_began", 0.0)
+    times = [(when, path) for when, path in times if when >= began]
     if len(times) < 2 or times[-1][0] <= times[0][0]:
         return None
     rows = sum(_rows(path) for _, path in times[1:])

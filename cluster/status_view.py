@@ -49,7 +49,7 @@ def status(
 
 
 def _look(out: Path, prometheus: Path | None) -> dict[str, Any]:
-    facts = read_status(out)
+    facts = read_status(out, lambda words: typer.echo(words, err=True))
     if prometheus:
         publish_bytes(prometheus, prometheus_text(facts).encode())
     return facts
@@ -70,8 +70,9 @@ def view(facts: dict[str, Any]) -> Group:
     if samples["planned"]:
         share = f"; kept {facts['kept_share']:.1%}" if facts["kept_share"] is not None else ""
         lines.append(f"samples: {samples['planned']} planned, {', '.join(parts) or 'none made yet'}{share}")
-    if facts["asked"]:
-        lines.append(f"prompts: {spell_usage(Usage(**facts['asked']))}")
+    for what, asked in (("prompts", facts["asked"]), ("captions", facts["asked_for_captions"])):
+        if asked:
+            lines.append(f"{what}: {spell_usage(Usage(**asked))}")
     if make := facts["make"]:
         now = facts["state"] == "running" and facts["step"] == "make"
         told = [*make["told"], *([f"at the end in {clock(make['eta_s'])}"] if now and make["eta_s"] else [])]
@@ -86,6 +87,7 @@ def view(facts: dict[str, Any]) -> Group:
         f"{s['rows_tried_together']} of its samples are tried together now"
         for s in facts["suspects"]
     ]
+    lines += [f"{event['time'][11:19]} {event['level']}: {said(event)}" for event in facts["problems"]]
     if facts["unreadable"]:
         lines.append(f"{facts['unreadable']} ledger files cannot be read")
     if facts["units_not_counted"]:
@@ -95,12 +97,25 @@ def view(facts: dict[str, Any]) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
+def said(event: dict[str, Any]) -> str:
+    """A line of the log in words."""
+    where = " ".join(str(event[name]) for name in ("stage", "unit") if name in event)
+    what = str(event.get("text") or event.get("error") or "")
+    if dead := event.get("dead"):
+        what = f"{len(dead)} samples died, the first of {dead[0]['reason']}"
+    return f"{event['event']} on {event.get('host', '?')}: {' '.join(part for part in (where, what) if part)}"
+
+
 def _state_line(facts: dict[str, Any]) -> str:
     state, where = facts["state"], f"process {facts['pid']} on {facts['host']}"
     if state == "unknown":
         return "There is no heartbeat: the run is older than heartbeats, or has not begun."
     if state == "running":
-        return f"Running: {where}, at {facts['step']}; last sign of life {facts['heartbeat_age_s']:.0f} s ago."
+        apart = facts["clock_ahead_s"]
+        clocks = (
+            f" Its clock is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} this machine's." if apart else ""
+        )
+        return f"Running: {where}, at {facts['step']}; last sign of life {facts['heartbeat_age_s']:.0f} s ago.{clocks}"
     again = "The same edgefusion run command goes on from here."
     if state == "died":
         return f"Died at {facts['step']} ({where}, last sign of life {clock(facts['heartbeat_age_s'])} ago). {again}"

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
+from cluster.events import NOWHERE, Events
+from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
+from cluster.tracing import flush
 
 
-def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, threads: int, use_gpu: bool) -> None:
+def launch(
+    train: Callable[[], None],
+    recipe: ClusterRecipe,
+    storage: Path,
+    threads: int,
+    use_gpu: bool,
+    events: Events = NOWHERE,
+) -> None:
     """Run `train` to its end; when a worker dies all begin again up to `max_failures` times. Raises StageError.
 
     With `train_workers_min` they may then be fewer, so `train` must take any number of workers.
@@ -26,11 +36,17 @@ def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, thre
 
     def on_worker(_config: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        train()
+        own = ray.train.get_context()
+        facts = {"rank": own.get_world_rank(), "workers": own.get_world_size()}
+        with events.during("training worker", **facts) as inner, inner.listening():
+            train()
+        flush()
 
     # What Ray Train asks for by itself, said aloud once memory is to be counted too.
-    memory = recipe.memory_bytes("train")
-    each = {"CPU": 1.0, "GPU": float(use_gpu), "memory": float(memory)} if memory else None
+    memory, place = recipe.memory_bytes(TRAIN), recipe.stages.get(TRAIN, StagePlace())
+    each = {"CPU": 1.0 if place.cpus is None else place.cpus, **place.resources}
+    each |= {"GPU": float(place.gpus or 1)} if use_gpu else {}
+    each |= {"memory": float(memory)} if memory else {}
     fewest = recipe.train_workers_min
     trainer = TorchTrainer(
         on_worker,
@@ -39,6 +55,7 @@ def launch(train: Callable[[], None], recipe: ClusterRecipe, storage: Path, thre
             num_workers=(fewest, recipe.train_workers) if fewest else recipe.train_workers,
             use_gpu=use_gpu,
             resources_per_worker=each,
+            label_selector=dict(place.labels) or None,
             placement_strategy=recipe.train_placement.upper(),
         ),
         run_config=ray.train.RunConfig(

@@ -1,10 +1,11 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
-"""What was asked of servers that count tokens: kept in the metadata of each Parquet file that the answers went into, so that a file and its cost
-are there together or not at all, whatever is killed."""
+"""What was asked of servers that count tokens. Each answer is noted in a journal as it comes, so that whoever is killed forgets nothing that was paid
+for; a Parquet file that the answers went into then keeps their sum in its metadata, and its journal goes."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 USAGE = b"usage"
+JOURNAL = ".asked.jsonl"
+"""Ending of a journal: a line an answer. What stands before it names the file that the answers go into."""
 _MILLION = 1_000_000
 
 
@@ -56,14 +59,21 @@ class Prices:
 
 
 class Meter:
-    """Counts answers as they come, from any thread."""
+    """Notes answers as they come, from any thread; in no journal until one is given."""
 
     def __init__(self, prices: Prices | None = None) -> None:
         self.prices, self._lock = prices, Lock()
-        self._seen = self._empty = Usage(cost=0.0 if prices else None)
+        self._journal: Path | None = None
+
+    def note_in(self, journal: Path) -> None:
+        """From now on in this file, after what stands there."""
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = journal
 
     def add(self, answer: Any) -> None:
         """`answer`: what a server answered; its `usage` counts."""
+        if self._journal is None:
+            return
         told = answer.get("usage") if isinstance(answer, Mapping) else None
         tokens = [
             told.get(name) if isinstance(told, Mapping) else None for name in ("prompt_tokens", "completion_tokens")
@@ -71,26 +81,42 @@ class Meter:
         read, wrote = (t if isinstance(t, int) and t >= 0 else None for t in tokens)
         counted = read is not None and wrote is not None
         cost = None if self.prices is None else self.prices.of(read or 0, wrote or 0)
-        with self._lock:
-            self._seen = self._seen + Usage(1, read or 0, wrote or 0, int(not counted), cost)
+        line = json.dumps(asdict(Usage(1, read or 0, wrote or 0, int(not counted), cost))) + "\n"
+        with self._lock, self._journal.open("ab", buffering=0) as journal:
+            # A line torn by a kill must not take the next one with it.
+            torn = journal.tell() > 0 and not _ends_a_line(self._journal)
+            journal.write((b"\n" if torn else b"") + line.encode())
 
-    def take(self) -> Usage:
-        """What was counted since the last call."""
-        with self._lock:
-            seen, self._seen = self._seen, self._empty
-        return seen
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def files_of_usage(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, and the journals of those that are not written yet."""
+    journals = sorted(folder.glob(f"*{JOURNAL}"))
+    left = [path for path in journals if not (folder / f"{path.name.removesuffix(JOURNAL)}.parquet").exists()]
+    return [*sorted(folder.glob("*.parquet")), *left]
 
 
 def read_usage(files: Iterable[Path]) -> Usage:
-    """The sum over Parquet files; those without a note, or that cannot be read, count for nothing."""
+    """The sum over Parquet files and journals; those without a note, or that cannot be read, count for nothing."""
     found: list[Usage] = []
     for path in files:
         try:
-            noted = (pq.read_schema(path).metadata or {}).get(USAGE)
-            if noted:
-                found.append(Usage(**json.loads(noted)))
-        except (OSError, pa.ArrowInvalid, ValueError, TypeError):
+            if path.name.endswith(JOURNAL):
+                noted = path.read_bytes().splitlines()
+            else:
+                noted = [(pq.read_schema(path).metadata or {}).get(USAGE, b"")]
+        except (OSError, pa.ArrowInvalid):
             continue
+        for line in noted:
+            try:
+                found.append(Usage(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
     return sum(found[1:], found[0]) if found else Usage(cost=None)
 
 

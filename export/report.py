@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import publish_bytes
-from cluster.usage import read_usage, spell_usage
+from cluster.usage import files_of_usage, read_usage, spell_usage
 from export.bundle import read_bundle
 from export.handover import doors
 from export.pages import png_url
@@ -65,7 +65,16 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Kept and rejected pictures with scores and reasons, the score histogram, dead letters. Of the ledger only columns and what is shown is read."""
     data = out / "dataset"
     if not (data / SELECTION).exists():
-        return {"kept": [], "rejected": [], "dead": [], "histogram": None, "selections": {}, "further": {}, "asked": ""}
+        return {
+            "kept": [],
+            "rejected": [],
+            "dead": [],
+            "histogram": None,
+            "selections": {},
+            "differs": {},
+            "further": {},
+            "asked": {},
+        }
     import pyarrow.parquet as pq
 
     unit_images = facts["recipe"]["factory"]["make"]["unit_images"]
@@ -95,12 +104,25 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "kept": [card(i) for i in shown[0].tolist()],
         "rejected": [card(i) for i in shown[1].tolist()],
-        "asked": spell_usage(asked) if (asked := read_usage((data / "plan").glob("*.parquet"))).answers else "",
+        "asked": {what: told for what in ("plan", "captions") if (told := _asked(data / what))},
         "dead": [{"prompt": rows[i]["prompt"], "reason": reasons[i].as_py()} for i in shown[2].tolist()],
-        "selections": list_views(data),
+        "selections": (selections := list_views(data)),
+        "differs": {
+            name: _differs(found["rules"], selections.get("", found)["rules"]) for name, found in selections.items()
+        },
         "histogram": _histogram(*scores["clip_score"], "CLIP cosine of picture and prompt", rules["min_clip"]),
         "further": {name: _further(scores[name], name, rules["scores"].get(name, {})) for name in names},
     }
+
+
+def _differs(rules: dict[str, Any], main: dict[str, Any]) -> str:
+    """`text raw, min_clip -1`: what a view's rules say otherwise than the main selection's."""
+    return ", ".join(f"{key} {rules[key]}" for key in rules if rules[key] != main.get(key))
+
+
+def _asked(folder: Path) -> str:
+    usage = read_usage(files_of_usage(folder))
+    return spell_usage(usage) if usage.answers else ""
 
 
 def _rows(data: Path, unit_images: int, numbers: np.ndarray) -> dict[int, dict[str, Any]]:

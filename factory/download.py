@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError, StageError, TargetUnavailable
 from cluster.storage import publish_bytes
+from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
 
 FOLDER = "downloads"
@@ -88,16 +89,23 @@ def read_list(path: Path, recipe: PicturePlan) -> Iterator[tuple[str, str]]:
     columns = [recipe.download.url_column, recipe.text_column]
     if path.suffix == ".txt":
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+            for line in read_lines(file):
                 url, _, text = line.strip().partition("\t")
                 if url:
                     yield url.strip(), text.strip()
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            reader = csv.DictReader(file)
-            _refuse_lacking(path, columns[0], list(reader.fieldnames or []))
-            for row in reader:
-                yield (row[columns[0]] or "").strip(), row.get(columns[1]) or ""
+            reader = csv.DictReader(read_lines(file))
+            try:
+                _refuse_lacking(path, columns[0], list(reader.fieldnames or []))
+                for row in reader:
+                    yield (row[columns[0]] or "").strip(), row.get(columns[1]) or ""
+            except csv.Error as error:
+                raise RecipeError(
+                    f"cannot be read ({error})",
+                    where=f"{path} line {reader.line_num}",
+                    remedy="Mend or delete that line",
+                ) from error
     elif path.suffix == ".parquet":
         try:
             parquet = pq.ParquetFile(path)

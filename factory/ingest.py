@@ -27,6 +27,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_PICTURE_BYTES = 64 << 20
 """A larger file is refused unread."""
 MAX_TEXT_CHARACTERS = 2000
+MAX_NAME_CHARACTERS = 4096
+"""A member of a shard with a longer name is none."""
+_CELLS = 16
+"""Rows of a Parquet file that are in memory at once."""
 MAX_BESIDE_BYTES = 64 << 10
 """Of a text or JSON beside a picture: a longer text is cut, a longer JSON left out."""
 
@@ -125,15 +129,40 @@ def fetch(place: str, sha256: str, folder: Path = Path()) -> bytes:
 def _fetch(source: dict[str, Any]) -> bytes:
     if "column" in source:
         group, row = source["at"]
-        return _row_group(source["file"], group, source["column"])[row].as_py()
+        return _cells(source["file"], group, source["column"]).get(row)
     with Path(source["file"]).open("rb") as file:
         file.seek(source["at"])
         return file.read(source["size"])
 
 
+class _Cells:
+    """A column of a row group, read forwards in small batches: one large value in a million rows must not be in memory a million times."""
+
+    def __init__(self, file: pq.ParquetFile, group: int, column: str) -> None:
+        self._file, self._group, self._column = file, group, column
+        self._begin()
+
+    def get(self, row: int) -> Any:
+        """Raises IndexError beyond the end."""
+        if row < self._start:
+            self._begin()
+        while row >= self._start + len(self._batch):
+            following = next(self._left, None)
+            if following is None:
+                raise IndexError(f"there is no row {row}")
+            self._start, self._batch = self._start + len(self._batch), following
+        return self._batch[row - self._start].as_py()
+
+    def _begin(self) -> None:
+        self._start = 0
+        self._batch: Any = ()
+        batches = self._file.iter_batches(_CELLS, row_groups=[self._group], columns=[self._column])
+        self._left = (batch.column(0) for batch in batches)
+
+
 @lru_cache(maxsize=2)
-def _row_group(file: str, group: int, column: str) -> pa.ChunkedArray:
-    return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+def _cells(file: str, group: int, column: str) -> _Cells:
+    return _Cells(pq.ParquetFile(file), group, column)
 
 
 def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
@@ -209,7 +238,7 @@ def _read_shard(path: Path, recipe: PicturePlan) -> Iterator[Found]:
                     if picture:
                         yield _member(path, archive, picture, _told(text, facts, recipe))
                     key, picture, text, facts = own, None, None, None
-                if not entry.isfile():
+                if not entry.isfile() or len(entry.name) > MAX_NAME_CHARACTERS:
                     continue
                 if f".{kind.lower()}" in SUFFIXES and picture is None:
                     picture = entry
@@ -219,7 +248,8 @@ def _read_shard(path: Path, recipe: PicturePlan) -> Iterator[Found]:
                     facts = _content(archive, entry, MAX_BESIDE_BYTES + 1)
             if picture:
                 yield _member(path, archive, picture, _told(text, facts, recipe))
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+    # MemoryError: a header may say that terabytes of name follow.
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, ValueError, OverflowError, MemoryError) as error:
         raise StageError(
             f"the shard cannot be read to its end ({error})", where=str(path), remedy="Copy it again or leave it out"
         ) from error
@@ -255,23 +285,49 @@ def _read_parquet(path: Path, recipe: PicturePlan) -> Iterator[Found]:
             where=str(path),
             remedy="Set factory.plan.picture_column, text_column and metadata_columns",
         )
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=wanted)
-        columns = (table[recipe.picture_column], table[recipe.text_column])
-        beside = table.select(recipe.metadata_columns).to_pylist() if recipe.metadata_columns else [{}] * len(table)
-        pairs = zip(*(column.to_pylist() for column in columns), beside, strict=True)
-        for row, (data, text, more) in enumerate(pairs):
-            source = {"file": str(path), "at": [group, row], "column": recipe.picture_column}
-            source |= {"metadata": _plain(more)} if more else {}
-            data = data if isinstance(data, bytes) else b""
-            told = _text(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"")
-            yield _judged(source, data, len(data), *told)
+    columns = list(dict.fromkeys(wanted))
+    try:
+        for group in range(file.num_row_groups):
+            first = 0
+            for batch in file.iter_batches(_CELLS, row_groups=[group], columns=columns):
+                for row, cells in enumerate(_cells_of(batch), first):
+                    yield _cell(path, [group, row], cells, recipe)
+                first += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise StageError(
+            f"cannot be read to its end ({error})", where=str(path), remedy="Copy it again or leave it out"
+        ) from error
+
+
+def _cells_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Rows by column; texts as bytes, for a file may say that they are UTF-8 where they are not."""
+    columns: list[list[Any]] = []
+    for column in batch.columns:
+        if isinstance(column, pa.DictionaryArray):
+            column = column.dictionary_decode()
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.large_binary())
+        columns.append(column.to_pylist())
+    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _cell(path: Path, at: list[int], cells: dict[str, Any], recipe: PicturePlan) -> Found:
+    data, text = cells[recipe.picture_column], cells[recipe.text_column]
+    source: dict[str, Any] = {"file": str(path), "at": at, "column": recipe.picture_column}
+    if recipe.metadata_columns:
+        source["metadata"] = _plain({name: cells[name] for name in recipe.metadata_columns})
+    data = data if isinstance(data, bytes) else b""
+    return _judged(source, data, len(data), *_text(text if isinstance(text, bytes) else b""))
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Cells as JSON: what has no JSON of its own (dates, bytes) as text."""
-    told = json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace")
+    told = json.dumps(row, default=_as_text, ensure_ascii=False).encode("utf-8", "replace")
     return json.loads(told, parse_constant=lambda name: None)
+
+
+def _as_text(cell: Any) -> str:
+    return cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)
 
 
 def _text(data: bytes) -> tuple[str, str]:

@@ -6,22 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.needs import Need, RunView
+from cluster.needs import RunView, need_of
 from factory.recipe import FactoryRecipe
 from factory.stages import make_stages
+
+_OWN_SERVER = ("environment", "server")
 
 
 def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     """`view` with the factory's workers, samples and, if vLLM writes the prompts, what it would take to serve it elsewhere."""
-    memory = view.cluster.memory_gib
-    stages = make_stages(recipe.make, Path())
-    needs = tuple(Need("make", s.name, s.workers, s.cpus, s.gpus, memory.get(s.name, 0.0)) for s in stages)
+    needs = tuple(need_of("make", stage, view.cluster) for stage in make_stages(recipe.make, Path()))
     plan = recipe.plan
     if plan.kind != "written":
         each = plan.images_per_prompt if plan.kind == "file" else 1
         samples = (plan.limit or 0) * each
         return replace(view, needs=view.needs + needs, samples=samples, unit_images=recipe.make.unit_images)
     served = plan.writer.kind == "vllm"
+    own = [name for name in _OWN_SERVER if name in view.tree["factory"]["plan"]["writer"]] if served else []
     return replace(
         view,
         tree=_without_own_server(view.tree) if served else view.tree,
@@ -30,11 +31,12 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
         unit_images=recipe.make.unit_images,
         vllm_model=plan.writer.model if served else "",
         server_settings=("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
+        server_drops=tuple(f"~factory.plan.writer.{name}" for name in own),
     )
 
 
 def _without_own_server(tree: dict[str, Any]) -> dict[str, Any]:
     """The recipe without what says how the run serves vLLM for itself: launch files bring a server of their own, and another `kind`."""
     factory = tree["factory"]
-    writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in ("environment", "server")}
+    writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in _OWN_SERVER}
     return {**tree, "factory": {**factory, "plan": {**factory["plan"], "writer": writer}}}

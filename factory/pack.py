@@ -151,6 +151,18 @@ def read_manifest(folder: Path) -> list[dict[str, str]]:
     return manifest_table(folder).to_pylist()
 
 
+def first_prompts(folder: Path, count: int) -> list[str]:
+    """Prompts of the first samples; of a manifest of any length no more is read. Raises CorruptShard."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise _no_manifest(folder)
+    try:
+        batch = next(pq.ParquetFile(path).iter_batches(count, columns=["prompt"]), None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptShard(f"cannot be read ({error})", where=str(path), remedy="Pack the data set again") from error
+    return batch["prompt"].to_pylist() if batch is not None else []
+
+
 def manifest_table(folder: Path) -> pa.Table:
     """The manifest as it stands, true or not. Raises CorruptShard."""
     path = folder / MANIFEST

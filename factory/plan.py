@@ -21,7 +21,7 @@ from cluster.environment import find_environment
 from cluster.errors import StageError
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
-from cluster.usage import read_usage
+from cluster.usage import JOURNAL, files_of_usage, read_usage
 from factory.download import download_all
 from factory.draw import draw_records, off_quota
 from factory.ingest import downloaded_rows, planned_rows, source_path
@@ -110,15 +110,18 @@ def written_part(
     """The rows of the prompts for some records, the first of which is number `start`: written now, or read if `part` is there.
     `teachers`, if given, says of each record who is to draw it; an empty name leaves it to the shares.
 
-    What a server charged for them stands in the file (cluster/usage.py). Raises StageError if they would cost more than the recipe allows.
+    What a server charged for them, killed tries included, stands in the file (cluster/usage.py). Raises StageError if they would cost more than the recipe allows.
     """
     assert recipe.plan.kind == "written"
+    journal = part.with_name(f"{part.stem}{JOURNAL}")
     if not part.exists():
         check_budget(recipe.plan, part.parent, len(some))
+        writer().note_usage(journal)
         prompts = write_checked(writer(), some, recipe.plan.tries, seed + start, alike)
         rows = enumerate_samples(recipe, recipe.plan.images_per_prompt, seed, start, some, prompts, teachers)
         table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
-        publish_bytes(part, table_bytes(table.replace_schema_metadata(writer().take_usage().metadata())))
+        publish_bytes(part, table_bytes(table.replace_schema_metadata(read_usage([journal]).metadata())))
+    journal.unlink(missing_ok=True)
     return pq.read_table(part, schema=PLAN_SCHEMA).replace_schema_metadata(None)
 
 
@@ -132,9 +135,13 @@ def check_budget(plan: PromptPlan, parts: Path, prompts: int) -> None:
     rows = sum(pq.read_metadata(path).num_rows for path in files)
     # A token is longer than a letter; attributes are a part of what is asked. What nobody counted may have been as long as the longest.
     most = prices.of(len(writer.template) + _ATTRIBUTES_LETTERS, writer.max_new_tokens)
-    used = [read_usage([path]) for path in files]
-    spent = sum(prices.of(one.input_tokens, one.output_tokens) + one.uncounted * most for one in used)
-    foretold = prompts * (spent * plan.images_per_prompt / rows if rows else most)
+
+    def cost(places: list[Path]) -> float:
+        used = [read_usage([path]) for path in places]
+        return sum(prices.of(one.input_tokens, one.output_tokens) + one.uncounted * most for one in used)
+
+    spent = cost(files_of_usage(parts))
+    foretold = prompts * (cost(files) * plan.images_per_prompt / rows if rows else most)
     if spent + foretold > writer.max_cost:
         raise StageError(
             f"{spent:.2f} is spent, and the next {prompts} prompts would cost about {foretold:.2f}: more than max_cost ({writer.max_cost:g})",

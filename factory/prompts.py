@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +21,8 @@ from cluster.errors import RecipeError, StageError
 from factory.recipe import PromptFilePlan
 
 _WORD = re.compile(r"\w+")
+_MAX_LINE = 1 << 20
+"""Characters of a line; what is beyond them is skipped unkept."""
 
 
 def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, str]]]:
@@ -70,10 +72,18 @@ def _rows(path: Path, recipe: PromptFilePlan) -> Iterator[dict[str, Any]]:
         return
     # Bytes that are not UTF-8 become a mark that no prompt may hold, so such a line is planned as dead.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(read_lines(file), 1):
             if not line.strip():
                 continue
             yield {recipe.prompt_column: line} if path.suffix == ".txt" else _object(line, f"{path} line {number}")
+
+
+def read_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file, those that never end cut: no file of any length fills the memory."""
+    while line := file.readline(_MAX_LINE):
+        yield line
+        while len(line) == _MAX_LINE and not line.endswith("\n"):
+            line = file.readline(_MAX_LINE)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

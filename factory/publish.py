@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict
 from cluster.heartbeat import is_gone
-from cluster.machine import every
+from cluster.machine import every, this_machine
 from cluster.remote import RemoteStore
 from cluster.storage import digest_file
 from factory.card import CARD, CROISSANT, GRID
@@ -29,6 +29,8 @@ CLAIM = "packing.json"
 _REFRESH_S = 60.0
 _SILENT_S = 600.0
 """A claim that was not refreshed for so long is of a dead process."""
+_WATCH_S = 2.5 * _REFRESH_S
+_LOOK_S = 5.0
 _PROBE = ".edgefusion-can-write"
 
 Told = Callable[[str, int, int], None]
@@ -65,7 +67,7 @@ def publish(folder: Path, url: str, told: Told = lambda what, done, of: None) ->
         if CLAIM in there and _claimed(store).get("manifest_sha256") == _digest(data):
             store.remove(CLAIM)
         return Published(str(store), sent, len(shards) - sent, len(stale))
-    with _claim(store, _digest(data)) as still_mine:
+    with _claim(store, _digest(data), told) as still_mine:
         # From here on nobody takes what is there for a whole data set.
         store.remove(MANIFEST)
         sent = _send_shards(folder, store, shards, there, told, still_mine)
@@ -130,12 +132,12 @@ def _refuse_changed(folder: Path, store: RemoteStore, shards: dict[str, str]) ->
 
 
 @contextmanager
-def _claim(store: RemoteStore, mark: str) -> Generator[Callable[[], None]]:
+def _claim(store: RemoteStore, mark: str, told: Told) -> Generator[Callable[[], None]]:
     """Say that the data set with this manifest is coming; yields what raises LedgerConflict once somebody else says so.
 
     The claim goes when the block ends well; one that is left says how far the store is to be trusted, and is taken over by the next run.
     """
-    facts = {"manifest_sha256": mark, "host": socket.gethostname(), "pid": os.getpid()}
+    facts = {"manifest_sha256": mark, "host": socket.gethostname(), "machine": this_machine(), "pid": os.getpid()}
 
     def written() -> bytes:
         return (json.dumps({**facts, "when": round(time.time(), 1)}) + "\n").encode()
@@ -158,7 +160,7 @@ def _claim(store: RemoteStore, mark: str) -> Generator[Callable[[], None]]:
 
     found = _claimed(store)
     if found.get("manifest_sha256") not in (None, mark):
-        if not _is_dead(found):
+        if not _is_dead(store, found, told):
             raise LedgerConflict(
                 f"{_who(found)} is packing another data set to this place",
                 where=str(store),
@@ -181,12 +183,23 @@ def _claimed(store: RemoteStore) -> dict[str, Any]:
         return {}
 
 
-def _is_dead(claim: dict[str, Any]) -> bool:
+def _is_dead(store: RemoteStore, claim: dict[str, Any], told: Told) -> bool:
+    """Its process is gone, or it was not refreshed for long by the store's clock. A store without one is watched: clocks of two hosts differ."""
     try:
-        silent = time.time() - float(claim["when"]) > _SILENT_S
-        return silent or is_gone(str(claim["host"]), int(claim["pid"]))
+        if is_gone(claim):
+            return True
     except (KeyError, TypeError, ValueError):
-        return True
+        return True  # nothing that we wrote
+    silent_s = store.age_s(CLAIM)
+    if silent_s is not None:
+        return silent_s > _SILENT_S
+    end = time.monotonic() + _WATCH_S
+    while (left_s := end - time.monotonic()) > 0:
+        told(f"waiting to see whether {_who(claim)} still packs to {store}", int(_WATCH_S - left_s), int(_WATCH_S))
+        time.sleep(min(_LOOK_S, left_s))
+        if _claimed(store) != claim:
+            return False
+    return True
 
 
 def _who(claim: dict[str, Any]) -> str:

@@ -15,7 +15,9 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
+from cluster.usage import JOURNAL
 from factory.ingest import fetch
+from factory.jpeg import read_jpeg
 from factory.ledger import commit_unit
 from factory.models import set_threads
 from factory.recipe import CropRecipe, MakeRecipe
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from factory.models.image import Painter
 
 REJECTED = "rejected"
+CAPTIONS = "captions"
+"""Folder of the data set that holds what a captioner on a server was asked, a journal a unit."""
 _BLANK_DEVIATION = 2.0
 """A picture whose values (0-255) deviate less than this shows nothing."""
 
@@ -39,7 +43,13 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
         first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
         if recipe.captioner is not None:
             first.append(
-                Stage("caption", lambda: _Caption(recipe), recipe.render_workers, cpus=0.5, gpus=recipe.render_gpus)
+                Stage(
+                    "caption",
+                    lambda: _Caption(recipe, folder),
+                    recipe.render_workers,
+                    cpus=0.5,
+                    gpus=recipe.render_gpus,
+                )
             )
     return [
         *first,
@@ -144,9 +154,12 @@ def open_crops(data: bytes, size_px: int, ends: bool) -> tuple[list[np.ndarray],
     """
     with _opened(data) as image:
         width, height = image.size
-        least = DRAFT * size_px / min(width, height)
-        image.draft(None, (math.ceil(width * least), math.ceil(height * least)))
-        ready = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        share = DRAFT * size_px / min(width, height)
+        least_px = (math.ceil(width * share), math.ceil(height * share))
+        ready = read_jpeg(image, data, least_px)
+        if ready is None:
+            image.draft(None, least_px)
+            ready = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     side = min(ready.shape[:2])
     across, down = ready.shape[1] - side, ready.shape[0] - side
     corners = [(across // 2, down // 2), *([(0, 0), (across, down)] if ends and width != height else [])]
@@ -157,23 +170,26 @@ def _scaled(square: np.ndarray, size_px: int) -> np.ndarray:
     """H x H x 3 uint8 at `size_px`, by PyTorch's bicubic filter: the same picture in a fifth of the time of Pillow's."""
     import torch
 
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]  # a copy, for the picture cannot be written to
+    # A copy, for the picture cannot be written to. With the batch in front before the axes are turned PyTorch sees that colours come last,
+    # as its filter wants them, and leaves them there.
+    pixels = torch.from_numpy(np.array(square))[None].permute(0, 3, 1, 2)
     found = torch.nn.functional.interpolate(pixels, (size_px, size_px), mode="bicubic", antialias=True)
     return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
 
 class _Caption:
-    def __init__(self, recipe: MakeRecipe) -> None:
+    def __init__(self, recipe: MakeRecipe, folder: Path) -> None:
         from factory.models.caption import open_captioner
 
         set_threads(recipe.threads)
         assert recipe.captioner is not None
-        self.model = open_captioner(recipe.captioner)
+        self.folder, self.model = folder, open_captioner(recipe.captioner)
         self.device_s = 0.0
         """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
+        self.model.note_usage(self.folder / CAPTIONS / f"{rows[0]['unit']}{JOURNAL}")
         captions = self.model.describe(pictures)
         self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
@@ -239,11 +255,13 @@ def looks(picture: np.ndarray) -> Row:
     """`phash`: 64-bit perceptual hash of the drawing, in hex; `colours`: mean colour of each quadrant, 12 bytes."""
     import imagehash
 
-    height, width = picture.shape[:2]
-    quadrants = picture[: height // 2 * 2, : width // 2 * 2].reshape(2, height // 2, 2, width // 2, 3).mean(axis=(1, 3))
+    down, across = picture.shape[0] // 2, picture.shape[1] // 2
+    quadrants = picture[: down * 2, : across * 2].reshape(2, down, 2, across, 3)
+    # The exact sums of `mean` over both axes, in a tenth of its time.
+    means = quadrants.sum(axis=1, dtype=np.uint32).sum(axis=2, dtype=np.uint64) / (down * across)
     return {
         "phash": str(imagehash.phash(Image.fromarray(picture))),
-        "colours": quadrants.round().astype(np.uint8).tobytes(),
+        "colours": means.round().astype(np.uint8).tobytes(),
     }
 
 
@@ -261,7 +279,8 @@ MAX_PIXELS = 4096 * 4096
 def decode_picture(data: bytes) -> np.ndarray:
     """H x W x 3 uint8; raises ValueError for what is no picture or an unreasonably large one."""
     with _opened(data) as image:
-        return np.asarray(image.convert("RGB"))
+        ready = read_jpeg(image, data)
+        return np.asarray(image.convert("RGB")) if ready is None else ready
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError
+from cluster.events import read_events
 from cluster.recipe import load_recipe
 from factory.verify import verify
 
@@ -76,6 +77,14 @@ def test_a_run_leaves_what_it_promises(undisturbed: tuple[Path, Path]) -> None:
         builds = json.loads((out / "export" / target / "bundle.json").read_text())["builds"]
         assert set(builds) == names
         assert min(builds["fp32"]["parity"]["graph_snr_db"].values()) > 60
+    said = list(read_events(out))
+    assert [e["event"] for e in said if e["event"].endswith(" ended")] == [
+        *(f"step {step} ended" for step in Chain.STEPS),
+        "run ended",
+    ]
+    assert {e["run"] for e in said} == {facts["run"]} and len({e["start"] for e in said}) == 1
+    noted = [e["unit"] for e in said if e["event"] == "unit" and e["stage"] == "commit"]
+    assert sorted(f"{unit}.parquet" for unit in noted) == sorted(p.name for p in (out / "dataset" / "ledger").iterdir())
     compared = (out / "compare.html").read_text()
     assert "PyTorch fp32, stored in onnx" in compared and compared.count("all hold") == 5
     page = (out / "report.html").read_text()
@@ -166,6 +175,9 @@ def test_a_run_that_cannot_work_says_why(
 def test_a_folder_of_another_recipe_or_of_someone_else_is_refused(copy: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, out = copy
     assert "another recipe: seed is 7 there and 8 now" in fails(recipe, out, "seed=8")
+    # Where it runs is another matter: begun on a laptop, gone on with under a head of another address each time.
+    elsewhere = ["cluster.runner=ray", "cluster.address=192.0.2.9:6379", "cluster.train_workers=2"]
+    assert not Chain(load_recipe(Recipe, recipe, elsewhere), out).run(), "there is nothing to do"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "holds no run" in fails(recipe, tmp_path / "mine")

@@ -1,14 +1,17 @@
-"""Kills at random moments, of the driver and of Ray's workers, until there were many: the same bytes each time. Minutes: `make test-slow`."""
+"""Kills at random moments, of the driver and of Ray's workers, while they make, select and pack: the same bytes each time.
+
+A few of each in `make test-long`; fifty in `make test-slow`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import random
 import shutil
-import signal
-import subprocess
 import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -17,126 +20,156 @@ import yaml
 
 from factory.pack import read_manifest
 from factory.verify import verify
-from tests.test_chain import command, data_bytes, tiny_settings
+from tests.kills import ended_within, front_door, reached
+from tests.test_chain import data_bytes, tiny_settings
 
-KILLS_IN_PROCESS, KILLS_ON_RAY = 30, 20
-UNET = "student/unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_whole_chains_killed_at_random(tiny_models: Path, tmp_path: Path) -> None:
-    """The driver dies while it plans, makes, selects, packs, trains or exports."""
-    run = command(write_recipe(tiny_models, tmp_path), tmp_path / "out")
-    whole, work_s = undisturbed(run, tmp_path / "out")
-    student = (tmp_path / "out" / UNET).read_bytes()
-    moments, killed = random.Random(1), 0
-    while killed < KILLS_IN_PROCESS:
-        shutil.rmtree(tmp_path / "out")
-        while True:
-            process = started(run, tmp_path / "out")
-            if ended_within(process, moments.uniform(0, work_s / 2)):
-                break
-            process.kill()
-            process.wait()
-            killed += 1
-        assert process.returncode == 0
-        assert_whole(tmp_path / "out", whole)
-        assert (tmp_path / "out" / UNET).read_bytes() == student
+log = logging.getLogger(__name__)
+SAMPLES, UNIT = 48, 4
+MAKE, PACK = "make", "select and pack"
 
 
-@pytest.mark.slow
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "kills", [pytest.param(few, marks=pytest.mark.long), pytest.param(many, marks=pytest.mark.slow)]
+    )
+
+
+@few_or_many(10, 34)
+@pytest.mark.timeout(1200)
+def test_the_driver_killed_at_random(tiny_models: Path, tmp_path: Path, kills: int) -> None:
+    """In this process everything dies with it; half of the kills come while it selects and packs."""
+    run = _Run(write_recipe(tiny_models, tmp_path), tmp_path / "out")
+    run.undisturbed()
+    moments = random.Random(1)
+    while run.killed.total() < kills:
+        run.forget()
+        while run.driver_dies(moments, PACK if run.killed[PACK] < run.killed[MAKE] else MAKE):
+            pass
+        run.check()
+    assert run.killed[MAKE] >= kills // 4 <= run.killed[PACK], run.killed
+
+
+@few_or_many(3, 16)
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-def test_drivers_and_workers_of_ray_killed_at_random(tiny_models: Path, tmp_path: Path) -> None:
-    """Making on Ray: a dead worker's unit is done again within the run, a dead driver's by the next; no process is left behind."""
-    recipe, out = write_recipe(tiny_models, tmp_path), tmp_path / "out"
-    run = [*command(recipe, out)[:2], "factory", "run", str(recipe), "--out", str(out)]
-    whole, _ = undisturbed(run, out)
-    run += ["--set", "cluster.runner=ray", "--set", "factory.make.render_workers=2"]
-    _, work_s = undisturbed(run, out)
-    moments, killed = random.Random(2), 0
-    while killed < KILLS_ON_RAY:
-        shutil.rmtree(out)
-        while True:
-            process = started(run, out)
-            if ended_within(process, moments.uniform(0, work_s)):
-                break
-            family = psutil.Process(process.pid).children(recursive=True)
-            workers = [p for p in family if name_of(p).startswith("ray::")]
-            if workers and moments.random() < 0.5:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    moments.choice(workers).kill()
-                    killed += 1
-                process.wait()
-                break
-            process.kill()
-            process.wait()
-            killed += 1
-            _, left = psutil.wait_procs(family, timeout=60)
-            assert not left, f"the dead driver left {[name_of(p) for p in left]}"
-        if process.returncode != 0:  # a worker died too often, or while the driver could not do without it
-            subprocess.run(run, check=True, capture_output=True)
-        assert_whole(out, whole)
+def test_workers_and_drivers_of_ray_killed_at_random(tiny_models: Path, tmp_path: Path, kills: int) -> None:
+    """A dead worker's unit is done again within the run, a dead driver's by the next, and a dead driver leaves no process behind."""
+    run = _Run(write_recipe(tiny_models, tmp_path), tmp_path / "out")
+    run.undisturbed()
+    run.words += ["--set", "cluster.runner=ray", "--set", "factory.make.render_workers=2"]
+    moments = random.Random(2)
+    while run.killed.total() < kills:
+        run.forget()
+        if run.killed["workers"] <= run.killed[MAKE] + run.killed[PACK]:
+            run.worker_dies(moments)
+        else:
+            run.driver_dies(moments, MAKE)
+            run.finish()
+        run.check()
+    assert run.killed["workers"] and run.killed[MAKE], run.killed
+
+
+class _Run:
+    """A recipe's run as far as the packed data set, its output folder, what it must hold, and who was killed in it."""
+
+    def __init__(self, recipe: Path, out: Path) -> None:
+        self.out = out
+        self.words = ["factory", "run", str(recipe), "--out", str(out)]
+        self.whole: dict[str, bytes] = {}
+        self.seconds = {MAKE: 0.0, PACK: 0.0}
+        self.killed = Counter[str]()
+
+    def undisturbed(self) -> None:
+        """Once as it should be: the bytes, and how long each part takes."""
+        process = front_door(*self.words)
+        assert reached(process, self._planned)
+        began = time.monotonic()
+        assert reached(process, self._made)
+        made = time.monotonic()
+        process.join()
+        assert process.exitcode == 0
+        self.seconds = {MAKE: made - began, PACK: time.monotonic() - made}
+        self.whole = data_bytes(self.out)
+        assert len(read_manifest(self.out / "dataset")) > SAMPLES // 2
+
+    def forget(self) -> None:
+        shutil.rmtree(self.out)
+
+    def driver_dies(self, moments: random.Random, part: str) -> bool:
+        """Start, and kill it at a random moment of this part; False if it ended before."""
+        process = front_door(*self.words)
+        reached(process, self._planned if part == MAKE else self._made)
+        if ended_within(process, moments.uniform(0, self.seconds[part])):
+            assert process.exitcode == 0
+            return False
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.join()
+        self.killed[PACK if self._made() else MAKE] += 1
+        _, left = psutil.wait_procs(family, timeout=60)
+        assert not left, f"the dead driver left {[_name(p) for p in left]}"
+        return True
+
+    def worker_dies(self, moments: random.Random) -> None:
+        """Kill a worker of Ray at a random moment; the run goes on, or the next one does."""
+        process = front_door(*self.words)
+        reached(process, lambda: bool(_workers(process)))
+        if not ended_within(process, moments.uniform(0, self.seconds[MAKE])):
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # the run may end at this very moment
+                moments.choice(_workers(process)).kill()
+                self.killed["workers"] += 1
+        process.join()
+        if process.exitcode != 0:  # the driver could not do without it, the plain error says
+            self.finish()
+
+    def finish(self) -> None:
+        """The same command again, to its end."""
+        process = front_door(*self.words)
+        process.join()
+        assert process.exitcode == 0
+
+    def check(self) -> None:
+        """Nothing lost, nothing doubled, the same bytes, no litter."""
+        log.info("killed so far: %s", dict(self.killed))
+        assert data_bytes(self.out) == self.whole
+        keys = [row["id"] for row in read_manifest(self.out / "dataset")]
+        assert len(keys) == len(set(keys)) == verify(self.out / "dataset")
+        assert not [p for p in self.out.rglob("*") if ".partial-" in p.name]
+
+    def _planned(self) -> bool:
+        return (self.out / "dataset" / "plan.parquet").exists()
+
+    def _made(self) -> bool:
+        return len(list(self.out.glob("dataset/ledger/unit-*.parquet"))) == SAMPLES // UNIT
 
 
 def write_recipe(models: Path, folder: Path) -> Path:
-    """The tiny recipe with more units, so that making takes long enough to be killed in."""
+    """The tiny recipe, its prompts given, with more units, so that making takes long enough to be killed in."""
+    things = [
+        f"a {kind} {size} {thing}" for kind in ("red", "blue") for size in range(8) for thing in ("fox", "key", "owl")
+    ]
+    (folder / "prompts.txt").write_text("\n".join(things))
     settings = tiny_settings(models)
-    settings["factory"]["plan"]["prompts"] = 64
-    settings["factory"]["make"]["unit_images"] = 4
+    factory = settings["factory"]
+    factory["plan"] = {"kind": "file", "paths": [str(folder / "prompts.txt")]}
+    factory["make"]["unit_images"] = UNIT
+    factory["pack"]["samples_per_shard"] = 5
+    factory["views"] = {"strict": {"min_clip": 0.0}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return folder / "tiny.yaml"
 
 
-def undisturbed(run: list[str], out: Path) -> tuple[dict[str, bytes], float]:
-    """The data set's bytes, and the seconds between the first sign of work and the end. Leaves the folder."""
-    shutil.rmtree(out, ignore_errors=True)
-    process = started(run, out)
-    began = time.monotonic()
-    assert process.wait() == 0
-    return data_bytes(out), time.monotonic() - began
-
-
-def started(run: list[str], out: Path) -> subprocess.Popen[bytes]:
-    """The command, past its imports: something in `out` has changed, or it has ended."""
-    before = seen(out)
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while seen(out) == before and process.poll() is None:
-        time.sleep(0.01)
-    return process
-
-
-def seen(folder: Path) -> set[tuple[str, int]]:
-    """Files and when they were written."""
-    found = set()
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                path = os.path.join(place, name)
-                found.add((path, os.stat(path).st_mtime_ns))
-    return found
-
-
-def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _workers(driver: BaseProcess) -> list[psutil.Process]:
+    """Those of Ray's processes that hold a stage."""
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    assert process.returncode != -signal.SIGKILL
-    return True
+        family = psutil.Process(driver.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in family if "MapWorker" in _name(process)]
 
 
-def name_of(process: psutil.Process) -> str:
+def _name(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline()) or process.name()
     except psutil.Error:
         return ""
-
-
-def assert_whole(out: Path, whole: dict[str, bytes]) -> None:
-    """Nothing lost, nothing doubled, the same bytes, no litter."""
-    assert data_bytes(out) == whole
-    keys = [row["id"] for row in read_manifest(out / "dataset")]
-    assert len(keys) == len(set(keys)) == verify(out / "dataset")
-    assert not [p for p in out.rglob("*") if ".partial-" in p.name]

@@ -5,16 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.needs import Need, Phase, RunView
+from cluster.places import TRAIN, StagePlace
 from trainer.recipe import TrainerRecipe
 
 
 def trainer_view(recipe: TrainerRecipe, view: RunView) -> RunView:
     """`view` with the training workers and the phases."""
     cluster = view.cluster
-    gpus, memory = float(cluster.trains_on_gpu()), cluster.memory_gib.get("train", 0.0)
+    place = cluster.stages.get(TRAIN, StagePlace())
+    worker = Need(
+        "train",
+        TRAIN,
+        cluster.train_workers,
+        1.0 if place.cpus is None else place.cpus,
+        float(place.gpus or 1) if cluster.trains_on_gpu() else 0.0,
+        cluster.memory_gib.get(TRAIN, 0.0),
+        cluster.train_workers_min,
+        place.resources,
+        place.labels,
+    )
     phases = (("adapt", recipe.adapt), ("distill", recipe.distill))
     return replace(
         view,
-        needs=(*view.needs, Need("train", "train", cluster.train_workers, 1.0, gpus, memory)),
+        needs=(*view.needs, worker),
         phases=tuple(Phase(name, p.steps, p.batch_images, p.checkpoint_s) for name, p in phases if p.steps),
     )

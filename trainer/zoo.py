@@ -133,8 +133,7 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
         distill=DistillRecipe(
             steps=steps,
             learning_rate=2e-4 if go_on else 3e-4,
-            ema_decay=0.98,
-            phases=2,
+            ema_decay=0.99 if go_on else 0.98,
             guidance_min=3.0,
             guidance_max=3.0,
             **rate,

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,11 +24,15 @@ class Describer(Protocol):
         """One line a picture (H x W x 3 uint8), chosen greedily: the same picture gives the same caption."""
         ...
 
+    def note_usage(self, journal: Path) -> None:
+        """Note there what a server is asked from now on (cluster/usage.py); nothing is where the model runs here."""
+        ...
+
 
 def open_captioner(recipe: TransformersCaptioner) -> Describer:
     """One that starts a server for itself stops it when it is dropped, or with its process."""
     if isinstance(recipe, OpenAiCaptioner):
-        return _Asked(recipe, Endpoint(recipe.base_url, recipe.model))
+        return _Asked(recipe, Endpoint(recipe.base_url, recipe.model, recipe.prices()))
     if isinstance(recipe, VllmCaptioner):
         return _Asked(recipe, serve_vllm(recipe.model, recipe.environment, recipe.server, "the captioner's vLLM"))
     return _Transformers(recipe)
@@ -71,6 +76,9 @@ class _Transformers:
             found += [str(read_answer(t)) for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
+    def note_usage(self, journal: Path) -> None:
+        """Nothing is asked."""
+
 
 class _Asked:
     def __init__(self, recipe: TransformersCaptioner, endpoint: Endpoint) -> None:
@@ -79,6 +87,9 @@ class _Asked:
     def describe(self, pictures: Sequence[np.ndarray]) -> list[str]:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(self._ask, pictures))
+
+    def note_usage(self, journal: Path) -> None:
+        self.endpoint.meter.note_in(journal)
 
     def _ask(self, picture: np.ndarray) -> str:
         sink = io.BytesIO()

@@ -27,6 +27,7 @@ from factory.models import resolve
 
 _TRIES = 5
 _LONGEST_WAIT_S = 60.0
+_MAX_ANSWER_BYTES = 16 << 20
 _NAME = "own"
 """What a model is called on a server of ours."""
 
@@ -114,7 +115,7 @@ def serve_vllm(model: str, environment: str, server: ServerRecipe, name: str, lo
 def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str:
     """The text of an OpenAI-compatible server's answer to a body with `messages`, or with `prompt` for a plain completion.
 
-    Every answer is counted by the endpoint's meter. Tried again, ever more slowly, when the server is busy or away, and not before it says
+    Every answer is noted by the endpoint's meter. Tried again, ever more slowly, when the server is busy or away, and not before it says
     (Retry-After, at most a minute); a server of our own that died is started again as often as its recipe
     says. Raises StageError when it stays away or answers what is no answer.
     """
@@ -170,7 +171,10 @@ def _post(url: str, body: Mapping[str, Any], key: str) -> Any:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     with _opener(url).open(request, timeout=120) as answer:
-        return json.load(answer)
+        data = answer.read(_MAX_ANSWER_BYTES + 1)
+    if len(data) > _MAX_ANSWER_BYTES:
+        raise ValueError(f"it is over {_MAX_ANSWER_BYTES >> 20} MiB long")
+    return json.loads(data)
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
-from cluster.usage import Usage
 from factory.models import quiet, resolve
 from factory.models.answers import Answer, read_answer
 from factory.models.server import Endpoint, ask, serve_vllm
@@ -23,8 +22,8 @@ class PromptWriter(Protocol):
         """One prompt a record, in their order; the same seed gives the same prompts on the same machine. NoAnswer where there is none."""
         ...
 
-    def take_usage(self) -> Usage:
-        """What was asked of a server since the last call; nothing where the model runs here."""
+    def note_usage(self, journal: Path) -> None:
+        """Note there what a server is asked from now on (cluster/usage.py); nothing is where the model runs here."""
         ...
 
     def close(self) -> None: ...
@@ -68,8 +67,8 @@ def spell(record: Record) -> str:
 class _Here:
     """A model in this process: nobody counts its tokens, and nothing is held beyond the process."""
 
-    def take_usage(self) -> Usage:
-        return Usage()
+    def note_usage(self, journal: Path) -> None:
+        """Nothing is asked."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -167,8 +166,8 @@ class _Asked:
         with ThreadPoolExecutor(self.concurrent) as pool:
             return list(pool.map(one, range(len(records))))
 
-    def take_usage(self) -> Usage:
-        return self.endpoint.meter.take()
+    def note_usage(self, journal: Path) -> None:
+        self.endpoint.meter.note_in(journal)
 
     def close(self) -> None:
         self.endpoint.close()

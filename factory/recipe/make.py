@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from factory.recipe.names import VIEW_NAME
-from factory.recipe.plan import ENVIRONMENT
+from factory.recipe.plan import ENVIRONMENT, Priced
 
 
 class DiffusersTeacher(Settings):
@@ -140,7 +140,7 @@ class TransformersCaptioner(Settings):
     batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")
 
 
-class OpenAiCaptioner(TransformersCaptioner):
+class OpenAiCaptioner(TransformersCaptioner, Priced):
     """Any server that speaks OpenAI's chat completions with pictures, vLLM's among them. The key comes from OPENAI_API_KEY."""
 
     kind: Literal["openai"] = "openai"

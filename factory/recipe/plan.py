@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -47,7 +47,28 @@ class VllmWriter(TransformersWriter):
         return self
 
 
-class OpenAiWriter(TransformersWriter):
+class Priced(Settings):
+    """What a server charges."""
+
+    price_input: float | None = Field(
+        default=None, ge=0, description="price of a million tokens read, in your currency"
+    )
+    price_output: float | None = Field(default=None, ge=0, description="price of a million tokens written")
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.price_input is None) != (self.price_output is None):
+            raise ValueError("price_input and price_output belong together: give both or neither")
+        return self
+
+    def prices(self) -> Prices | None:
+        """None where the recipe names none."""
+        if self.price_input is None or self.price_output is None:
+            return None
+        return Prices(self.price_input, self.price_output)
+
+
+class OpenAiWriter(TransformersWriter, Priced):
     """Any server that speaks OpenAI's chat completions, vLLM's among them. The key comes from OPENAI_API_KEY."""
 
     kind: Literal["openai"] = "openai"
@@ -58,26 +79,15 @@ class OpenAiWriter(TransformersWriter):
         description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
     )
     concurrent: int = Field(default=16, ge=1, le=512, description="requests at once")
-    price_input: float | None = Field(
-        default=None, ge=0, description="price of a million tokens read, in your currency"
-    )
-    price_output: float | None = Field(default=None, ge=0, description="price of a million tokens written")
     max_cost: float | None = Field(
         default=None, gt=0, description="stop before the prompts cost more; what is written is kept"
     )
 
     @model_validator(mode="after")
     def _priced(self) -> OpenAiWriter:
-        if (self.price_input is None) != (self.price_output is None):
-            raise ValueError("price_input and price_output belong together: give both or neither")
         if self.max_cost is not None and self.price_input is None:
             raise ValueError("max_cost needs price_input and price_output")
         return self
-
-    def prices(self) -> Prices | None:
-        if self.price_input is None or self.price_output is None:
-            return None
-        return Prices(self.price_input, self.price_output)
 
 
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]

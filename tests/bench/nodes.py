@@ -1,7 +1,8 @@
-"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|scaling|listing|status] ...
+"""What the cluster wing costs beside the work: python tests/bench/nodes.py [overhead|memory|scaling|listing|status] ...
 
 overhead: null units through two null stages on a local Ray, at several counts: seconds a unit at steady state (between the first and
-the last unit out) and the driver's memory, and by how much it grew from the first count to the last. scaling: units a second of one worker
+the last unit out) and the driver's memory, and by how much it grew from the first count to the last. memory: the same stages in windows of so many units, and the
+driver after each: what it holds, what of that the C library would give back, Python's objects; counts: units a window, windows. scaling: units a second of one worker
 that computes on one core and of two, at steady state, in turns within one run; counts: units a turn, turns. listing: how long a resume
 takes to see what a ledger of so many units lacks. status: how long one look at a run takes that is making so many.
 """
@@ -26,6 +27,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import cluster.runner as runner_module
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, OnRay
 from cluster.stage import PENDING, Row, Stage, Unit
@@ -68,6 +70,34 @@ def overhead(counts: list[int]) -> None:
         runner.close()
     grown = (ends[-1] - ends[0]) / 2**20
     print(f"driver's peak from {counts[0]} to {counts[-1]} units: {grown:+.0f} MiB (target: less than 100)")
+
+
+def memory(each: int, windows: int) -> None:
+    """Tells what grows with windows (Ray's classes, threads) from what grows with units, on a machine too busy for 100,000 units."""
+    import ctypes
+    import gc
+
+    runner_module._WINDOW_UNITS = each
+    process, clib = psutil.Process(), ctypes.CDLL("libc.so.6")
+    runner = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "bench"))
+    held: list[float] = []
+    print(f"{'units':>8} {'driver MiB':>11} {'without what could be given back':>33} {'objects':>9} {'threads':>8}")
+    try:
+        for done, _ in enumerate(runner.run([null_stage("one"), null_stage("two")], units(each * windows)), 1):
+            if done % each:
+                continue
+            rss = process.memory_info().rss / 2**20
+            gc.collect()
+            clib.malloc_trim(0)
+            held.append(process.memory_info().rss / 2**20)
+            print(
+                f"{done:8} {rss:11.1f} {held[-1]:33.1f} {len(gc.get_objects()):9} {process.num_threads():8}", flush=True
+            )
+    finally:
+        runner.close()
+    half = len(held) // 2
+    a_window = (held[-1] - held[half]) / max(1, len(held) - 1 - half)
+    print(f"{a_window:+.2f} MiB a window of {each} units in the second half of them")
 
 
 WORK_S = 0.25
@@ -207,7 +237,7 @@ def status(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["overhead", "scaling", "listing", "status"])
+    parser.add_argument("what", choices=["overhead", "memory", "scaling", "listing", "status"])
     parser.add_argument("counts", type=int, nargs="*")
     asked = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -215,6 +245,9 @@ def main() -> None:
     print(f"{' '.join(sys.argv)}; commit {commit}, {platform.machine()}, {os.cpu_count()} cores, load {load:.1f}")
     if asked.what == "overhead":
         overhead(asked.counts or [1000, 10_000, 100_000])
+    elif asked.what == "memory":
+        each, windows = (*asked.counts, *(64, 12)[len(asked.counts) :])
+        memory(each, windows)
     elif asked.what == "scaling":
         count, turns = (*asked.counts, *(120, 5)[len(asked.counts) :])
         scaling(count, turns)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 
 import pytest
+import ray.exceptions
 
 from cluster.connect import explain, knock
 from cluster.errors import RecipeError, StageError
 from cluster.recipe import build_recipe
-from cluster.runner import ClusterRecipe, OnRay, start_ray
+from cluster.runner import ClusterRecipe, OnRay, _stage_error, start_ray
 from cluster.stage import PENDING, Stage, Unit
 
 
@@ -45,19 +46,47 @@ def test_what_ray_says_in_words_of_ours(said: str, words: str) -> None:
         raise error
 
 
+def test_what_hides_in_a_cause_is_told() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379")
+    error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect")
+    assert "refuses the token" in str(explain("192.0.2.1:6379", error))
+    error.__cause__ = RuntimeError("RPC error: Deadline Exceeded\nmore")
+    assert "(Failed to connect to Ray cluster at 192.0.2.1:6379: RPC error: Deadline Exceeded)" in str(
+        explain("x", error)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("OutOfDiskError", "object store is full"),
+        ("ObjectStoreFullError", "object store is full"),
+        ("OutOfMemoryError", "ran out of memory"),
+    ],
+)
+def test_a_full_node_is_not_called_a_failed_worker(kind: str, words: str) -> None:
+    inner: Exception = getattr(ray.exceptions, kind)("told by Ray")
+    outer = ray.exceptions.RaySystemError("wrapped")
+    outer.__cause__ = inner
+    for error in (inner, outer, ray.exceptions.RaySystemError(f"ray.exceptions.{kind}: as text")):
+        told = _stage_error(error)
+        assert words in told.what and "same command then goes on" in told.remedy
+    assert "a worker failed" in _stage_error(ray.exceptions.RaySystemError("something else")).what
+
+
 @pytest.mark.ray
 def test_a_stage_that_no_node_can_hold_ends_a_local_run() -> None:
     unit = Unit("unit-0", [{"id": "a", "outcome": PENDING, "reason": ""}])
-    ray = OnRay(recipe(cpus=2))
+    runner = OnRay(recipe(cpus=2))
     try:
         for stage, words in (
             (Stage("wide", lambda: list, cpus=3), "a worker of stage wide needs 3 CPU, and no node has that"),
             (Stage("render", lambda: list, gpus=64), "needs 1 CPU, 64 GPU"),
         ):
             with pytest.raises(StageError, match=words):
-                list(ray.run([stage], [unit]))
+                list(runner.run([stage], [unit]))
     finally:
-        ray.close()
+        runner.close()
 
 
 def test_a_recipe_with_a_password_is_refused_without_repeating_it() -> None:

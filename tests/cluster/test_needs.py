@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import EdgeFusionError
-from cluster.needs import Need, Node, groups, parse_nodes, place
-from edgefusion import app
+from cluster.errors import EdgeFusionError, RecipeError
+from cluster.needs import Need, Node, groups, need_of, parse_nodes, place
+from cluster.places import suits
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe
+from cluster.stage import Stage
+from edgefusion import app, cluster_view
 
 
 def test_steps_take_turns_and_stages_of_one_step_share() -> None:
@@ -33,6 +41,61 @@ def test_what_does_not_fit_says_why(need: Need, placed: int, words: str) -> None
     assert fit.placed == placed and words in fit.why
 
 
+def test_labels_resources_and_fewer_workers() -> None:
+    nodes = [Node("a", 8, labels={"zone": "a"}), Node("b", 8, resources={"npu": 3}, labels={"zone": "b"})]
+    quick = Need("s", "x", 4, 1, resources={"npu": 1})
+    assert place([quick], nodes)[0].nodes == {"b": 3}
+    assert "0 npu are left in all and a worker needs 1" in place([quick], nodes)[0].why
+    assert place([replace(quick, workers_min=3)], nodes)[0].why == "", "three will do"
+    (fit,) = place([replace(quick, workers=1, labels={"zone": "a"})], nodes)
+    assert fit.placed == 0 and fit.why == "a worker needs 1 npu and no node has more than 0"
+    (fit,) = place([replace(quick, labels={"zone": "c", "rack": "1"})], nodes)
+    assert fit.why == "no node has the labels that it asks for (zone=c, rack=1)"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [("a", "a"), ("!a", "b-"), ("in(a, b)", "ab"), ("!in(a,b)", "-"), ("in(b)", "b"), ("", "")],
+)
+def test_labels_are_asked_for_as_ray_spells_it(wanted: str, fits: str) -> None:
+    for has in "ab-":
+        assert suits({"zone": wanted}, {} if has == "-" else {"zone": has}) == (has in fits)
+
+
+def test_a_recipe_places_its_stages() -> None:
+    said = {"render": {"cpus": 2, "gpus": 0.5, "workers_min": 3, "resources": {"npu": 2}, "labels": {"zone": "a"}}}
+    recipe = build_recipe(ClusterRecipe, {"stages": said, "memory_gib": {"render": 9}}, "test")
+    need = need_of("make", Stage("render", dict, workers=2, gpus=1), recipe)
+    assert need == Need("make", "render", 3, 2, 0.5, 9, 3, {"npu": 2}, {"zone": "a"})
+    other = Stage("score", dict)
+    assert recipe.placed(other) is other
+    for bad, words in (
+        ({"render": {"workers": 1, "workers_min": 2}}, "workers_min .2. is more than workers"),
+        ({"train": {"workers": 2}}, "train_workers"),
+        ({"render": {"resources": {"GPU": 1}}}, "GPU is no resource of the cluster's own"),
+        ({"render": {"zone": "a"}}, "zone is not a known key"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            build_recipe(ClusterRecipe, {"stages": bad}, "test")
+    for key in ("cluster.stages={rendr: {cpus: 1}}", "cluster.memory_gib={rendr: 1}"):
+        with pytest.raises(RecipeError, match=r"rendr is no stage of this recipe \(render, score, commit, train\)"):
+            cluster_view(Path("recipes/edgefusion.yaml"), [key])
+
+
+def test_groups_carry_what_their_stages_ask_for() -> None:
+    needs = [
+        Need("make", "render", 4, 1, 1, resources={"npu": 1, "disk": 0.5}, labels={"zone": "a"}),
+        Need("train", "train", 4, 1, 1, labels={"zone": "a", "gpu": "h100"}),
+        Need("make", "score", 2, 1, labels={"zone": "b"}),
+    ]
+    gpu, cpu = groups(needs, gpus_per_node=2, cpus_per_node=2)
+    assert gpu.resources == {"disk": 1, "npu": 2} and gpu.labels == {"zone": "a", "gpu": "h100"}
+    assert cpu.resources == {} and cpu.labels == {"zone": "b"}
+    for value in ("b", "in(a,b)", "!a"):
+        with pytest.raises(EdgeFusionError, match=f"stage train asks for nodes with zone={re.escape(value)}"):
+            groups([needs[0], replace(needs[1], labels={"zone": value})], 1, 1)
+
+
 def test_groups_hold_the_largest_step() -> None:
     needs = [Need("make", "render", 8, 1, 1, 12), Need("make", "score", 9, 1), Need("train", "train", 6, 1, 1)]
     gpu, cpu = groups(needs, gpus_per_node=4, cpus_per_node=4)
@@ -41,7 +104,10 @@ def test_groups_hold_the_largest_step() -> None:
     assert not any(fit.why for fit in place(needs, nodes))
 
 
-@pytest.mark.parametrize("text", ["4", "x:cpus=1", "4:gpus=1", "4:cpus=1,disks=2", "2:cpus"])
+@pytest.mark.parametrize(
+    "text",
+    ["4", "x:cpus=1", "4:gpus=1", "4:cpus=1,disks=2", "2:cpus", "2:cpus=1,labels.zone", "2:cpus=1,resources.npu=x"],
+)
 def test_odd_nodes_are_refused(text: str) -> None:
     with pytest.raises(EdgeFusionError, match="--node takes"):
         parse_nodes(text)
@@ -54,6 +120,11 @@ def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
     assert "runs Qwen/Qwen2.5-7B-Instruct by vLLM" in said.output
     said = CliRunner().invoke(app, [*paper, "4:cpus=16,gpus=1"], env={"COLUMNS": "160"})
     assert said.exit_code == 1 and "0 GPUs are left in all" in said.output
+    more = ["--set", "cluster.stages={render: {labels: {zone: a}, workers_min: 1}}"]
+    nodes = ["7:cpus=16,gpus=1,labels.zone=b", "--node", "1:cpus=16,gpus=1,labels.zone=a,resources.npu=2"]
+    said = CliRunner().invoke(app, [*paper, *nodes, *more], env={"COLUMNS": "200"})
+    assert said.exit_code == 0 and "1 x 16 CPUs, 1 GPUs, inf GiB, 2 npu, zone=a" in said.output, said.output
+    assert "1 to " in said.output and "on 1 node, zone=a" in said.output
     more = ["--set", "cluster.memory_gib={render: 80}"]
     said = CliRunner().invoke(app, [*paper, "8:cpus=16,gpus=1,memory_gib=64", *more], env={"COLUMNS": "160"})
     assert said.exit_code == 1 and "needs 80 GiB of memory" in said.output

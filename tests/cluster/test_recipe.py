@@ -69,3 +69,15 @@ def test_a_missing_key_and_a_missing_or_broken_file(tmp_path: Path) -> None:
     broken.write_text(yaml.safe_dump(tree))
     with pytest.raises(RecipeError, match=r"factory\.make\.teacher\.model is missing"):
         load_recipe(Recipe, broken)
+
+
+def test_a_key_is_taken_out_by_a_tilde() -> None:
+    paper = DEFAULT_RECIPE.parent / "edgefusion.yaml"
+    kind = ["factory.plan.writer.kind=openai", "factory.plan.writer.base_url=http://127.0.0.1:8000/v1"]
+    with pytest.raises(
+        RecipeError,
+        match=r"writer.environment is no key of this kind. Take it out: --set ~factory.plan.writer.environment",
+    ):
+        load_recipe(Recipe, paper, kind)
+    recipe = load_recipe(Recipe, paper, [*kind, "~factory.plan.writer.environment", "~factory.nothing.there", "~no"])
+    assert recipe.factory.plan.kind == "written" and recipe.factory.plan.writer.kind == "openai"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from cluster.errors import EdgeFusionError
+from cluster.machine import version_of
 from cluster.needs import RunView
 from cluster.recipe import load_recipe
 from cluster.render import PLACES, Options, render
@@ -93,11 +96,56 @@ def test_no_secret_is_written_and_nothing_runs_as_root(paper: RunView, tmp_path:
         assert all("value" not in one for name, one in variables.items() if name.endswith("KEY"))
 
 
+PLACED = "cluster.stages={render: {resources: {npu: 1}, labels: {zone: a}}, score: {labels: {zone: a}}}"
+
+
+def test_what_stages_ask_of_nodes_is_what_nodes_are_started_with(tmp_path: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    view = replace(cluster_view(PAPER, [PLACED]), vllm_model="", server_settings=())
+    options = replace(NFS, gpus_per_node=4)
+    for place in PLACES:
+        render(view, place, options, tmp_path / place)
+    job = documents(tmp_path / "kuberay")["RayJob"]
+    jsonschema.validate(job, json.loads((Path(__file__).parent / "rayjob-schema.json").read_text()))
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    # KubeRay puts the value behind --resources= as it is, in a shell.
+    (value,) = shlex.split(group["rayStartParams"]["resources"])
+    assert json.loads(value.replace('\\"', '"')) == {"npu": 4} and group["labels"] == {"zone": "a"}
+    for place in ("aws", "gcp"):
+        config = yaml.safe_load((tmp_path / place / f"{place}.yaml").read_text())
+        validate_config(prepare_config(config))
+        kind = config["available_node_types"]["gpu"]
+        assert kind["resources"]["npu"] == 4 and kind["labels"] == {"zone": "a"}
+        assert "/home/edgefusion/.ray/auth_token" in config["file_mounts"]
+        assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    script = (tmp_path / "slurm" / "slurm.sbatch").read_text()
+    assert script.count("""--resources='{"npu": 4}' --labels=zone=a """) == 2
+    subprocess.run(["bash", "-n", tmp_path / "slurm" / "slurm.sbatch"], check=True)
+    apart = cluster_view(PAPER, [PLACED.replace("score: {labels: {zone: a", "score: {labels: {zone: b")])
+    with pytest.raises(EdgeFusionError, match="nodes of a Slurm job are all alike"):
+        render(apart, "slurm", Options(), tmp_path / "none")
+
+
+def test_images_hold_every_module_of_the_project(plain: RunView, tmp_path: Path) -> None:
+    render(plain, "kuberay", Options(), tmp_path)
+    text = (tmp_path / "Dockerfile.cpu").read_text()
+    project = tomllib.loads((PAPER.parent.parent / "pyproject.toml").read_text())
+    copied = {word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]}
+    assert {f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]} <= copied
+    wings = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert wings | {"recipes", project["project"]["readme"]} <= copied
+    (install,) = [line for line in text.splitlines() if line.startswith("RUN pip install")]
+    asked = set(install.partition("[")[2].partition("]")[0].split(","))
+    assert asked <= set(project["project"]["optional-dependencies"]), "pip only warns of an extra that is not there"
+
+
 def test_constraints_pin_what_is_needed(plain: RunView, tmp_path: Path) -> None:
     render(plain, "kuberay", Options(), tmp_path)
     lines = [line for line in (tmp_path / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
-    assert {"torch", "ray", "diffusers"} <= set(pins) and "+" not in pins["torch"]
+    assert {"torch", "ray", "diffusers", "tokenizers", "grpcio" if version_of("grpcio") else "numpy"} <= set(pins)
+    assert all(pins[name] == str(version_of(name)).partition("+")[0] for name in pins) and "+" not in pins["torch"]
 
 
 @pytest.mark.parametrize("place", ["aws", "gcp"])
@@ -127,6 +175,12 @@ def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_
         with pytest.raises(EdgeFusionError, match=words):
             render(view, place, options, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    # The remedy is one: with what it says the files are rendered.
+    with pytest.raises(EdgeFusionError) as caught:
+        render(paper, "aws", NFS, tmp_path / "none")
+    words = shlex.split(caught.value.remedy.partition("give ")[2].replace("URL", "http://127.0.0.1:8000/v1"))
+    view = cluster_view(PAPER, [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    assert render(view, "aws", NFS, tmp_path / "aws")
 
 
 @pytest.mark.parametrize("with_vllm", [True, False])

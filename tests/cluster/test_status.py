@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.errors import EdgeFusionError
+from cluster.events import Events
 from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat
+from cluster.machine import every, this_machine
 from cluster.status import read_status
-from cluster.status_view import clock, status
+from cluster.status_view import clock, status, view
 
 PHASE = {"steps": 100, "batch_images": 8}
 
@@ -54,6 +58,64 @@ def beats(out: Path, **facts: object) -> None:
 
 def stage(out: Path, name: str) -> dict[str, object]:
     return next(row for row in read_status(out)["stages"] if row["stage"] == name)
+
+
+@pytest.mark.parametrize("ahead_s", [-300.0, 300.0])
+def test_a_driver_whose_clock_is_wrong_is_not_taken_for_dead_nor_a_dead_one_for_alive(
+    out: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    monkeypatch.setattr("cluster.heartbeat._LOOK_AGAIN_S", 3.0)
+    words: list[str] = []
+
+    def beat() -> None:
+        beats(out, machine="another", when=time.time() + ahead_s)
+
+    beat()
+    assert read_status(out, words.append)["state"] == "died", "nothing changed while it was watched"
+    assert len(words) == 1 and "the last sign of life from elsewhere is" in words[0] and "300 s" in words[0]
+    with every(0.5, beat):
+        facts = read_status(out, words.append)
+    assert facts["state"] == "running" and abs(facts["clock_ahead_s"] - ahead_s) < 3
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(view(facts))
+    assert f"300 s {'ahead of' if ahead_s > 0 else 'behind'} this machine's" in " ".join(said.get().split())
+    # Without doubt nobody waits, and a day is no skew.
+    beats(out, machine="another", when=time.time() - 100_000)
+    assert read_status(out, words.append)["state"] == "died" and len(words) == 2
+
+
+def test_rates_go_by_one_clock(out: Path) -> None:
+    """The driver's clock is five minutes behind, the files are dated by the storage."""
+    now = time.time()
+    beats(out, when=now - 3, step_began=now - 3 - 300, step_began_there=now - 15)
+    assert stage(out, "make")["per_s"] == pytest.approx(0.8)
+    beats(out, when=now - 3, step_began=now - 3 - 300, step_began_there=now - 5)
+    assert stage(out, "make")["per_s"] is None, "one commit since the step began"
+
+
+def test_a_process_is_looked_for_on_its_own_machine_only(out: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    beats(out, host=socket.gethostname(), machine=this_machine(), pid=gone.pid)
+    assert read_status(out)["state"] == "died"
+    # A container of the same name has numbers of its own.
+    beats(out, host=socket.gethostname(), machine="another", pid=gone.pid)
+    assert read_status(out)["state"] == "running"
+
+
+def test_the_last_problems_of_the_log_are_shown(out: Path) -> None:
+    beats(out)
+    log = Events(out / "log", "r", "s")
+    for i in range(9):
+        log.say("message", "warning", text=f"warning {i}")
+    log.say("unit", unit="unit-00001", stage="render")
+    facts = read_status(out)
+    assert [problem["text"] for problem in facts["problems"]] == [f"warning {i}" for i in range(4, 9)]
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(view(facts))
+    assert "warning: message on" in said.get() and "warning 8" in said.get() and "unit-00001" not in said.get()
 
 
 def test_a_run_at_work(out: Path) -> None:
@@ -91,7 +153,8 @@ def test_after_selection_the_kept_share_is_known(out: Path) -> None:
     assert read_status(out)["kept_share"] == 0.75
 
 
-def test_silence_and_a_missing_process_are_death(out: Path) -> None:
+def test_silence_and_a_missing_process_are_death(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.heartbeat._LOOK_AGAIN_S", 0.0)
     assert read_status(out)["state"] == "unknown"
     beats(out, when=time.time() - 3600)
     facts = read_status(out)

@@ -4,13 +4,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.remote import RemoteStore
 from cluster.storage import digest_file, publish_bytes, publish_file, publish_folder, publish_new, sweep_partials
 
 WRITER = """
@@ -117,3 +120,40 @@ def test_of_several_who_publish_a_new_file_one_wins(tmp_path: Path, where: str) 
         publish_new(path, b"yours")
     assert digest_file(path) == hashlib.sha256(b"mine").hexdigest()
     assert [p.name for p in tmp_path.iterdir()] == (["claim"] if where == "disk" else [])
+
+
+def test_a_store_that_finds_our_clock_wrong_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 signs requests with the time and refuses those of a clock that is a quarter of an hour wrong."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[dev]'")
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = (
+                b"<?xml version='1.0'?><Error><Code>RequestTimeTooSkewed</Code>"
+                b"<Message>The difference between the request time and the current time is too large.</Message></Error>"
+            )
+            self.send_response(403)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_MAX_ATTEMPTS": "1",
+        "no_proxy": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(EdgeFusionError, match=r"the clock of this machine is wrong .*Set it \(timedatectl"):
+            RemoteStore("s3://bucket/set").names()
+    finally:
+        server.shutdown()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.usage import Usage, read_usage, spell_usage
+from cluster.usage import JOURNAL, Meter, Prices, Usage, files_of_usage, read_usage, spell_usage
 
 
 def test_files_add_up_and_damaged_ones_count_for_nothing(tmp_path: Path) -> None:
@@ -19,3 +19,17 @@ def test_files_add_up_and_damaged_ones_count_for_nothing(tmp_path: Path) -> None
     assert spell_usage(found) == "3 answers, 35 tokens read, 40 written, tokens of 1 unknown, cost 1.75"
     assert read_usage([]) == Usage(cost=None) and Usage().metadata() is None
     assert spell_usage(found + Usage(1, 1, 1, 0, None)).endswith("unknown")  # a sum with an unknown price has none
+
+
+def test_a_journal_outlives_a_torn_line_and_its_file(tmp_path: Path) -> None:
+    journal = tmp_path / f"a{JOURNAL}"
+    said = {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}
+    for _ in range(2):
+        meter = Meter(Prices(1e6, 1e6))
+        meter.add(said)  # nobody said where
+        meter.note_in(journal)
+        meter.add(said)
+        journal.write_bytes(journal.read_bytes() + b'{"answers": 1, "inp')
+    assert read_usage(files_of_usage(tmp_path)) == Usage(2, 6, 8, 0, 14.0)
+    pq.write_table(pa.table({"id": ["a"]}).replace_schema_metadata(Usage(5).metadata()), tmp_path / "a.parquet")
+    assert read_usage(files_of_usage(tmp_path)).answers == 5  # the sum is in the file: killed before the journal went

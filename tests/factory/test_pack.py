@@ -11,7 +11,7 @@ import webdataset
 
 from cluster.errors import CorruptShard
 from cluster.storage import publish_bytes
-from factory.pack import MANIFEST, Sample, pack, read_shard, shard_bytes
+from factory.pack import MANIFEST, Sample, first_prompts, pack, read_manifest, read_shard, shard_bytes
 from factory.verify import find_damage, verify
 
 
@@ -34,6 +34,8 @@ def test_same_samples_in_any_order_give_the_same_bytes(tmp_path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(contents(tmp_path / "a")) == [MANIFEST, *(f"shard-{i:06d}.tar" for i in range(3))]
     assert verify(tmp_path / "a") == 25
+    prompts = [row["prompt"] for row in read_manifest(tmp_path / "a")]
+    assert first_prompts(tmp_path / "a", 12) == prompts[:12] and first_prompts(tmp_path / "a", 99) == prompts
 
 
 def test_webdataset_reads_what_we_pack(tmp_path) -> None:

@@ -27,7 +27,7 @@ from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict, Recipe
 from cluster.recipe import build_recipe
 from cluster.remote import RemoteStore
 from factory.cli import app
-from factory.pack import MANIFEST, Sample, pack
+from factory.pack import MANIFEST, Sample, manifest_shards, pack
 from factory.publish import CLAIM, check_place, publish
 from factory.recipe import PackRecipe
 from factory.verify import find_damage, verify
@@ -215,7 +215,43 @@ def test_two_who_pack_different_sets_to_one_place(bucket: str, packed: Path, tmp
     with pytest.raises(LedgerConflict, match="process 7 on elsewhere is packing another data set"):
         publish(packed, bucket)
     assert set(store.names()) == {CLAIM}
+
+
+def test_a_claim_is_as_old_as_the_store_says_whatever_the_clocks_of_the_hosts(
+    bucket: str, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RemoteStore(bucket)
+    claim = {"manifest_sha256": "0" * 64, "host": "elsewhere", "machine": "another", "pid": 7}
+    # Written just now by a host whose clock is an hour behind: alive.
     store.publish(CLAIM, json.dumps({**claim, "when": time.time() - 3600}).encode())
+    with pytest.raises(LedgerConflict, match="process 7 on elsewhere is packing another data set"):
+        publish(packed, bucket)
+    # Silent for long, by a host whose clock is an hour ahead: dead.
+    store.publish(CLAIM, json.dumps({**claim, "when": time.time() + 3600}).encode())
+    monkeypatch.setattr("factory.publish._SILENT_S", 1.0)
+    time.sleep(3.0)  # S3 dates to the second
+    publish(packed, bucket)
+    assert set(store.names()) == {MANIFEST, "README.md", *manifest_shards(packed)} and verify(store) == 9
+
+
+def test_where_a_store_does_not_date_its_files_a_claim_is_watched(
+    bucket: str, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, told = RemoteStore(bucket), list[str]()
+    claim = {"manifest_sha256": "0" * 64, "host": "elsewhere", "machine": "another", "pid": 7, "when": 0.0}
+    store.publish(CLAIM, json.dumps(claim).encode())
+    monkeypatch.setattr(RemoteStore, "age_s", lambda self, name: None)
+    monkeypatch.setattr("factory.publish._WATCH_S", 1.0)
+    monkeypatch.setattr("factory.publish._LOOK_S", 0.2)
+
+    def hear(what: str, done: int, of: int) -> None:
+        told.append(what)
+        if len(told) == 2:  # it lives: it refreshes
+            store.publish(CLAIM, json.dumps({**claim, "when": 1.0}).encode())
+
+    with pytest.raises(LedgerConflict, match="process 7 on elsewhere"):
+        publish(packed, bucket, hear)
+    assert told[0] == f"waiting to see whether process 7 on elsewhere still packs to {bucket}"
     publish(packed, bucket)
     assert CLAIM not in store.names() and verify(store) == 9
 

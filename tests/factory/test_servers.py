@@ -6,12 +6,14 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.errors import StageError
+from cluster.usage import JOURNAL, Usage, read_usage
 from factory.models import server as model_server
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
@@ -81,10 +83,23 @@ def test_an_answer_that_is_none_is_a_plain_error(server: Server, body: bytes) ->
     assert "planted-key" not in str(caught.value)
 
 
-def test_pictures_are_shown_to_the_captioner(server: Server) -> None:
-    server.script = [answer("a black square")]
-    captioner = open_captioner(OpenAiCaptioner(model="m", base_url=server.url))
+def test_an_endless_answer_is_not_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_server, "_MAX_ANSWER_BYTES", 1000)
+    server.script = [answer("fox " * 1000)]
+    with pytest.raises(StageError, match="MiB long"):
+        open_writer(OpenAiWriter(model="m", base_url=server.url)).write([{"subject": "fox"}], seed=1)
+
+
+def test_pictures_are_shown_to_the_captioner_and_what_it_takes_is_noted(server: Server, tmp_path: Path) -> None:
+    status, body = answer("a black square")
+    server.script = [
+        (status, json.dumps(json.loads(body) | {"usage": {"prompt_tokens": 90, "completion_tokens": 5}}).encode())
+    ]
+    keys = {"price_input": 1.0, "price_output": 2.0}
+    captioner = open_captioner(OpenAiCaptioner(model="m", base_url=server.url, **keys))
+    captioner.note_usage(journal := tmp_path / f"unit-00000{JOURNAL}")
     assert captioner.describe([np.zeros((8, 8, 3), np.uint8)]) == ["a black square"]
     question, picture = server.asked[0]["messages"][0]["content"]
     assert question["text"] == "Describe the picture in one sentence."
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert read_usage([journal]) == Usage(1, 90, 5, 0, 100e-6)

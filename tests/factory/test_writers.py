@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import StageError, TargetUnavailable
-from cluster.usage import Meter, Prices, Usage, read_usage
+from cluster.usage import JOURNAL, Meter, Prices, Usage, files_of_usage, read_usage
 from factory.models import server as model_server
 from factory.models import text as writers
 from factory.models.answers import NoAnswer, read_answer
@@ -37,6 +37,8 @@ class Echo:
         self.refuses, self.knows_json = 0, True
         self.bad = 0
         """So many next answers are no JSON."""
+        self.lives: int | None = None
+        """So many answers more; what is asked after them is refused."""
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +47,9 @@ class Echo:
                 time.sleep(random.random() / 100)
                 with lock:
                     outer.asked.append(body)
+                    if outer.lives == 0:
+                        return self.say(404, {}, {})
+                    outer.lives = None if outer.lives is None else outer.lives - 1
                     busy = outer.busy.pop() if outer.busy else None
                     bad = outer.bad > 0
                     outer.bad -= bad
@@ -115,8 +120,11 @@ WRITERS: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_every_writer(name: str, echo: Echo, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_writer(
+    name: str, echo: Echo, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = WRITERS[name](echo, tiny_models, monkeypatch)
+    writer.note_usage(journal := tmp_path / f"part{JOURNAL}")
     first = writer.write(RECORDS, seed=5)
     assert len(first) == len(RECORDS) and all("\n" not in prompt and '"' not in prompt for prompt in first)
     assert writer.write(RECORDS, seed=5) == first != writer.write(RECORDS, seed=6)
@@ -126,9 +134,9 @@ def test_every_writer(name: str, echo: Echo, tiny_models: Path, monkeypatch: pyt
             f"{spell(r)} =>" in p and p.endswith(f"#{5 + i}")
             for i, (r, p) in enumerate(zip(RECORDS, first, strict=True))
         )
-        usage = writer.take_usage()
+        usage = read_usage([journal])
         assert usage.answers == 3 * len(RECORDS) and usage.output_tokens == 30 * len(RECORDS) and not usage.uncounted
-    assert writer.take_usage() == Usage(cost=None if name != "transformers" else 0.0)
+    assert journal.exists() == (name != "transformers")
     writer.close()
 
 
@@ -303,18 +311,35 @@ def test_the_first_prompts_are_reckoned_at_the_longest_answers(echo: Echo, tmp_p
     assert not echo.asked
 
 
-def test_a_server_that_does_not_count_is_said_to(echo: Echo) -> None:
+def test_a_server_that_does_not_count_is_said_to(echo: Echo, tmp_path: Path) -> None:
     echo.counts = False
     writer = open_writer(OpenAiWriter(model="m", base_url=echo.url, price_input=1, price_output=1))
+    writer.note_usage(journal := tmp_path / f"part{JOURNAL}")
     writer.write(RECORDS, seed=1)
-    assert writer.take_usage() == Usage(len(RECORDS), 0, 0, len(RECORDS), 0.0)
+    assert read_usage([journal]) == Usage(len(RECORDS), 0, 0, len(RECORDS), 0.0)
 
 
 @pytest.mark.parametrize("told", [None, [], {"usage": 3}, {"usage": {"prompt_tokens": "7", "completion_tokens": -1}}])
-def test_odd_counts_are_no_counts(told: Any) -> None:
+def test_odd_counts_are_no_counts(told: Any, tmp_path: Path) -> None:
     meter = Meter(Prices(1, 1))
+    meter.note_in(journal := tmp_path / f"part{JOURNAL}")
     meter.add(told)
-    assert meter.take().uncounted == 1
+    assert read_usage([journal]).uncounted == 1
+
+
+def test_what_an_unfinished_file_of_prompts_cost_is_not_forgotten(echo: Echo, tmp_path: Path) -> None:
+    """The server goes away after five answers: they count against max_cost at once, and in the file's sum once it is written."""
+    keys = {"price_input": 0.0, "price_output": 1e6, "concurrent": 1}  # an answer of 10 tokens is 10
+    echo.lives = 5
+    with pytest.raises(StageError, match="did not answer"):
+        make_plan(plan_recipe(tmp_path, echo.url, 8, **keys), 0, data := tmp_path / "data")
+    assert read_usage(files_of_usage(data / "plan")).cost == 50
+    echo.lives = None
+    with pytest.raises(StageError, match=r"50\.00 is spent"):
+        make_plan(plan_recipe(tmp_path, echo.url, 8, **keys, max_cost=100.0), 0, data)
+    make_plan(plan_recipe(tmp_path, echo.url, 8, **keys, max_cost=200.0), 0, data)
+    assert [path.suffix for path in files_of_usage(data / "plan")] == [".parquet"]
+    assert read_usage(files_of_usage(data / "plan")).cost == 130
 
 
 @pytest.mark.parametrize("keys", [{"price_input": 1.0}, {"max_cost": 3.0}])

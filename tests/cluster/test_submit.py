@@ -1,0 +1,73 @@
+"""A run as a Ray job, on a real job server; it needs `ray[default]`, which the tests' own environment may lack."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import EdgeFusionError, StageError
+from cluster.needs import RunView
+from cluster.submit import submit
+from edgefusion import cluster_view
+from tests.cluster.test_join import ROOT, TOKEN, Cluster
+
+PAPER = ROOT / "recipes" / "edgefusion.yaml"
+SEND = """
+import sys
+from pathlib import Path
+from cluster.errors import EdgeFusionError
+from cluster.submit import follow, submit
+from edgefusion import cluster_view
+try:
+    job = submit(cluster_view(Path(RECIPE), []), HEAD, "/shared/out one", PROGRAM)
+    print("sent", job, flush=True)
+    follow(HEAD, job, print)
+except EdgeFusionError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def view() -> RunView:
+    return cluster_view(PAPER, [])
+
+
+def test_what_is_no_dashboard_is_refused() -> None:
+    with pytest.raises(EdgeFusionError, match=r"is no address of a Ray dashboard. For example http"):
+        submit(view(), "127.0.0.1:6379", "/x")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("aiohttp_cors"), reason="ray[default] is not installed")
+def test_an_address_where_nothing_listens() -> None:
+    with pytest.raises(StageError, match=r"Ray at http://127.0.0.1:9 cannot be reached"):
+        submit(view(), "http://127.0.0.1:9", "/x")
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not importlib.util.find_spec("aiohttp_cors"), reason="ray[default] is not installed")
+def test_a_job_is_given_the_recipe_and_says_how_it_ended(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    said = 'echo "was given $*"; cat "$2"; env | grep -c planted-secret || true; exit "$(cat "${0%/*}/code")"'
+    program.write_text(f"#!/bin/bash\n{said}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    head = Cluster(tmp_path, dashboard=True, program=[sys.executable, "-m", "ray.scripts.scripts"])
+    try:
+        head.node("--num-cpus=1")
+        code = SEND.replace("RECIPE", repr(str(PAPER))).replace("HEAD", repr(head.dashboard))
+        for status in (0, 7):
+            (tmp_path / "code").write_text(str(status))
+            ran: Any = head.run(code.replace("PROGRAM", repr(str(program))), HF_TOKEN="planted-secret")
+            assert "was given run recipe.yaml --out /shared/out one" in ran.stdout, ran.stderr
+            assert "address: auto" in ran.stdout and "name: edgefusion" in ran.stdout and "\n0\n" in ran.stdout
+            assert (ran.returncode, "StageError: " in ran.stderr) == ((0, False) if status == 0 else (1, True))
+        assert "failed: Job entrypoint command failed with exit code 7" in ran.stderr
+        ran = head.run(code.replace("PROGRAM", repr(str(program))), RAY_AUTH_TOKEN="c" * 32)
+        assert ran.returncode == 1 and "refuses the token" in ran.stderr and TOKEN not in ran.stderr
+    finally:
+        head.close()
