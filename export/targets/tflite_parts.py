@@ -27,7 +27,9 @@ def cut_model(model: Any, starts: Sequence[int]) -> list[Any]:
         read = dict.fromkeys(index for node in nodes for index in node.inputs)
         inputs = [i for i in read if i not in made and not graph.tensors[i].buffer]
         outputs = [i for i in made if i in wanted or last.get(i, n) > n]
-        outputs.sort(key=lambda i: i != graph.outputs[0])
+        # A block's result before those of its head groups: the other way round a block of 4096 tokens lost its tiles' room on chip
+        # (Vela 5.2: 4170 MB of traffic in place of 88).
+        outputs.sort(key=lambda i: (i != graph.outputs[0], last.get(i, n) <= n))
         found.append(_part(model, nodes, inputs, outputs))
     return found
 

@@ -26,7 +26,7 @@ from export.targets.norms import geglu, group_norm, layer_norm
 from export.targets.npu_unet import calibrate, meter_unet, torch_inputs, write_unet
 from export.targets.ops import Calibration
 from export.targets.registry import find_target
-from export.targets.tflite import Writer
+from export.targets.tflite import Writer, schema
 from export.targets.unet import HostTime, check_unet
 from factory.models import resolve
 
@@ -111,7 +111,11 @@ def test_parts_are_the_whole_file_to_the_code(tmp_path: Path) -> None:
     assert len(cuts) > 1 and len(parts) == 2 * len(cuts) + 1
     counted = sum((Counter(operators(part)) for part in parts), Counter())
     assert counted == operators(whole)
-    # A tiled block is alone in its file.
+    # A tiled block is alone in its file, and its result comes before those of its heads.
+    read = schema().ModelT.InitFromPackedBuf
+    graphs = [read(part.read_bytes(), 0).subgraphs[0] for part in parts[1::2]]
+    widths = [[int(graph.tensors[i].shape[-1]) for i in graph.outputs] for graph in graphs]
+    assert all(len(found) == 3 and found[0] == 2 * found[1] for found in widths)
     assert all(operators(part)["BATCH_MATMUL"] == 2 * 2 * 4 for part in parts[1::2])
     np.testing.assert_array_equal(run_parts(parts, given), run_parts([whole], given))
 
