@@ -1,6 +1,6 @@
 """Kills at random moments, of the driver and of Ray's workers, while they make, select and pack: the same bytes each time.
 
-A few of each in `make test-long`; fifty in `make test-slow`.
+A few of the driver in `make test-long`; fifty, Ray's workers among them, in `make test-slow`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def test_the_driver_killed_at_random(tiny_models: Path, tmp_path: Path, kills: i
     assert run.killed[MAKE] >= kills // 4 <= run.killed[PACK], run.killed
 
 
-@few_or_many(3, 16)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 16])
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_workers_and_drivers_of_ray_killed_at_random(tiny_models: Path, tmp_path: Path, kills: int) -> None:
