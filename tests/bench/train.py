@@ -1,6 +1,6 @@
 """One distillation step of ours beside one by the formulas of diffusers' published LCM script: samples per CPU-second.
 
-The script (examples/consistency_distillation/train_lcm_distill_sd_wds.py of diffusers) is not on this machine and is not run: its
+The script (examples/consistency_distillation/train_lcm_distill_sd_wds.py of diffusers) is not run here (published.py does that): its
 step is written out below from what it computes, its student as large as its teacher. It encodes pictures and prompts at every step,
 steps AdamW and the moving average tensor by tensor, and asks the teacher twice; its guidance embedding is left out, for our student
 has none. Ours is the loop as it runs, its log and its watch included, memory format as in training. Ratios come from one run.
