@@ -1,7 +1,8 @@
 """Whether pictures show what was asked for, attribute by attribute, as the judge reads them.
 
 A prompt is put beside the same prompt with one attribute's word exchanged for each of the others; a picture agrees if its own is the nearest.
-Asks only where the word is in the prompt, so that nothing else changes. Knows no models, only a function from texts to embeddings.
+Asks only where the word is in the prompt once, so that nothing else changes: of "a red apple on a red background" nobody can tell which red was
+meant. Knows no models, only a function from texts to embeddings.
 """
 
 from __future__ import annotations
@@ -74,13 +75,14 @@ def agreement(
 
 
 def _exchanged(prompt: str, own: str, said: Mapping[str, tuple[str, ...]]) -> list[str] | None:
-    """The prompt with each value's word in place of its own value's; None if it does not say its value.
+    """The prompt with each value's word in place of its own value's; None if it does not say its value, or says the word twice.
 
     The other value's word is the one at the same place of its list (`male` becomes `female`, `man` becomes `woman`), else its first.
     """
     for place, word in enumerate(said[own]):
-        pattern = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w])", re.IGNORECASE)
-        if pattern.search(prompt):
+        # `light` is not in `medium-light`, but it is in `light-skinned`.
+        pattern = re.compile(rf"(?<![\w-]){re.escape(word)}(?!\w)", re.IGNORECASE)
+        if len(pattern.findall(prompt)) == 1:
             others = {value: them[place] if place < len(them) else them[0] for value, them in said.items()}
             return [
                 prompt if value == own else pattern.sub(lambda _, w=other: w, prompt) for value, other in others.items()

@@ -39,6 +39,8 @@ def test_one_word_is_exchanged_and_nothing_else() -> None:
 def test_a_prompt_that_does_not_say_its_value_is_not_asked() -> None:
     asked = ask(["a farmer", "a farmer on red"], [{"ground": "blue"}, {"ground": "red"}], {})
     assert asked["ground"].rows == [1]
+    twice = ask(["a red apple on a red wall", "a fox on a blue wall"], [{"ground": "red"}, {"ground": "blue"}], {})
+    assert twice["ground"].rows == [1], "which red is meant cannot be told"
     assert not ask(["a farmer", "a cook"], [{"ground": "blue"}, {"ground": "red"}], {})
 
 
