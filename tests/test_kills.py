@@ -25,16 +25,11 @@ from tests.test_chain import data_bytes, tiny_settings
 
 log = logging.getLogger(__name__)
 SAMPLES, UNIT = 48, 4
+KILLS_ON_RAY = 16
 MAKE, PACK = "make", "select and pack"
 
 
-def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "kills", [pytest.param(few, marks=pytest.mark.long), pytest.param(many, marks=pytest.mark.slow)]
-    )
-
-
-@few_or_many(10, 34)
+@pytest.mark.parametrize("kills", [pytest.param(10, marks=pytest.mark.long), pytest.param(34, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1200)
 def test_the_driver_killed_at_random(tiny_models: Path, tmp_path: Path, kills: int) -> None:
     """In this process everything dies with it; half of the kills come while it selects and packs."""
@@ -50,16 +45,15 @@ def test_the_driver_killed_at_random(tiny_models: Path, tmp_path: Path, kills: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 16])
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-def test_workers_and_drivers_of_ray_killed_at_random(tiny_models: Path, tmp_path: Path, kills: int) -> None:
+def test_workers_and_drivers_of_ray_killed_at_random(tiny_models: Path, tmp_path: Path) -> None:
     """A dead worker's unit is done again within the run, a dead driver's by the next, and a dead driver leaves no process behind."""
     run = _Run(write_recipe(tiny_models, tmp_path), tmp_path / "out")
     run.undisturbed()
     run.words += ["--set", "cluster.runner=ray", "--set", "factory.make.render_workers=2"]
     moments = random.Random(2)
-    while run.killed.total() < kills:
+    while run.killed.total() < KILLS_ON_RAY:
         run.forget()
         if run.killed["workers"] <= run.killed[MAKE] + run.killed[PACK]:
             run.worker_dies(moments)
