@@ -37,19 +37,20 @@ def main(teacher: str, data: str, out: Path, address: str, fewest: int) -> None:
         import ray
         import torch
 
+        import trainer.distill as distill
         import trainer.loop as loop
 
         torch.use_deterministic_algorithms(True)
         facts = {"rank": int(os.environ["RANK"]), "of": int(os.environ["WORLD_SIZE"])}
         with (out / "workers.jsonl").open("a") as file:
             file.write(json.dumps({**facts, "node": ray.util.get_node_ip_address()}) + "\n")
-        read = loop._batch
+        read = loop.read_batch
 
         def slow(*words):
             time.sleep(STEP_S)
             return read(*words)
 
-        loop._batch = slow
+        loop.read_batch = distill.read_batch = slow
         loop.train(recipe, Path(data), out / "training", seed=1)
 
     out.mkdir(exist_ok=True)
