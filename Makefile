@@ -31,7 +31,7 @@ test-long: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Several real Ray nodes in network namespaces, nodes lost while they make and while they train: a quarter of an hour; not in CI yet.
+# Several real Ray nodes in network namespaces, nodes lost while they make and while they train: a quarter of an hour; CI runs it too.
 # Skipped, with the reason, where namespaces cannot be made (they need root and `ip`). Ends within 20 minutes, whatever hangs.
 test-cluster: setup
 	timeout --kill-after=30 1160 $(BIN)/python -m pytest tests/cluster/test_nodes.py tests/cluster/test_train_nodes.py -m cluster -rs
