@@ -169,7 +169,8 @@ def _append(path: Path, line: str) -> None:
     try:
         end = os.lseek(file, 0, os.SEEK_END)
         torn = end > 0 and os.pread(file, 1, end - 1) != b"\n"
-        # One call of the system: processes of one machine do not cut into each other's lines.
+        # One call of the system: processes of one machine do not cut into each other's lines. The size may be read in the middle of another's
+        # write, which then looks torn: that costs an empty line, which readers of JSON lines skip.
         os.write(file, b"\n" * torn + line.encode(errors="replace") + b"\n")
     finally:
         os.close(file)
