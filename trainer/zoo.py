@@ -22,8 +22,8 @@ def zoo_build(
     model: Annotated[
         str,
         typer.Argument(
-            help="wild, evalset, vae, clip, judge, captioner (needs clip), writer, teacher (needs vae and clip) "
-            "or student (needs teacher)"
+            help="wild, evalset, vae, clip, judge, captioner (needs clip), writer, teacher (needs vae and clip), "
+            "student (needs teacher) or decoder (a sharper one for the same latents; needs vae and student)"
         ),
     ],
     steps: Annotated[

@@ -20,6 +20,7 @@ from factory.pocket.captioner import train_captioner
 from factory.pocket.clip import FILTER, JUDGE, train_clip
 from factory.pocket.evalset import EVALSET, write_evalset
 from factory.pocket.grammar import sentence
+from factory.pocket.sharpen import train_decoder
 from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
 from factory.pocket.wild import write_wild
@@ -52,7 +53,7 @@ def fetch_packages(folder: Path) -> Path:
 
 
 WILD = "wild.parquet"
-MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher")
+MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher", "decoder")
 
 
 CAN_GO_ON = ("captioner", "teacher")
@@ -86,6 +87,8 @@ def build(model: str, zoo: Path, steps: int, warm: bool = False) -> None:
         train_writer(pairs, zoo / "writer", steps=steps)
     elif model == "teacher":
         train_teacher(pairs, pixels, zoo, steps=steps, warm=warm)
+    elif model == "decoder":
+        train_decoder(pairs, pixels, zoo, steps=steps)
     else:
         raise ValueError(f"no model of the zoo is called {model!r}")
 
