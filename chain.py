@@ -13,10 +13,10 @@ from rich.progress import Progress
 
 from cluster.errors import LedgerConflict, StageError
 from cluster.events import LOG, NOWHERE, Events
-from cluster.heartbeat import heartbeat
+from cluster.heartbeat import heartbeat, refuse_second_driver
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.places import TRAIN, unknown_stages
-from cluster.progress import bar_each, progress_bars
+from cluster.progress import bar_each, console, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import publish_bytes, sweep_partials
@@ -101,6 +101,7 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
+        refuse_second_driver(self.out, lambda words: console.print(words, soft_wrap=True, markup=False))
         self.facts.setdefault("run", uuid.uuid4().hex[:12])
         self._save()
         sweep_partials(self.out)
