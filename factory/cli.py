@@ -43,9 +43,10 @@ def verify(
     """Prove that the shards are exactly what the manifest says; exits with 4 and names the first damaged sample if not."""
     from cluster.cache import is_url
     from cluster.remote import RemoteStore
+    from cluster.storage import local_path
     from factory.verify import verify as prove
 
-    count = prove(RemoteStore(folder) if is_url(folder) else Path(folder))
+    count = prove(RemoteStore(folder) if is_url(folder) else local_path(folder))
     typer.echo(f"{folder}: {count} samples, every shard as the manifest says")
 
 
