@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from rich.progress import Progress
 
 from cluster.errors import LedgerConflict, StageError
 from cluster.events import LOG, NOWHERE, Events
-from cluster.heartbeat import heartbeat
+from cluster.heartbeat import heartbeat, refuse_second_driver
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.places import TRAIN, unknown_stages
-from cluster.progress import bar_each, progress_bars
+from cluster.progress import bar_each, console, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import publish_bytes, sweep_partials
@@ -101,6 +102,10 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
+        refuse_second_driver(self.out, lambda words: console.print(words, soft_wrap=True, markup=False))
+        if "export" in todo:
+            self._forget_pages()
+            todo = [step for step in steps if not self._is_done(step)]
         self.facts.setdefault("run", uuid.uuid4().hex[:12])
         self._save()
         sweep_partials(self.out)
@@ -139,12 +144,12 @@ class Chain:
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
-                same = _what_is_made(facts["recipe"]) == _what_is_made(tree)
-            except (ValueError, KeyError):
+                there, here = _what_is_made(_by_this_version(facts["recipe"])), _what_is_made(tree)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
-            if not same:
+            if there != here:
                 raise LedgerConflict(
-                    f"the folder holds a run of another recipe: {_first_difference(_what_is_made(facts['recipe']), _what_is_made(tree))}",
+                    f"the folder holds a run of another recipe: {_first_difference(there, here)}",
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
@@ -187,6 +192,12 @@ class Chain:
         }
         return proof[step].exists()
 
+    def _forget_pages(self) -> None:
+        """What shows the builds is of the old ones once there are others."""
+        for name in ("compare.html", "report.html"):
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.out / "demo", ignore_errors=True)
+
     def _holds_decisions(self) -> bool:
         """The shards, and the counts noted of them, include everything that people decided so far."""
         from factory.make import is_packed
@@ -204,7 +215,7 @@ class Chain:
             raise LedgerConflict(
                 "people decided anew about the data set after training began",
                 where=str(self.out),
-                remedy="Delete training, student, samples, export and report.html there to train on the curated pictures, "
+                remedy="Delete training, student, samples and export there to train on the curated pictures, "
                 "or take the decisions back",
             )
 
@@ -339,6 +350,14 @@ class Chain:
 def _what_is_made(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without where it runs: a run may be begun on a laptop and go on elsewhere, or under a head of another address."""
     return json.loads(json.dumps({name: part for name, part in recipe.items() if name != "cluster"}))
+
+
+def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version wrote, with the defaults of keys that came since; as it stands if it is no recipe any more."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -26,6 +26,8 @@ from trainer.cli import app as trainer_app
 from trainer.reproduce.cli import app as reproduce_app
 from trainer.zoo import app as zoo_app
 
+_INTERRUPTED = 130
+"""How typer, which keeps the KeyboardInterrupt to itself, ends after Ctrl-C."""
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
 
 app = typer.Typer(
@@ -181,9 +183,10 @@ def main() -> None:
             raise
         console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            console.print("Stopped. The same command goes on from here.")
+        raise
 
 
 def _escape(text: str) -> str:

@@ -153,7 +153,10 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         job = submit(view_of(recipe, overrides or []), to, out)
         typer.echo(f"submitted as {job}; ray job stop {job} --address {to} ends it")
         if wait:
-            follow(to, job, lambda text: typer.echo(text, nl=False))
+            try:
+                follow(to, job, lambda text: typer.echo(text, nl=False))
+            except KeyboardInterrupt:
+                typer.echo(f"{job} goes on without this terminal")
 
     @app.command("render")
     def render_files(

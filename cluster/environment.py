@@ -113,6 +113,8 @@ def make_environment(
     found = read_marker(folder)
     if found and found.get("requirements") == wanted and not unfinished.exists():
         return _python_of(folder)
+    if folder.is_file():
+        raise EdgeFusionError("is a file", where=str(folder), remedy="Choose another --out folder")
     if folder.exists() and any(folder.iterdir()) and not unfinished.exists():
         what = f"holds {', '.join(found['requirements'])}" if found else "is not empty and no environment of ours"
         raise EdgeFusionError(what, where=str(folder), remedy="Choose another --out folder or delete this one")

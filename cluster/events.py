@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.machine import this_machine
+from cluster.progress import console
 from cluster.stage import DEAD, Unit
 from cluster.tracing import span
 
@@ -119,13 +120,15 @@ class Events:
 
     @contextmanager
     def listening(self) -> Generator[None]:
-        """Also note what our own code logs (`logging.getLogger("edgefusion")`) until the block ends."""
-        handler = _Handler(self)
-        logging.getLogger("edgefusion").addHandler(handler)
+        """Also note what our own code logs (`logging.getLogger("edgefusion")`) until the block ends, and say its warnings on stderr."""
+        log, handlers = logging.getLogger("edgefusion"), (_Handler(self), _Aloud(logging.WARNING))
+        for handler in handlers:
+            log.addHandler(handler)
         try:
             yield
         finally:
-            logging.getLogger("edgefusion").removeHandler(handler)
+            for handler in handlers:
+                log.removeHandler(handler)
 
     def listen(self) -> None:
         """As `listening`, for a worker process that does nothing else until it ends."""
@@ -143,6 +146,15 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         facts: Event = getattr(record, "facts", {})
         self._events.say("message", record.levelname.lower(), text=record.getMessage(), **facts)
+
+
+class _Aloud(logging.Handler):
+    """Above the bars: where a handler is set, Python no longer says warnings by itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(
+            f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, markup=False, highlight=False
+        )
 
 
 def _died(before: Event, after: Event) -> bool:

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import EdgeFusionError
+import psutil
+
+from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.machine import every, this_machine
 from cluster.storage import publish_bytes
 
@@ -91,6 +93,28 @@ def read_heartbeat(folder: Path, wait: Callable[[str], None] | None = None) -> d
     return _look_again(folder, facts)
 
 
+def refuse_second_driver(folder: Path, wait: Callable[[str], None]) -> None:
+    """Raises LedgerConflict if another process runs into `folder` now: each would sweep away what the other is writing.
+
+    A fresh sign of life from another machine may be the last one of a process that is gone, so it is believed once it changes; `wait` is told so.
+    """
+    facts = read_heartbeat(folder, wait)
+    if facts.get("state") != "running":
+        return
+    here = facts.get("machine") == this_machine()
+    if here and int(facts["pid"]) == os.getpid():
+        return
+    if not here and "clock_ahead_s" not in facts:
+        wait(f"{facts['host']} was at this folder a moment ago: looking for {_LOOK_AGAIN_S:.0f} s whether it still is")
+        if _look_again(folder, facts)["state"] == "died":
+            return
+    raise LedgerConflict(
+        f"process {facts['pid']} on {facts['host']} runs into this folder at this moment",
+        where=str(folder),
+        remedy="Wait for it (edgefusion status shows how far it is) or stop it first",
+    )
+
+
 def _look_again(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     end = time.monotonic() + _LOOK_AGAIN_S
     while time.monotonic() < end:
@@ -126,4 +150,7 @@ def is_gone(writer: dict[str, Any]) -> bool:
         return True
     except PermissionError:
         return False
+    # One that was killed and that nobody waited for, as in a container without an init, still has its number.
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(int(writer["pid"])).status() == psutil.STATUS_ZOMBIE
     return False

@@ -119,13 +119,16 @@ def pins(package: str, extras: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, or `unknown`."""
+    """The commit of this checkout, or `unknown`: a package installed below another project's checkout is not of its commit."""
+    own = Path(__file__)
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=own.parent, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        where = Path(__file__).parent
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10, check=True
-        )
-        return found.stdout.strip()
+        git("ls-files", "--error-unmatch", own.name)
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

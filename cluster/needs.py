@@ -81,6 +81,8 @@ class RunView:
     cluster: ClusterRecipe
     tree: dict[str, Any]
     """The whole recipe as plain values."""
+    launch_tree: dict[str, Any] | None = None
+    """The same without what says how the run serves vLLM for itself, where it says so: launch files bring a server of their own."""
     needs: tuple[Need, ...] = ()
     samples: int = 0
     """Planned pictures."""
@@ -91,10 +93,10 @@ class RunView:
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
     server_drops: tuple[str, ...] = ()
-    """Further ones that a recipe needs for that which serves vLLM for itself; the tree here has no such keys."""
+    """Further ones that a recipe needs for that which serves vLLM for itself; `launch_tree` has no such keys."""
 
 
-DRIVER = "plan, select, samples, export and report"
+DRIVER = "plan, select, samples, export, pages and report"
 """What the process that starts the run does by itself."""
 
 
@@ -227,7 +229,7 @@ def parse_nodes(text: str) -> list[Node]:
                 numbers[name] = float(value)
             else:
                 raise ValueError
-        if not colon or "cpus" not in numbers:
+        if not colon or "cpus" not in numbers or int(count) < 1:
             raise ValueError
         return [
             Node(f"{count} x {rest} #{i + 1}", **numbers, resources=resources, labels=labels) for i in range(int(count))

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError("there is no such recipe", where=str(path), remedy=_nearest_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read ({error})", where=str(path), remedy="Check the path") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no month has
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise RecipeError(f"is not valid YAML{line}", where=str(path), remedy="Check indentation and colons") from None
@@ -91,6 +91,15 @@ def recipe_digest(recipe: Settings) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def as_overrides(given: Mapping[str, Any]) -> list[str]:
+    """What was given by options of a command's own, as `--set` takes it; None was not given. Texts are quoted, or a folder named 7 were a number."""
+    return [
+        f"{key}={json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)}"
+        for key, value in given.items()
+        if value is not None
+    ]
+
+
 def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
     """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`; `~a.b.c` takes the key out. Raises
     RecipeError."""
@@ -112,7 +121,7 @@ def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
         place = cast(dict[str, Any], inner)
     try:
         place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"{option} {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
 
 

@@ -99,7 +99,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     machines: dict[str, str] = {}
     if place in _MACHINES:
         gpu, cpu, machines = _machines(place, gpu, cpu, options)
-    tree = {**view.tree, "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
+    tree = {**(view.launch_tree or view.tree), "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
     run = ["edgefusion", "run", "/etc/edgefusion/recipe.yaml", "--out", f"/shared/runs/{view.name}"]
     more = [word for setting in settings for word in ("--set", setting)]
     whole = gpu if gpu.nodes else cpu

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from cluster.cache import CacheRecipe
 from cluster.connect import explain, explain_work, knock, see_that_it_fits
-from cluster.errors import StageError
+from cluster.errors import EdgeFusionError, StageError
 from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
@@ -345,12 +345,12 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-def _stage_error(error: BaseException) -> StageError:
-    """The StageError inside Ray's wrapping if there is one: as an object, or as the line of a remote traceback."""
+def _stage_error(error: BaseException) -> EdgeFusionError:
+    """The error of ours inside Ray's wrapping if there is one: as an object, or as the line of a remote traceback."""
     inner: BaseException | None = error
     while inner is not None:
         cause: BaseException | None = getattr(inner, "cause", None)
-        if isinstance(cause, StageError):
+        if isinstance(cause, EdgeFusionError):
             return cause
         inner = cause or inner.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]

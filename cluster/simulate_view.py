@@ -110,6 +110,12 @@ def mount_simulate(view_of: Callable[[Path, list[str]], RunView]) -> None:
     ) -> None:
         """Predict time, cost, use and lost work of a recipe on GPUs that can be taken away. A prediction, not a measurement."""
         view = view_of(recipe, overrides or [])
+        if samples is None and not view.samples:
+            raise EdgeFusionError(
+                "the recipe does not say how many samples its sources come to",
+                where=str(recipe),
+                remedy="Give --samples",
+            )
         found = measure(from_run) if from_run else None
         rates = _rates(view, found, make_per_s, train_per_s)
         if picture_kb is None and not found and storage_mb_per_s < math.inf:

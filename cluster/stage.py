@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from cluster.errors import StageError
+from cluster.errors import EdgeFusionError, StageError
 
 DEAD = "dead"
 PENDING = "pending"
@@ -88,8 +88,8 @@ def _bisect(stage: str, worker: Worker, rows: Sequence[Row]) -> list[Row]:
         if len(done) != len(rows):
             raise StageError(f"stage {stage} was given {len(rows)} rows and returned {len(done)}")
         return done
-    except StageError:
-        raise
+    except EdgeFusionError:
+        raise  # something that a user can mend is no fault of the row
     except OSError as error:
         # A full disk or a lost mount is no fault of the row.
         raise StageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -41,7 +42,8 @@ def status(
     if not watch:
         console.print(view(facts))
         return
-    with Live(view(facts), console=console, auto_refresh=False) as live:
+    # Whoever has seen enough stops looking; the run goes on.
+    with contextlib.suppress(KeyboardInterrupt), Live(view(facts), console=console, auto_refresh=False) as live:
         while facts["state"] == "running":
             time.sleep(_WATCH_S)
             facts = _look(out, prometheus)

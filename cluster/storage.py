@@ -41,7 +41,7 @@ def publish_bytes(path: str | Path, data: bytes, files: Any = None) -> str:
     if _is_remote(path):
         (files or _filesystem(path)).pipe_file(str(path), data)
     else:
-        _write_beside(Path(path), data)
+        _write_beside(local_path(path), data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -55,7 +55,7 @@ def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
         if _is_remote(path):
             (files or _filesystem(path)).pipe_file(str(path), data, mode="create")
         else:
-            _write_beside(Path(path), data, only_new=True)
+            _write_beside(local_path(path), data, only_new=True)
     except OSError as error:
         if not _was_there(error):
             raise
@@ -178,6 +178,11 @@ def _pieces(path: str | Path, files: Any = None) -> Iterator[bytes]:
 
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
+
+
+def local_path(path: str | Path) -> Path:
+    """Also of a file:// URL, which would else be a folder of that name."""
+    return Path(str(path).removeprefix("file://"))
 
 
 def _filesystem(path: str | Path) -> Any:

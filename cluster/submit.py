@@ -14,6 +14,7 @@ import yaml
 
 from cluster.connect import explain
 from cluster.errors import EdgeFusionError, StageError, TargetUnavailable
+from cluster.events import first_words
 from cluster.needs import RunView
 
 
@@ -47,8 +48,15 @@ def follow(head: str, job: str, tell: Callable[[str], None]) -> None:
         async for lines in client.tail_job_logs(job):
             tell(lines)
 
-    asyncio.run(all_lines())
-    about = client.get_job_info(job)
+    try:
+        asyncio.run(all_lines())
+        about = client.get_job_info(job)
+    except Exception as error:  # whatever the web client has at hand
+        raise StageError(
+            f"the connection to job {job} broke off ({first_words(error)}); the job goes on",
+            where=head,
+            remedy=f"ray job logs {job} --address {head} --follow shows the rest",
+        ) from error
     if str(about.status.value) in ("STOPPED", "FAILED"):
         last = (str(about.message or "").strip().splitlines() or ["no reason given"])[0]
         raise StageError(

@@ -5,6 +5,7 @@ A build that misses a gate is not called built: the folder keeps no bundle.json 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -28,8 +29,11 @@ from export.student import open_student
 from export.targets.judge import compile_plan
 from export.targets.registry import find_target
 from export.tiled_build import lower_tiled, plan_unet
+from factory.models import fingerprint
 
 Progress = Callable[[str], None]
+LOWERED = ".graphs"
+"""Folder of the float32 ONNX files while an export goes on."""
 
 
 def export_student(
@@ -62,7 +66,7 @@ def export_student(
         graphs[2] = decoder_graph(pipeline.vae, graphs[2].inputs["latent"], cut)
         tiles = prove_tiles(reference, parity.torch_calls(graphs)["vae_decoder"], judged, wanted, recipe)
         reference = Build(parity.torch_calls(graphs), reference.scheduler, reference.shape)
-    sources = folder / ".graphs"
+    sources = folder / LOWERED / _mark_of(student, recipe)
     for graph in graphs:
         if not (sources / f"{graph.name}.onnx").exists():
             progress(f"lowering {graph.name}")
@@ -98,7 +102,13 @@ def export_student(
         progress(f"building {name}")
         target = find_target(name)
         publish_folder(folder / name, lambda place, target=target: build_target(target, place, work))
-    shutil.rmtree(sources)
+    shutil.rmtree(folder / LOWERED)
+
+
+def _mark_of(student: Path, recipe: ExportRecipe) -> str:
+    """What the lowered graphs hang on: those that an interrupted export left are used again for the very same ones only."""
+    keys = recipe.model_dump(mode="json", include={"guidance_scale", "decoder", "tiling"})
+    return hashlib.sha256(json.dumps([fingerprint(str(student)), keys], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def scan_student(

@@ -28,6 +28,8 @@ def write_demo(bundle: Path, out: Path, precision: str = "fp32", tarball: Path |
             where=str(bundle),
             remedy="Export with target onnx and give that bundle",
         )
+    if out.is_file():
+        raise EdgeFusionError("is a file", where=str(out), remedy="Give the name of a folder: --out demo")
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").exists():
         raise EdgeFusionError("is not empty and holds no demo", where=str(out), remedy="Choose another --out folder")
     publish_folder(out, lambda place: _fill(place, bundle, precision, tarball))

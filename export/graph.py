@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.errors import StageError
+from cluster.errors import EdgeFusionError, StageError
+from cluster.storage import publish_file
 from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
 
@@ -100,7 +101,6 @@ def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -120,7 +120,9 @@ def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
                 from onnxscript.optimizer import fold_constants
 
                 fold_constants(program.model)
-            program.save(str(path), external_data=False)
+            publish_file(path, lambda partial: program.save(str(partial), external_data=False))
+    except EdgeFusionError:
+        raise
     except Exception as error:
         raise StageError(
             f"{graph.name} does not lower to ONNX: {str(error).splitlines()[0]}",

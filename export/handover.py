@@ -49,20 +49,25 @@ def doors(out: Path) -> dict[str, Any] | None:
         build, prompt = _first_build(here[0]), shlex.quote((read_bundle(here[0])["prompts"] or ["a red apple"])[0])
         words = f"{prompt} --seed 3 --out picture.png"
         lines += [
-            ("draw a picture", f"edgefusion export try {here[0]} {words} --precision {build}"),
-            ("the same without this project", f"python {here[0] / 'sample.py'} {words} --build {build}"),
+            ("draw a picture", f"edgefusion export try {_word(here[0])} {words} --precision {build}"),
+            ("the same without this project", f"python {_word(here[0] / 'sample.py')} {words} --build {build}"),
         ]
-        lines += [(f"prove {place.name} again", f"edgefusion export verify {place}") for place in here]
+        lines += [(f"prove {place.name} again", f"edgefusion export verify {_word(place)}") for place in here]
         if not (out / COMPARE).exists():
-            every = " ".join(map(str, here))
-            lines.append(("side by side", f"edgefusion export compare {every} --out {out / COMPARE}"))
+            every = " ".join(map(_word, here))
+            lines.append(("side by side", f"edgefusion export compare {every} --out {_word(out / COMPARE)}"))
     onnx = out / "export" / "onnx"
     if onnx in places:
         if not (out / DEMO).exists():
-            fetch = f"edgefusion export demo {onnx} --out {out / DEMO}"
+            fetch = f"edgefusion export demo {_word(onnx)} --out {_word(out / DEMO)}"
             lines.append(("make the browser's page (npm and the network, once)", fetch))
-        lines.append(("open it at http://localhost:8000", f"python3 -m http.server --directory {out / DEMO}"))
+        lines.append(("open it at http://localhost:8000", f"python3 -m http.server --directory {_word(out / DEMO)}"))
     return {"compare": (out / COMPARE).exists(), "demo": (out / DEMO).exists(), "lines": lines}
+
+
+def _word(path: Path) -> str:
+    """As a shell takes it, spaces and all."""
+    return shlex.quote(str(path))
 
 
 def _bundles(out: Path) -> list[Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from cluster.errors import TargetUnavailable
+from cluster.machine import cache_folder
 from cluster.storage import publish_bytes
 
 VERSION = "1.30.0"
@@ -48,11 +48,6 @@ MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVE
 ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH
 THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/edgefusion`, or ~/.cache/edgefusion."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgefusion"
 
 
 def copy_ort_web(folder: Path, tarball: Path | None = None) -> None:

@@ -163,7 +163,9 @@ def _scorer_mark(scorer: ScorerRecipe) -> tuple[str, str]:
 
 def _mark(model: TransformersWriter | TransformersCaptioner) -> str:
     """A served model has no files to take a digest of."""
-    return "by a server" if model.kind == "openai" else _short(fingerprint(model.model))
+    if model.kind == "openai":
+        return "by a server"
+    return _short(fingerprint(model.model, model.revision if isinstance(model, TransformersCaptioner) else None))
 
 
 def _short(mark: str) -> str:

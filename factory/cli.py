@@ -43,9 +43,10 @@ def verify(
     """Prove that the shards are exactly what the manifest says; exits with 4 and names the first damaged sample if not."""
     from cluster.cache import is_url
     from cluster.remote import RemoteStore
+    from cluster.storage import local_path
     from factory.verify import verify as prove
 
-    count = prove(RemoteStore(folder) if is_url(folder) else Path(folder))
+    count = prove(RemoteStore(folder) if is_url(folder) else local_path(folder))
     typer.echo(f"{folder}: {count} samples, every shard as the manifest says")
 
 
@@ -80,6 +81,7 @@ def repair(
     """Write anew, byte for byte, what is missing or damaged of the shards and manifests, from the ledger. A whole data set is left alone."""
     from factory.repair import repair as mend
 
+    _refuse_under_a_run(folder)
     part = _factory_part(folder, recipe, [])
     done = mend(part.factory, folder, part.name)
     for name in done.rebuilt:
@@ -97,6 +99,7 @@ def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output fol
     """Give samples that died while they were made another try: their units are made anew by the next run."""
     from factory.retry import reopen_dead
 
+    _refuse_under_a_run(folder)
     samples, units = reopen_dead(folder)
     if not samples:
         typer.echo(f"{folder}: no sample died while it was made, so there is nothing to try again")
@@ -131,6 +134,8 @@ def select_again(
         raise RecipeError(
             "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
         )
+    if not name:
+        _refuse_under_a_run(folder)
     part = _factory_part(folder, recipe, overrides or [])
     if name:
         funnel = pack_view(part.factory, folder, name, part.name, rules or [])
@@ -162,6 +167,7 @@ def plan_more(
     """Plan prompts for the combinations that lack; the next run of the recipe makes their pictures, selects and packs."""
     from factory.refill import plan_refill
 
+    _refuse_under_a_run(folder)
     part = _factory_part(folder, recipe, [])
     written, samples = plan_refill(part.factory, part.seed, folder, refill)
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
@@ -278,6 +284,15 @@ def import_(
     from factory.exchange import import_decisions
 
     typer.echo(f"{import_decisions(folder, source)} new decisions from {source}")
+
+
+def _refuse_under_a_run(folder: Path) -> None:
+    """Raises LedgerConflict while a run is at work on the data set: what it reads must not change under it."""
+    from cluster.heartbeat import refuse_second_driver
+
+    place = folder.resolve()
+    out = place.parent if place.name == "dataset" else place
+    refuse_second_driver(out, lambda words: typer.echo(words, err=True))
 
 
 def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _FactoryPart:

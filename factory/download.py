@@ -221,9 +221,12 @@ def _host(url: str) -> str:
 
 def _refuse_address(url: str, allow_private: bool) -> None:
     """Raises Refused for what is neither http nor https, carries a password, or names an address that is not public."""
+    from yarl import URL
+
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        # As aiohttp will read it, which makes plain digits of all others: `１２７.0.0.1` is this machine too.
+        host, _ = URL(url).raw_host, parts.port
     except ValueError:
         raise Refused("not a URL") from None
     if parts.scheme not in ("http", "https") or not host:
@@ -233,9 +236,12 @@ def _refuse_address(url: str, allow_private: bool) -> None:
     try:
         address = str(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:
+        if host.replace(".", "").isdigit():
+            # aiohttp takes it for an address and asks no resolver, and the system would make one of it.
+            raise Refused("an address that is not spelled as one") from None
         return  # a name: the resolver looks at where it leads
     if not allow_private and not is_public(address):
-        raise Refused("the address is not public")
+        raise Refused(_NOT_PUBLIC)
 
 
 def is_public(address: str) -> bool:

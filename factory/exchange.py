@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_bytes
@@ -71,12 +72,16 @@ def _decision(row: dict[str, Any]) -> Decision:
 def _rows(source: Path) -> list[dict[str, Any]]:
     if not source.exists():
         raise EdgeFusionError("there is no such file", where=str(source), remedy="Check the path")
-    if _kind(source) == "parquet":
-        return read_table(source).to_pylist()
+    kind = _kind(source)
     try:
+        if kind == "parquet":
+            return pq.read_table(source).to_pylist()
         return list(csv.DictReader(io.StringIO(source.read_text(encoding="utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise EdgeFusionError(f"is not CSV in UTF-8 ({error})", where=str(source), remedy="Save it as such") from None
+    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid, OSError) as error:
+        what = "Parquet" if kind == "parquet" else "CSV in UTF-8"
+        raise EdgeFusionError(
+            f"cannot be read as {what} ({str(error).splitlines()[0]})", where=str(source), remedy="Save it as such"
+        ) from None
 
 
 def _kind(path: Path) -> str:

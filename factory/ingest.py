@@ -185,11 +185,18 @@ def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or not path.is_file() or not path.resolve().is_relative_to(folder):
             continue
-        size = path.stat().st_size
-        words, facts = (_beside(path.with_suffix(kind), folder) for kind in (".txt", ".json"))
+        name = path.relative_to(folder).as_posix()
+        try:
+            size = path.stat().st_size
+            words, facts = (_beside(path.with_suffix(kind), folder) for kind in (".txt", ".json"))
+            data = path.read_bytes() if size <= MAX_PICTURE_BYTES else b""
+        except OSError as error:
+            source = {"file": str(path), "at": 0, "size": 0, **_origin(name, {})}
+            yield Found(source, b"", "", f"the file or the text beside it cannot be read ({error.strerror})")
+            continue
         text, wrong, more = _told(words, facts, recipe)
-        source = {"file": str(path), "at": 0, "size": size, **_origin(path.relative_to(folder).as_posix(), more)}
-        yield _judged(source, path.read_bytes() if size <= MAX_PICTURE_BYTES else b"", size, text, wrong)
+        source = {"file": str(path), "at": 0, "size": size, **_origin(name, more)}
+        yield _judged(source, data, size, text, wrong)
 
 
 def _beside(path: Path, folder: Path) -> bytes | None:

@@ -22,6 +22,7 @@ from cluster.machine import every
 from cluster.runner import Runner
 from cluster.stage import Unit
 from cluster.storage import publish_bytes
+from factory.balance import lacks
 from factory.foretell import foretell, lines
 from factory.recipe import FactoryRecipe
 from factory.tally import Key, Tally, combination, read_outcomes
@@ -50,6 +51,8 @@ class Live:
         self.tally = Tally.read(read_live(folder), recipe.select, ledger)
         self._earlier = sorted(number for number in ledger if not self.tally.covers(number))
         self._combinations = _planned_combinations(folder, recipe)
+        for rule, planned in zip(recipe.select.wanted, self._combinations, strict=True):
+            lacks(rule, planned, {})  # more combinations than anybody can mean are told now, not when all is made
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._stages: list[Facts] = []
         self._flow, self._done = Flow([(_MADE, 1)]), 0

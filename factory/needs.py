@@ -25,7 +25,7 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     own = [name for name in _OWN_SERVER if name in view.tree["factory"]["plan"]["writer"]] if served else []
     return replace(
         view,
-        tree=_without_own_server(view.tree) if served else view.tree,
+        launch_tree=_without_own_server(view.tree) if served else None,
         needs=view.needs + needs,
         samples=plan.prompts * plan.images_per_prompt,
         unit_images=recipe.make.unit_images,

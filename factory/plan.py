@@ -5,6 +5,7 @@ Resume can then never lose half a prompt: what is planned and not in the ledger 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import itertools
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.environment import find_environment
-from cluster.errors import StageError
+from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
 from cluster.usage import JOURNAL, files_of_usage, read_usage
@@ -33,7 +34,7 @@ from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, Pictur
 from factory.taxonomy import Group, load_taxonomy
 from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edgefusion")
 PLAN = "plan.parquet"
 PART_PROMPTS = 512
 _ATTRIBUTES_LETTERS = 200
@@ -307,18 +308,37 @@ def resolve_models(recipe: FactoryRecipe) -> None:
     if recipe.make.scorer.pretrained is None:
         resolve(recipe.make.scorer.model)
     check_scores(recipe)
+    attributes = {"group", *([TEACHER] if recipe.make.teachers else [])}
     if recipe.plan.kind == "pictures":
         for name in recipe.plan.paths:
             source_path(name)
+        _refuse_unknown_attributes(recipe, attributes)
         return
     if recipe.plan.kind == "file":
         for name in recipe.plan.paths:
             prompt_file(name)
         refuse_taken_name(recipe, None)
+        _refuse_unknown_attributes(recipe, attributes | set(recipe.plan.attribute_columns))
         return
     writer = recipe.plan.writer
     if writer.kind != "openai":
         resolve(writer.model)
     if writer.kind == "vllm" and writer.environment is not None:
         find_environment(writer.environment)
-    refuse_taken_name(recipe, load_taxonomy(recipe.plan.taxonomy))
+    taxonomy = load_taxonomy(recipe.plan.taxonomy)
+    refuse_taken_name(recipe, taxonomy)
+    _refuse_unknown_attributes(recipe, attributes.union(*(group.attributes for group in taxonomy.groups)))
+
+
+def _refuse_unknown_attributes(recipe: FactoryRecipe, known: set[str]) -> None:
+    """Raises RecipeError for a rule by an attribute that no sample will have: select would find out after hours of making."""
+    for view in ("", *recipe.views):
+        rules = recipe.view(view)
+        lists = [rule.attributes for rule in (*rules.caps, *rules.wanted)] + [s.within for s in rules.scores.values()]
+        if strange := sorted({name for names in lists for name in names} - known):
+            near = difflib.get_close_matches(strange[0], known, n=1, cutoff=0.4)
+            raise RecipeError(
+                f"no sample will have an attribute {strange[0]}",
+                where=f"factory.views.{view}" if view else "factory.select",
+                remedy=f"{f'Did you mean {near[0]}? ' if near else ''}There are: {', '.join(sorted(known))}",
+            )

@@ -120,7 +120,7 @@ def draw_refill(
     """Attribute records for every row, each with the teacher that the row wants, if any; raises RecipeError for a group, attribute or value
     that the taxonomy does not have, and for an unknown teacher.
 
-    A combination that the taxonomy excludes is passed over.
+    A combination that the taxonomy excludes is passed over; a list of nothing else is refused.
     """
     assert recipe.plan.kind == "written"
     groups = {group.name: group for group in taxonomy.groups}
@@ -154,6 +154,12 @@ def draw_refill(
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         records = keep_apart(records, group, rules, f"{mark}/{number}", fixed=wanted)
         found += [(group, record, teacher) for record in records]
+    if not found:
+        raise RecipeError(
+            "the taxonomy excludes every combination that the list asks for",
+            where="factory.plan.taxonomy",
+            remedy="Take back an exclusion, or ask for other combinations in factory.select.wanted",
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 import pytest
 from typer.testing import CliRunner
 
+import edgefusion
 from cluster.errors import EdgeFusionError, RecipeError
 from edgefusion import app
 
@@ -43,6 +44,19 @@ def test_a_picture_that_could_not_be_written_is_not_drawn(tiny_models, tmp_path,
     asked = ["generate", "a fox", "--model", "./no-such-folder", "--out", str(tmp_path / name)]
     with pytest.raises(EdgeFusionError, match=words):
         CliRunner().invoke(app, asked, catch_exceptions=False)
+
+
+def test_whoever_stops_a_run_is_told_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(edgefusion, "_run", stopped)
+    monkeypatch.setattr("sys.argv", ["edgefusion", "run"])
+    with pytest.raises(SystemExit) as end:
+        edgefusion.main()
+    assert end.value.code == 130 and "The same command goes on from here" in capsys.readouterr().err
 
 
 def test_verify_says_what_a_folder_is(tmp_path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from chain import Recipe
+from chain import RUN, Chain, Recipe
+from cluster.errors import LedgerConflict
 from cluster.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -31,6 +33,39 @@ def test_what_its_comments_offer_is_one_too(path: Path, line: str) -> None:
     words = shlex.split(line.rstrip("`."))
     changes = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert changes and load_recipe(Recipe, path, changes) != load_recipe(Recipe, path)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_and_another_recipes_does_not(tmp_path: Path) -> None:
+    """A key that came since, at its default, is no other recipe."""
+    recipe = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml")
+    tree = recipe.model_dump(mode="json")
+    assert tree["trainer"].pop("loaders") and tree["factory"]["pack"].pop("to") is None
+    facts = {"recipe": tree, "seconds": {}}
+    (tmp_path / RUN).write_text(json.dumps(facts))
+    assert Chain(recipe, tmp_path).facts["recipe"] == recipe.model_dump(mode="json")
+    (tmp_path / RUN).write_text(json.dumps({**facts, "recipe": {**tree, "seed": 8}}))
+    with pytest.raises(LedgerConflict, match="another recipe: seed is 8 there and 7 now"):
+        Chain(recipe, tmp_path)
+    (tmp_path / RUN).write_text("[]")
+    with pytest.raises(LedgerConflict, match="cannot be read"):
+        Chain(recipe, tmp_path)
+
+
+def test_pages_of_builds_that_are_made_anew_are_made_anew_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else compare.html and the demo would show the student before, beside a report of the new one."""
+    ran: list[str] = []
+    chain = Chain(load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml"), tmp_path)
+    chain.facts["funnel"] = {}
+    monkeypatch.setattr(Chain, "_holds_decisions", lambda self: True)
+    for step in Chain.STEPS:
+        monkeypatch.setattr(Chain, f"_{step}", lambda self, bars, step=step: ran.append(step))
+    for name in ("dataset/plan.parquet", "dataset/manifest.parquet", "student/x", "samples/x", "demo/demo.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("compare.html", "report.html"):
+        (tmp_path / name).touch()
+    assert chain.run()
+    assert ran == ["export", "pages", "report"] and not (tmp_path / "demo").exists()
 
 
 def test_the_five_data_sets_of_the_paper_are_described() -> None:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.errors import RecipeError
 from cluster.progress import bar_each, progress_bars
-from cluster.recipe import load_recipe
+from cluster.recipe import as_overrides, load_recipe
 from trainer.progress import follow
 from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
 
@@ -29,8 +30,7 @@ def decoder(
 ) -> None:
     """Distil a VAE's decoder into an AutoencoderTiny that pipelines take as their `vae`. Rerun the same command to resume."""
     given = {"model": model, "data": data, "width": width, "fit.steps": steps}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    settings = load_recipe(DecoderRecipe, recipe, [*options, *(overrides or [])])
+    settings = load_recipe(DecoderRecipe, recipe, [*as_overrides(given), *(overrides or [])])
     from trainer.decoder import train_decoder
 
     with progress_bars() as bars:
@@ -58,7 +58,7 @@ def encode(
 ) -> None:
     """Put latents and text states beside the shards, so that training encodes nothing. Rerun the same command to resume."""
     given = {"data": data, "teacher": teacher, "size_px": size, "dtype": "float16" if half else "float32"}
-    options = [f"{key}={value}" for key, value in given.items()]
+    options = as_overrides(given)
     if ray:
         options.append("cluster.runner=ray")
     settings = load_recipe(EncodeRecipe, None, [*options, *(overrides or [])])
@@ -96,10 +96,9 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set teacher_guidance=4")] = None,
 ) -> None:
     """Compare models on the same prompts and seeds: R@1, CLIP score, CMMD and FID on the judge's features, with intervals."""
-    given: dict[str, Any] = {"models": models, "data": data, "prompts": prompts, "judge": judge, "steps": f"[{steps}]"}
+    given: dict[str, Any] = {"models": models, "data": data, "prompts": prompts, "judge": judge}
     given |= {"judge_pretrained": judge_pretrained, "count": count, "fidelity": fidelity}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    settings = load_recipe(EvaluateRecipe, None, [*options, *(overrides or [])])
+    settings = load_recipe(EvaluateRecipe, None, [*as_overrides(given), f"steps=[{steps}]", *(overrides or [])])
     from rich.console import Console
 
     from trainer.measure import REPORT, table
@@ -127,10 +126,11 @@ def prefer(
 ) -> None:
     """The paper's human study: blind pairs on a local page, several raters, ties; A's win rate with its interval. Stop with Ctrl-C."""
     both = steps.split(",")
+    if len(both) > 2:
+        raise RecipeError(f"--steps {steps} names {len(both)} numbers", remedy="Give one, or A's and B's such as 4,25")
     given: dict[str, Any] = {"a": a, "b": b, "data": data, "prompts": prompts, "count": count}
     given |= {"steps_a": both[0], "steps_b": both[-1]}
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    settings = load_recipe(PreferRecipe, None, [*options, *(overrides or [])])
+    settings = load_recipe(PreferRecipe, None, [*as_overrides(given), *(overrides or [])])
     import webbrowser
 
     from trainer.prefer.server import PreferServer

@@ -73,6 +73,12 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
     torch.set_num_threads(recipe.threads)
     quiet()
     questions = read_questions(recipe)
+    if questions.references and min(len(questions.prompts), len(questions.references)) < 2:
+        raise RecipeError(
+            "one prompt, or one reference picture, has no spread that could be compared",
+            where=recipe.prompts or str(recipe.data),
+            remedy="Give two or more of each, or leave --data out",
+        )
     among = min(recipe.among, len(questions.prompts))
     clip = Clip(OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained))
     judge = Judge(

@@ -21,6 +21,7 @@ import numpy as np
 
 from cluster.cache import CacheRecipe, RemoteFolder, is_url
 from cluster.errors import CorruptShard, RecipeError
+from cluster.storage import local_path
 from factory.pack import MANIFEST
 from factory.views import MAIN, view_folder
 from trainer.ahead import ReadAhead
@@ -72,7 +73,7 @@ def sources_of(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = Non
 def _place_of(data: str, cache: CacheRecipe) -> Path | RemoteFolder:
     if is_url(data):
         return RemoteFolder(data.rstrip("/"), cache)
-    return Path(data.removeprefix("file://")).expanduser().resolve()
+    return local_path(data).expanduser().resolve()
 
 
 def _is_there(folder: Path | RemoteFolder) -> bool:

@@ -80,21 +80,28 @@ def student_guidance(pipeline: Any, guidance: float) -> float:
 def generate(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float = 1.0, batch: int = 16
 ) -> list[np.ndarray]:
-    """H x W x 3 uint8 pictures, one a prompt. Raises EdgeFusionError for an empty prompt or a picture that is not a number."""
+    """H x W x 3 uint8 pictures, one a prompt. Raises EdgeFusionError for an empty prompt, steps that the model does not have or a picture that
+    is not a number."""
     if any(not prompt.strip() for prompt in prompts):
         raise EdgeFusionError("the prompt is empty", remedy='Say what to draw, for example "a red apple, 3d render"')
     pipeline.set_progress_bar_config(disable=True)
     found: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
-        with torch.inference_mode():
-            pictures = pipeline(
-                part,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
-                output_type="np",
-            )[0]
+        try:
+            with torch.inference_mode():
+                pictures = pipeline(
+                    part,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+                    output_type="np",
+                )[0]
+        except ValueError as error:  # a few-step scheduler has no more steps than its solver's grid
+            raise EdgeFusionError(
+                f"the model does not draw in {steps} steps ({(str(error).splitlines() or [''])[0]})",
+                remedy="Take fewer; 1, 2 or 4 for a student",
+            ) from error
         if not np.isfinite(pictures).all():
             raise EdgeFusionError("the model returned a picture that is not a number", remedy="Use float32 or retrain")
         found += list((pictures * 255).round().astype(np.uint8))

@@ -34,7 +34,10 @@ def open_captioner(recipe: TransformersCaptioner) -> Describer:
     if isinstance(recipe, OpenAiCaptioner):
         return _Asked(recipe, Endpoint(recipe.base_url, recipe.model, recipe.prices()))
     if isinstance(recipe, VllmCaptioner):
-        return _Asked(recipe, serve_vllm(recipe.model, recipe.environment, recipe.server, "the captioner's vLLM"))
+        name = "the captioner's vLLM"
+        return _Asked(
+            recipe, serve_vllm(recipe.model, recipe.environment, recipe.server, name, revision=recipe.revision)
+        )
     return _Transformers(recipe)
 
 

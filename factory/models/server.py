@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
@@ -28,6 +29,8 @@ from factory.models import resolve
 _TRIES = 5
 _LONGEST_WAIT_S = 60.0
 _MAX_ANSWER_BYTES = 16 << 20
+_MAX_REASON_BYTES, _SHOWN_LETTERS = 4096, 300
+_NO_KEY = "none"
 _NAME = "own"
 """What a model is called on a server of ours."""
 
@@ -44,7 +47,7 @@ class Endpoint:
 
     @property
     def key(self) -> str:
-        return os.environ.get("OPENAI_API_KEY", "none")
+        return os.environ.get("OPENAI_API_KEY", _NO_KEY)
 
     @property
     def life(self) -> int:
@@ -86,7 +89,9 @@ class _Own(Endpoint):
         self._served.stop()
 
 
-def serve_vllm(model: str, environment: str, server: ServerRecipe, name: str, log: Path | None = None) -> Endpoint:
+def serve_vllm(
+    model: str, environment: str, server: ServerRecipe, name: str, log: Path | None = None, revision: str | None = None
+) -> Endpoint:
     """Start vLLM in its environment and wait until it answers. Raises TargetUnavailable without one, StageError if it will not start."""
     place, found = resolve(model), find_environment(environment)
     words = [
@@ -97,6 +102,7 @@ def serve_vllm(model: str, environment: str, server: ServerRecipe, name: str, lo
         place,
         "--served-model-name",
         _NAME,
+        *(["--revision", revision] if revision else []),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if Path(place).exists() else {}
     service = Service(
@@ -134,7 +140,7 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
             if error.code == 400 and "response_format" in body:
                 body = {name: value for name, value in body.items() if name != "response_format"}
                 continue  # a server that does not know it; the template asks for JSON too
-            failure = error
+            failure = ValueError(f"{error}{_said(error, endpoint.key)}")
             if error.code not in (408, 429) and error.code < 500:
                 break  # our own fault: asking again changes nothing
             asked_wait_s = _retry_after(error)
@@ -150,8 +156,17 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
     raise StageError(
         f"the model server did not answer: {failure}",
         where=endpoint.url,
-        remedy="Start it, check the model's name and OPENAI_API_KEY, then run again",
+        remedy="Start it, check the model's name, what the recipe asks of it and OPENAI_API_KEY, then run again",
     ) from failure
+
+
+def _said(error: urllib.error.HTTPError, key: str) -> str:
+    """What the server gives as its reason, on one line; some repeat the key that they were shown."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        words = " ".join(error.read(_MAX_REASON_BYTES).decode(errors="replace").split())
+        words = words if key == _NO_KEY else words.replace(key, "***")
+        return f" ({words[:_SHOWN_LETTERS]})" if words else ""
+    return ""
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

@@ -64,6 +64,11 @@ def spell(record: Record) -> str:
     return "; ".join(f"{key}: {value}" for key, value in record.items())
 
 
+def filled(template: str, record: Record) -> str:
+    """The template with the record in place of `{attributes}`. Other braces stay: who wants JSON shows some."""
+    return template.replace("{attributes}", spell(record))
+
+
 class _Here:
     """A model in this process: nobody counts its tokens, and nothing is held beyond the process."""
 
@@ -95,10 +100,7 @@ class _Transformers(_Here):
 
         found: list[str] = []
         for start in range(0, len(records), self.recipe.batch_prompts):
-            part = [
-                self.recipe.template.format(attributes=spell(r))
-                for r in records[start : start + self.recipe.batch_prompts]
-            ]
+            part = [filled(self.recipe.template, r) for r in records[start : start + self.recipe.batch_prompts]]
             torch.manual_seed(seed + start)
             tokens = self.tokenizer(part, return_tensors="pt", padding=True, return_token_type_ids=False)
             out = self.model.generate(
@@ -130,7 +132,7 @@ class _Vllm(_Here):
         options = self.vllm.SamplingParams(
             temperature=self.recipe.temperature, max_tokens=self.recipe.max_new_tokens, seed=seed, stop=["\n"]
         )
-        asked = [self.recipe.template.format(attributes=spell(r)) for r in records]
+        asked = [filled(self.recipe.template, r) for r in records]
         if self.recipe.api == "chat":
             answers = self.engine.chat([[{"role": "user", "content": text}] for text in asked], options)
         else:
@@ -149,7 +151,7 @@ class _Asked:
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
         def one(number: int) -> str:
-            text = self.recipe.template.format(attributes=spell(records[number]))
+            text = filled(self.recipe.template, records[number])
             body: dict[str, Any] = {
                 "temperature": self.recipe.temperature,
                 "max_tokens": self.recipe.max_new_tokens,

@@ -67,7 +67,7 @@ def test_without_units_only_what_went_wrong_is_noted_and_nowhere_is_nowhere(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_step_says_how_it_ended(tmp_path: Path) -> None:
+def test_a_step_says_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StageError), events(tmp_path).during("run", recipe="tiny") as run, run.listening():
         with run.during("step plan"):
             logging.getLogger("edgefusion").warning("waiting for %s", "a node", extra={"facts": {"unit": "unit-7"}})
@@ -79,6 +79,7 @@ def test_a_step_says_how_it_ended(tmp_path: Path) -> None:
         *("run began", "step plan began", "message", "step plan ended"),
         *("step make began", "step make failed", "run failed"),
     ]
+    assert "warning: waiting for a node\n" in capsys.readouterr().err, "who watches the run is told too"
     assert said[2]["text"] == "waiting for a node" and said[2]["unit"] == "unit-7"
     assert said[5]["error"] == "StageError: stage render failed. Mend it" and said[5]["level"] == "error"
 

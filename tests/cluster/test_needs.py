@@ -106,7 +106,16 @@ def test_groups_hold_the_largest_step() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["4", "x:cpus=1", "4:gpus=1", "4:cpus=1,disks=2", "2:cpus", "2:cpus=1,labels.zone", "2:cpus=1,resources.npu=x"],
+    [
+        "4",
+        "x:cpus=1",
+        "4:gpus=1",
+        "4:cpus=1,disks=2",
+        "2:cpus",
+        "2:cpus=1,labels.zone",
+        "2:cpus=1,resources.npu=x",
+        "0:cpus=4",
+    ],
 )
 def test_odd_nodes_are_refused(text: str) -> None:
     with pytest.raises(EdgeFusionError, match="--node takes"):

@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from cluster.errors import RecipeError
-from cluster.recipe import load_recipe, recipe_digest
+from cluster.recipe import as_overrides, load_recipe, recipe_digest
 from edgefusion import DEFAULT_RECIPE, Recipe
+from trainer.recipe import EvaluateRecipe
 
 
 def test_the_shipped_recipes_validate() -> None:
@@ -44,12 +45,20 @@ def test_overrides_are_typed_and_change_the_digest() -> None:
         ("name=../evil", ["name", "pattern"]),
         ("trainer.adapt", ["--set takes key=value"]),
         ("seed.x=1", ["seed", "holds no keys"]),
+        ("name=2026-02-30", ["--set name", "is not valid YAML", "Quote it"]),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_and_the_remedy(override: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(Recipe, DEFAULT_RECIPE, [override])
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("name", ["7", "yes", "a: b", "a #1", "[x", "~", "näh 'n\" \\"])
+def test_what_an_option_gives_is_taken_as_text_whatever_yaml_would_make_of_it(name: str) -> None:
+    given = {"data": Path(name), "judge": name, "count": 9, "prompts": None, "models": [name]}
+    recipe = load_recipe(EvaluateRecipe, None, as_overrides(given))
+    assert (recipe.data, recipe.judge, recipe.count, recipe.models) == (name, name, 9, [name])
 
 
 def test_nothing_to_train_is_refused() -> None:

@@ -192,3 +192,9 @@ def test_bandwidth_without_sizes_says_nothing() -> None:
     words = ["cluster", "simulate", "recipes/edgefusion.yaml", "--make-per-s", "1", "--train-per-s", "1"]
     with pytest.raises(EdgeFusionError, match="size of a picture"):
         CliRunner().invoke(app, [*words, "--storage-mb-per-s", "100"], catch_exceptions=False)
+
+
+def test_sources_of_unknown_size_are_no_run_of_nothing() -> None:
+    words = ["cluster", "simulate", "recipes/edgefusion-wild.yaml", "--make-per-s", "1", "--train-per-s", "1"]
+    with pytest.raises(EdgeFusionError, match=r"edgefusion-wild\.yaml: .*how many samples.*Give --samples"):
+        CliRunner().invoke(app, words, catch_exceptions=False)

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.errors import StageError
+from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
 from cluster.stage import DEAD, PENDING, Stage, Unit, apply
 
@@ -39,6 +39,14 @@ def test_a_full_disk_is_not_blamed_on_a_row() -> None:
 
     with pytest.raises(StageError, match="No space left"):
         apply(Stage("full", lambda: full), full, unit(1, 2))
+
+
+def test_what_a_user_can_mend_is_not_blamed_on_a_row() -> None:
+    def lacks(_rows):
+        raise RecipeError("there is no model folder here")
+
+    with pytest.raises(RecipeError, match="no model folder"):
+        apply(Stage("render", lambda: lacks), lacks, unit(1, 2))
 
 
 def test_a_unit_survives_arrow() -> None:

@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cluster.errors import EdgeFusionError
+from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.events import Events
-from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat
+from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat, refuse_second_driver
 from cluster.machine import every, this_machine
 from cluster.status import read_status
 from cluster.status_view import clock, status, view
@@ -173,6 +173,28 @@ def test_a_killed_process_is_seen_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert read_heartbeat(tmp_path)["state"] == "died"
+
+
+def test_a_second_driver_is_refused_and_one_after_a_death_is_not(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.heartbeat._LOOK_AGAIN_S", 2.0)
+    words: list[str] = []
+    refuse_second_driver(out, words.append)  # nobody was there
+    beats(out, machine=this_machine(), pid=os.getpid())
+    refuse_second_driver(out, words.append)  # this process itself
+    beats(out, machine=this_machine(), pid=os.getppid())
+    with pytest.raises(LedgerConflict, match=f"process {os.getppid()} on .* runs into this folder"):
+        refuse_second_driver(out, words.append)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    beats(out, machine=this_machine(), pid=child.pid)
+    refuse_second_driver(out, words.append)  # it ended, though nobody took its number back
+    child.wait()
+    assert not words
+    beats(out, machine="another")
+    refuse_second_driver(out, words.append)
+    assert len(words) == 1, "its last sign of life was fresh, and no other came"
+    with every(0.5, lambda: beats(out, machine="another")), pytest.raises(LedgerConflict, match="on elsewhere"):
+        refuse_second_driver(out, words.append)
 
 
 def test_the_end_of_a_run_is_said_in_its_last_heartbeat(tmp_path: Path) -> None:

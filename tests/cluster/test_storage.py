@@ -37,6 +37,13 @@ def test_published_bytes_come_back_with_their_digest(tmp_path) -> None:
     assert os.listdir(path.parent) == ["a.bin"]
 
 
+def test_a_file_url_is_the_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    publish_bytes(f"file://{tmp_path}/one", b"x")
+    publish_new(f"file://{tmp_path}/other", b"y")
+    assert sorted(os.listdir(tmp_path)) == ["one", "other"]
+
+
 def test_a_killed_writer_leaves_a_whole_file_and_litter_that_is_swept(tmp_path) -> None:
     path = tmp_path / "a.bin"
     root = Path(__file__).parents[2]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import stat
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster.errors import EdgeFusionError, StageError
 from cluster.needs import RunView
-from cluster.submit import submit
+from cluster.submit import follow, submit
 from edgefusion import cluster_view
 from tests.cluster.test_join import ROOT, TOKEN, Cluster
 
@@ -39,6 +41,34 @@ def view() -> RunView:
 def test_what_is_no_dashboard_is_refused() -> None:
     with pytest.raises(EdgeFusionError, match=r"is no address of a Ray dashboard. For example http"):
         submit(view(), "127.0.0.1:6379", "/x")
+
+
+class Client:
+    """A job server's client that keeps the recipe it was handed, and loses the connection."""
+
+    recipe: dict[str, Any]
+
+    def submit_job(self, runtime_env: dict[str, str], **_: Any) -> str:
+        self.recipe = yaml.safe_load(Path(runtime_env["working_dir"], "recipe.yaml").read_text())
+        return "job-1"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "making"
+        raise ConnectionResetError("gone")
+
+
+def test_a_job_gets_the_whole_recipe_and_a_lost_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the run serves vLLM for itself, too: only launch files bring a server."""
+    client, said = Client(), list[str]()
+    monkeypatch.setattr("cluster.submit._client", lambda head: client)
+    assert submit(view(), "http://127.0.0.1:8265", "/x") == "job-1"
+    assert client.recipe["factory"]["plan"]["writer"]["environment"] == "vllm"
+    assert client.recipe["cluster"]["address"] == "auto"
+    with pytest.raises(
+        StageError, match=r"broke off \(ConnectionResetError: gone\); the job goes on.*ray job logs job-1"
+    ):
+        follow("http://127.0.0.1:8265", "job-1", said.append)
+    assert said == ["making"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("aiohttp_cors"), reason="ray[default] is not installed")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from cluster.errors import EdgeFusionError, StageError
-from export.bundle import export_student
+from export.bundle import _mark_of, export_student
 from export.graph import Graph, to_onnx
-from export.recipe import ExportRecipe
+from export.recipe import DecoderRecipe, ExportRecipe
 from factory.models import resolve
 
 RECIPE = ExportRecipe(calibration_prompts=1, parity_prompts=1, latency_runs=1, threads=1)
@@ -68,3 +68,26 @@ def test_a_module_that_the_converter_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="odd does not lower to ONNX"):
         to_onnx(Graph("odd", Odd().eval(), {"x": torch.ones(2)}, "y"), tmp_path / "odd.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_is_whole_or_absent_and_another_exports_graph_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: object, path: str, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    graph = Graph("twice", nn.Identity().eval(), {"x": torch.ones(2)}, "y")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("torch.onnx.ONNXProgram.save", dies)
+        to_onnx(graph, tmp_path / "graphs" / "twice.onnx")
+    assert not list((tmp_path / "graphs").iterdir())
+    to_onnx(graph, tmp_path / "graphs" / "twice.onnx")
+    assert [path.name for path in (tmp_path / "graphs").iterdir()] == ["twice.onnx"]
+    students = [tmp_path / "a", tmp_path / "b"]
+    for i, student in enumerate(students):
+        student.mkdir()
+        (student / "weights").write_bytes(bytes([i]))
+    cut = RECIPE.model_copy(update={"decoder": DecoderRecipe(tile=8)})
+    marks = {_mark_of(student, recipe) for student in students for recipe in (RECIPE, cut)}
+    assert len(marks) == 4 and _mark_of(students[0], RECIPE.model_copy(update={"threads": 7})) in marks

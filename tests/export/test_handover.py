@@ -28,8 +28,8 @@ RECIPE = ExportRecipe(latency_runs=1, threads=1)
 def run(student_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder with the onnx bundle, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(student_bundles / "onnx", tmp_path / "out" / "export" / "onnx")
-    return tmp_path / "out"
+    shutil.copytree(student_bundles / "onnx", tmp_path / "my out" / "export" / "onnx")
+    return tmp_path / "my out"
 
 
 def cache_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_without_the_browsers_runtime_the_report_says_how_to_get_the_page(run: P
     found = doors(run)
     assert found is not None and found["compare"] and not found["demo"]
     commands = [line for _, line in found["lines"]]
-    assert f"edgefusion export demo {run / 'export/onnx'} --out {run / 'demo'}" in commands
+    assert f"edgefusion export demo '{run / 'export/onnx'}' --out '{run / 'demo'}'" in commands
     # A line that stands on the page is a line that works.
     words = shlex.split(next(line for line in commands if line.startswith("edgefusion export try")))
     drawn = run / "picture.png"
@@ -73,7 +73,7 @@ def test_with_the_runtime_in_the_cache_the_page_is_there(run: Path, monkeypatch:
     found = doors(run)
     assert found is not None and found["demo"]
     assert [line for what, line in found["lines"] if "8000" in what] == [
-        f"python3 -m http.server --directory {run / 'demo'}"
+        f"python3 -m http.server --directory '{run / 'demo'}'"
     ]
     assert not any("export demo" in line for _, line in found["lines"])
 

@@ -151,6 +151,10 @@ def test_a_bad_row_imports_nothing(dataset: Path, ids: list[str], tmp_path: Path
     table.write_text("id,opinion\n" + ids[0] + ",good\n")
     with pytest.raises(EdgeFusionError, match="opinion is no column"):
         import_decisions(dataset, table)
+    (tmp_path / "some.parquet").write_bytes(b"PAR1")
+    with pytest.raises(EdgeFusionError, match="cannot be read as Parquet") as caught:
+        import_decisions(dataset, tmp_path / "some.parquet")
+    assert "Delete" not in str(caught.value), "it is the user's own file"
     with pytest.raises(EdgeFusionError, match=r"neither \.csv nor"):
         export_decisions(dataset, tmp_path / "x.txt")
 

@@ -220,6 +220,7 @@ def test_at_most_so_many_at_once_from_a_host(site: Site, tmp_path: Path) -> None
 def test_private_addresses_are_refused_however_they_are_written(site: Site, tmp_path: Path) -> None:
     port = site.server_address[1]
     hosts = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
+    hosts += ["１２７.0.0.1", "127。0。0。1", "①27.0.0.1"]  # aiohttp reads these as the first
     lines = [f"http://{host}:{port}/1.png" for host in hosts]
     lines += ["http://10.0.0.1/x", "http://169.254.169.254/latest/meta-data", "ftp://example.org/x", "http://u:p@h/x"]
     (tmp_path / "u.txt").write_text("\n".join(lines))

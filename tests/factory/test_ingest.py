@@ -90,6 +90,22 @@ def test_folder_shard_and_parquet_give_the_same_pictures_and_texts(tmp_path: Pat
     assert [r["id"] for r in plan_of(tar)] == [r["id"] for r in found[1]]
 
 
+def test_a_file_that_may_not_be_read_is_planned_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(drawing(i))
+    real = Path.read_bytes
+
+    def guarded(path: Path) -> bytes:
+        if path.name == "1.png":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
+    rows = plan_of(tmp_path)
+    assert [row["outcome"] for row in rows] == ["pending", "dead", "pending"]
+    assert rows[1]["reason"] == "plan: the file or the text beside it cannot be read (Permission denied)"
+
+
 def test_where_a_picture_came_from_and_what_was_known_of_it_are_kept(tmp_path: Path) -> None:
     known = {"caption": "a fox", "url": "http://x/1.png", "size": [80, 64], "odd": float("nan"), "half": "\ud800"}
     files = {"a/1.png": drawing(1), "a/1.json": json.dumps(known).encode(), "a/2.png": drawing(2)}

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cluster.errors import RecipeError
 from cluster.heartbeat import HEARTBEAT
 from cluster.runner import InProcess
 from cluster.stage import DEAD, PENDING, Row, Stage
@@ -95,6 +96,16 @@ def text_of(out: Path) -> str:
     with console.capture() as said:
         console.print(view(read_status(out)))
     return said.get()
+
+
+def test_too_many_wanted_combinations_are_told_before_anything_is_made(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.balance._MOST_COMBINATIONS", 0)
+    wanted = {**RECIPE, "select": {"wanted": [{"attributes": ["group"], "least": 1}]}}
+    with pytest.raises(RecipeError, match=r"factory\.select\.wanted.*combinations"):
+        make(FactoryRecipe.model_validate(wanted), out / "dataset", InProcess())
+    assert not (out / "dataset" / "ledger").exists()
 
 
 def test_a_stopped_run_goes_on_counting_and_status_reads_the_counts(out: Path) -> None:

@@ -123,6 +123,16 @@ def test_a_list_that_does_not_fit_says_so(line: str, told: str, recipe: FactoryR
         draw_refill(rows, load_taxonomy("zoo:taxonomy.yaml"), recipe, "mark")
 
 
+def test_a_list_of_what_the_taxonomy_excludes_is_refused_in_words(recipe: FactoryRecipe) -> None:
+    taxonomy = load_taxonomy("zoo:taxonomy.yaml")
+    strict = taxonomy.model_copy(update={"exclude": [{"background": "red", "style": "flat"}]})
+    excluded = Lacking(group="objects", attributes={"background": "red", "style": "flat"}, plan=3)
+    with pytest.raises(RecipeError, match="excludes every combination"):
+        draw_refill([excluded], strict, recipe, "mark")
+    other = excluded.model_copy(update={"attributes": {"background": "red"}, "plan": 4})
+    assert len(draw_refill([excluded, other], strict, recipe, "mark")) == 4
+
+
 def test_what_lacks_of_a_teacher_is_planned_for_it(dataset: Path, recipe: FactoryRecipe) -> None:
     own = recipe.make.teacher
     assert own is not None

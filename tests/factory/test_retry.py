@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.heartbeat import HEARTBEAT
+from cluster.machine import this_machine
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, InProcess, OnRay
 from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
+from factory.cli import app
 from factory.ledger import commit_unit, read_entries
 from factory.make import make as factory_make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
@@ -109,6 +115,16 @@ def test_nothing_is_taken_back_under_a_trained_student(planned: Path) -> None:
     assert (planned / "ledger" / "unit-00000.parquet").exists()
     (planned.parent / "training").rmdir()
     assert reopen_dead(planned.parent) == (8, 1)
+
+
+@pytest.mark.parametrize("words", [["retry-failed"], ["repair"], ["select"], ["plan", "--refill", "lacks.jsonl"]])
+def test_nothing_is_rewritten_under_a_run_that_is_at_work(planned: Path, words: list[str]) -> None:
+    beat = {"pid": os.getppid(), "host": "here", "machine": this_machine(), "state": "running", "when": time.time()}
+    (planned.parent / HEARTBEAT).write_text(json.dumps(beat))
+    before = files(planned)
+    with pytest.raises(LedgerConflict, match="runs into this folder at this moment"):
+        CliRunner().invoke(app, [words[0], str(planned), *words[1:]], catch_exceptions=False)
+    assert files(planned) == before
 
 
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:

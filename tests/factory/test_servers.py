@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.environment import PythonEnvironment
 from cluster.errors import StageError
 from cluster.usage import JOURNAL, Usage, read_usage
+from factory.card import _mark
 from factory.models import server as model_server
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
-from factory.recipe import OpenAiCaptioner, OpenAiWriter
+from factory.recipe import OpenAiCaptioner, OpenAiWriter, VllmCaptioner
 
 
 class Server:
@@ -69,8 +71,8 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
 
 
 def test_our_own_fault_is_not_repeated(server: Server) -> None:
-    server.script = [(404, b"no such model")]
-    with pytest.raises(StageError, match="did not answer: HTTP Error 404"):
+    server.script = [(404, b"no such\nmodel for planted-key")]
+    with pytest.raises(StageError, match=r"did not answer: HTTP Error 404: .*\(no such model for \*\*\*\)"):
         open_writer(OpenAiWriter(model="m", base_url=server.url)).write([{"subject": "fox"}], seed=1)
     assert len(server.asked) == 1
 
@@ -103,3 +105,16 @@ def test_pictures_are_shown_to_the_captioner_and_what_it_takes_is_noted(server: 
     assert question["text"] == "Describe the picture in one sentence."
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert read_usage([journal]) == Usage(1, 90, 5, 0, 100e-6)
+
+
+def test_a_pinned_revision_goes_to_the_captioners_vllm_and_into_the_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(model_server, "find_environment", lambda name: PythonEnvironment(tmp_path, {}))
+    monkeypatch.setattr(model_server, "Served", started.append)
+    recipe = VllmCaptioner(model="owner/llava", revision="0123abc", environment="vllm")
+    open_captioner(recipe)
+    words = " ".join(started[0].command(8000))
+    assert "--model owner/llava" in words and "--revision 0123abc" in words
+    assert _mark(recipe) == "owner/llava@0123abc"

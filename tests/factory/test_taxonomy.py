@@ -162,9 +162,9 @@ def test_a_quota_that_cannot_be_kept_is_told(tmp_path: Path, caplog: pytest.LogC
 
 def test_many_records_that_cannot_be_kept_apart_take_seconds() -> None:
     group = roles({"a": ["x"], "b": ["x"]}, ["x", "y", "z"])
-    began = time.perf_counter()
+    began = time.process_time()  # of this process, whoever else has the cores
     draw_records(Taxonomy(groups=[group]), 30_000, 1)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_the_shipped_taxonomies_load_and_bad_ones_are_refused(tmp_path) -> None:

@@ -299,7 +299,7 @@ def test_a_model_that_refuses_is_asked_anew(echo: Echo, tmp_path: Path) -> None:
 def test_a_server_that_does_not_know_response_format_is_asked_without(echo: Echo) -> None:
     echo.knows_json = False
     writer = open_writer(
-        OpenAiWriter(model="m", base_url=echo.url, answer="json", template='{{"prompt": "a {attributes}"}}')
+        OpenAiWriter(model="m", base_url=echo.url, answer="json", template='Like {"prompt": "a {attributes}"}, no {}')
     )
     assert writer.write([{"subject": "fox"}], seed=1) == ["a subject: fox"]
 

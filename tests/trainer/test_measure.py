@@ -176,6 +176,12 @@ def test_fidelity_gets_both_sets_at_the_published_size(tiny_models, student, dat
     assert row["fid"]["value"] == 7.0 and row["inception_score"]["low"] == 2.5
 
 
+def test_one_prompt_beside_reference_pictures_is_refused_in_words(tiny_models, student, data, tmp_path) -> None:
+    (tmp_path / "one.txt").write_text("a fox\n")
+    with pytest.raises(RecipeError, match=r"one\.txt: one prompt, or one reference picture"):
+        evaluate(recipe(tiny_models, data, student, prompts=str(tmp_path / "one.txt")), tmp_path / "out")
+
+
 def test_the_command_prints_the_table(tiny_models, student, data, tmp_path) -> None:
     words = ["evaluate", str(student), "--data", str(data), "--judge", str(tiny_models / "clip"), "--steps", "1"]
     said = CliRunner().invoke(app, [*words, "--count", "4", "--out", str(tmp_path)], env={"COLUMNS": "200"})

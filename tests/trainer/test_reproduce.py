@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -217,3 +218,21 @@ def test_rank_agreement_knows_order_and_reverse() -> None:
     assert rank_agreement(same, 3, "clip_score") == (pytest.approx(1.0), 9)
     assert rank_agreement(other, 3, "clip_score") == (pytest.approx(-1.0), 9)
     assert rank_agreement(dict(list(same.items())[:3]), 3, "clip_score") is None
+
+
+def test_what_a_data_set_is_taken_from_is_made_under_its_own_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a row of synt-cur and one of synt, in two processes, would make synt at once."""
+    made: list[str] = []
+
+    def ensure(recipe: TablesRecipe, name: str, out: Path, say: Any) -> Path:
+        with (out / "locks" / f"data-{name}.lock").open("w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.append(name)
+        return out
+
+    monkeypatch.setattr(runs_module, "ensure_data", ensure)
+    monkeypatch.setattr(runs_module, "train", lambda recipe, sources, folder, seed: None)
+    runs_module.ensure_student(TablesRecipe(), row_named("2/synt-cur"), 0, tmp_path, lambda what: None)
+    assert made == ["synt", "synt-cur"]

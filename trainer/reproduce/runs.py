@@ -109,6 +109,8 @@ def measure_teacher(recipe: TablesRecipe, out: Path, say: Say) -> None:
     if final.exists():
         return
     with _held(out, "evaluate-teacher"):
+        if final.exists():
+            return
         say("drawing and judging")
         place = out / "scratch" / "teacher"
         rows, sheet = _evaluate(
@@ -147,8 +149,10 @@ def _ensure_phase(
     if unet.exists():
         return unet
     for name in names:
-        with _held(out, f"data-{name}"):
-            ensure_data(recipe, name, out, say)
+        # What it is taken from under a lock of its own: another row may be making just that.
+        for part in ("synt", name) if name == "synt-cur" else (name,):
+            with _held(out, f"data-{part}"):
+                ensure_data(recipe, part, out, say)
     with _held(out, f"{phase}-{job}"):
         if not unet.exists():
             say(f"{phase} on {'+'.join(names)}")
