@@ -155,6 +155,7 @@ class RemoteFolder:
                     while piece := source.read(_CHUNK_BYTES):
                         digest.update(piece)
                         sink.write(piece)
+                    sink.truncate()  # room was made by what the store said of the size
             if digest.hexdigest() != sha256:
                 raise CorruptShard(
                     "has another checksum than the manifest says",

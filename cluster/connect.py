@@ -24,7 +24,7 @@ def knock(address: str) -> None:
     if not colon or "/" in host or not port.isdecimal():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     except (OSError, OverflowError) as error:
         raise StageError(
             f"nothing answers at {address} ({error})",

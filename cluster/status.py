@@ -65,7 +65,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
             _step(out, f"export {target}", out / "export" / target / "bundle.json", {})
             for target in recipe["export"]["targets"]
         ),
-        *([_step(out, "pages", out / "compare.html", seconds)] if recipe["export"].get("pages") else []),
+        *([_step(out, "pages", out / "compare.html", seconds)] if _has_pages(out, recipe) else []),
         _step(out, "report", out / "report.html", seconds),
     ]
     state = beat.get("state", "unknown")
@@ -100,6 +100,13 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
         "unreadable": unreadable,
         "units_not_counted": unseen,
     }
+
+
+def _has_pages(out: Path, recipe: Facts) -> bool:
+    """Whether the step is one of this run; where no bundle can be measured it leaves nothing, and the report follows."""
+    return bool(recipe["export"].get("pages")) and (
+        (out / "compare.html").exists() or not (out / "report.html").exists()
+    )
 
 
 def _asked(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
 from cluster.tracing import flush
 
-
 _KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),

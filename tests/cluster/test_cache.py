@@ -32,6 +32,12 @@ class _Counting(MemoryFileSystem):
     pseudo_dirs: ClassVar[list[str]] = [""]
     opened: ClassVar[list[str]] = []
     broken = False
+    says_more = 0
+    """Bytes by which it overstates every file."""
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        facts = super().info(path, **kwargs)
+        return facts | {"size": facts["size"] + self.says_more}
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         if "r" in mode:
@@ -69,6 +75,14 @@ def test_a_file_is_fetched_once_and_read_from_disk(tmp_path: Path, digests: dict
             assert file.read() == b"a" * MIB
     assert _Counting.opened == ["a"]
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [digests["a"]]
+
+
+def test_a_store_that_overstates_a_size_gives_the_bytes_it_has(
+    tmp_path: Path, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Counting, "says_more", 10)
+    with remote(tmp_path).open("a", digests["a"]) as file:
+        assert file.read() == b"a" * MIB
 
 
 def test_the_longest_unused_goes_first_and_what_is_open_can_still_be_read(

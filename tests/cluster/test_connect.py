@@ -26,6 +26,8 @@ def test_an_address_where_nothing_listens() -> None:
         start_ray(recipe(address=address))
     with pytest.raises(StageError, match=r"nothing answers at no-such-host\.invalid:6379"):
         start_ray(recipe(address="no-such-host.invalid:6379"))
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as there:
+        knock(f"[::1]:{there.getsockname()[1]}")
     knock("auto")
     knock("ray://head:10001")
 

@@ -246,3 +246,12 @@ def test_the_command_reads_and_changes_nothing(out: Path) -> None:
 
 def test_times_are_said_as_people_say_them() -> None:
     assert [clock(s) for s in (None, 5, 99, 101, 3700)] == ["", "5 s", "99 s", "1 min 41 s", "1 h 01 min"]
+
+
+def test_pages_are_waited_for_until_the_report_that_follows_them(out: Path) -> None:
+    run = json.loads((out / "run.json").read_text())
+    run["recipe"]["export"]["pages"] = True
+    (out / "run.json").write_text(json.dumps(run))
+    assert stage(out, "pages")["state"] == "waiting"
+    (out / "report.html").write_text("no bundle could be measured on this machine")
+    assert "pages" not in [row["stage"] for row in read_status(out)["stages"]]
