@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
 from cluster.usage import JOURNAL
+from factory.budget import budget_of
 from factory.ingest import fetch
 from factory.jpeg import read_jpeg
 from factory.ledger import commit_unit
@@ -183,14 +184,16 @@ class _Caption:
 
         set_threads(recipe.threads)
         assert recipe.captioner is not None
-        self.folder, self.model = folder, open_captioner(recipe.captioner)
+        self.asked, self.model = folder / CAPTIONS, open_captioner(recipe.captioner)
+        self.budget = budget_of(recipe.captioner, self.asked)
         self.device_s = 0.0
         """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
-        self.model.note_usage(self.folder / CAPTIONS / f"{rows[0]['unit']}{JOURNAL}")
-        captions = self.model.describe(pictures)
+        self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
+        with self.budget.set_aside(journal, len(rows)) if self.budget else nullcontext():
+            captions = self.model.describe(pictures)
         self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
 
