@@ -67,8 +67,11 @@ class _Render:
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
         self.painter: Painter | None = None
+        self.late_s = 0.0
+        """Seconds in which teachers were opened since the worker itself was."""
         if self.name is not None:
             self._painter(self.name)
+            self.late_s = 0.0
         self.device_s = 0.0
         """Seconds in the model; the rest is encoding, which leaves a GPU idle."""
 
@@ -89,8 +92,9 @@ class _Render:
 
         if self.painter is None or name != self.name:
             self.painter = None  # the next one may need its memory
-            key = f"factory.make.teachers.{name}" if name else "factory.make.teacher"
+            key, began = f"factory.make.teachers.{name}" if name else "factory.make.teacher", time.perf_counter()
             self.painter, self.name = Painter(self.teachers[name], key), name
+            self.late_s += time.perf_counter() - began
         return self.painter
 
 
