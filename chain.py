@@ -31,6 +31,7 @@ _LIMITS = (
     ("factory", "make", "captioner", "max_cost"),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
+    ("trainer", "max_corrupt_share"),
 )
 """Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
 

@@ -78,7 +78,7 @@ def test_a_view_of_the_recipe_is_trained_on_and_no_other_afterwards(copy: tuple[
         ):
             chain(recipe, out, other, "trainer.adapt.steps=1")
     # A limit decides nothing that is made, and errors say to raise it.
-    limits = ("factory.make.max_dead_share=0.9", "factory.make.dead_after=1")
+    limits = ("factory.make.max_dead_share=0.9", "factory.make.dead_after=1", "trainer.max_corrupt_share=0.2")
     assert not chain(recipe, out, "trainer.own_view=few", "trainer.adapt.steps=1", *limits).run("student")
 
 

@@ -102,8 +102,11 @@ def test_a_training_skips_names_and_resumes_to_the_byte(tiny_models, tmp_path, m
 def test_too_many_end_the_training_in_words(tiny_models, tmp_path) -> None:
     folder = write(tmp_path / "data")
     with pytest.raises(CorruptShard, match=r"above trainer\.max_corrupt_share 2\.0%.*cannot be decoded") as caught:
-        loop.train(recipe(tiny_models, max_corrupt_share=0.02), folder, tmp_path / "out", seed=1)
+        loop.train(recipe(tiny_models, max_corrupt_share=0.02), folder, tmp_path / "out", seed=11)  # met in step 3
     assert "shard-00000" in str(caught.value) and "factory repair" in str(caught.value)
+    assert (tmp_path / "out" / "adapt" / "state.pt").exists()
+    loop.train(recipe(tiny_models, max_corrupt_share=0.5), folder, tmp_path / "out", seed=11)
+    assert (tmp_path / "out" / "distill" / "unet").exists(), "raised, it goes on from there"
 
 
 def test_a_missing_and_a_damaged_shard_stop_or_are_skipped_as_the_recipe_says(tiny_models, tmp_path) -> None:
