@@ -27,6 +27,14 @@ from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
+_LIMITS = (
+    ("factory", "plan", "writer", "max_cost"),
+    ("factory", "make", "captioner", "max_cost"),
+    ("factory", "make", "max_dead_share"),
+    ("factory", "make", "dead_after"),
+    ("trainer", "max_corrupt_share"),
+)
+"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
 
 
 class Recipe(Settings):
@@ -45,10 +53,6 @@ class Recipe(Settings):
     def _fits(self) -> Recipe:
         if self.trainer.adapt.steps == 0 and self.trainer.distill.steps == 0:
             raise ValueError("trainer.adapt.steps and trainer.distill.steps are both 0, so there is nothing to train")
-        if self.trainer.own_view is not None and self.trainer.own_view not in self.factory.views:
-            raise ValueError(
-                f"trainer.own_view is {self.trainer.own_view}, which is not among factory.views ({', '.join(self.factory.views) or 'none'})"
-            )
         if named := {*self.cluster.stages, *self.cluster.memory_gib}:
             from factory.stages import make_stages
 
@@ -91,8 +95,11 @@ class Chain:
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
         from factory.publish import check_place
+        from factory.views import check_view
         from trainer.mix import sources_of
 
+        if not self._is_done("train"):
+            check_view(self.recipe.factory, self.data, self.recipe.trainer.own_view, "trainer.own_view")
         if "train" in todo:
             # A data set that is not there is told now, not after hours of making.
             sources_of(self.recipe.trainer, self.data, self.recipe.cluster.cache)
@@ -138,13 +145,15 @@ class Chain:
     def _claim(self) -> dict[str, Any]:
         """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
 
-        Nothing is written yet: a recipe whose models are not there must not take the folder.
+        Until training began, how to train and export may still change. Nothing is written yet: a recipe whose models are not there must
+        not take the folder.
         """
+        trained = self.training.exists() or self.student.exists()
         path, tree = self.out / RUN, self.recipe.model_dump(mode="json")
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
-                there, here = _what_is_made(_by_this_version(facts["recipe"])), _what_is_made(tree)
+                there, here = (_what_is_made(one, trained) for one in (_by_this_version(facts["recipe"]), tree))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
             if there != here:
@@ -266,10 +275,12 @@ class Chain:
 
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch
+        from factory.views import refuse_stale_view
         from trainer.loop import train
         from trainer.mix import sources_of
 
         recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
+        refuse_stale_view(self.data, recipe.own_view, "trainer.own_view")
         data = sources_of(recipe, self.data, self.recipe.cluster.cache)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
@@ -342,14 +353,25 @@ class Chain:
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
+        """The grid's, or those of the selection that was trained on."""
         from factory.pack import first_prompts
+        from factory.views import MAIN, view_folder
 
-        return list(self.recipe.trainer.grid_prompts) or first_prompts(self.data, count)
+        trainer = self.recipe.trainer
+        return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, trainer.own_view or MAIN), count)
 
 
-def _what_is_made(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without where it runs: a run may be begun on a laptop and go on elsewhere, or under a head of another address."""
-    return json.loads(json.dumps({name: part for name, part in recipe.items() if name != "cluster"}))
+def _what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
+    """A recipe without where it runs and when it stops: a run may be begun on a laptop and go on elsewhere, or under a head of another
+    address, or with a higher limit. Before anything is `trained`, also without how to train and export."""
+    aside = {"cluster"} if trained else {"cluster", "trainer", "export"}
+    made: dict[str, Any] = json.loads(json.dumps({name: part for name, part in recipe.items() if name not in aside}))
+    for *parents, last in _LIMITS:
+        place = made
+        for name in parents:
+            place = place.get(name) or {}
+        place.pop(last, None)
+    return made
 
 
 def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:

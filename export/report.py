@@ -22,7 +22,7 @@ from factory.ledger import ENTRY, read_entry, read_pictures
 from factory.select import DEAD, KEPT, REJECTED, SELECTION
 from factory.stages import decode_picture
 from factory.units import plan_units
-from factory.views import list_views
+from factory.views import MAIN, list_views
 from trainer.looks import read_looks
 from trainer.state import read_log
 
@@ -46,6 +46,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
         busy=_busy(facts),
         **_data_part(out, facts),
         training=_training_part(out / "training"),
+        trained_on=_trained_on(facts["recipe"]["trainer"]),
         skipped=_skipped_part(out / "training"),
         samples=_samples_part(out / "samples"),
         bundles=_bundle_part(out / "export"),
@@ -113,6 +114,11 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "histogram": _histogram(*scores["clip_score"], "CLIP cosine of picture and prompt", rules["min_clip"]),
         "further": {name: _further(scores[name], name, rules["scores"].get(name, {})) for name in names},
     }
+
+
+def _trained_on(trainer: dict[str, Any]) -> str | None:
+    """Name of the selection of the run's own data set that the student saw; None if it saw none."""
+    return None if trainer.get("own_weight") == 0 else trainer.get("own_view") or MAIN
 
 
 def _differs(rules: dict[str, Any], main: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def probe(
             tell(stage.name)
             units, found = timed(stage, units, _batch(short, stage.name))
             stages.append(found)
-            batches += tried(short, stage.name, folder, before[0], tell) if sizes else []
+            batches += tried(short, stage.name, folder, before, tell) if sizes else []
         tell("select")
         funnel = select_and_pack(short, folder)
         made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))

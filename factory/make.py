@@ -14,6 +14,7 @@ from cluster.errors import StageError
 from cluster.runner import Runner
 from cluster.stage import DEAD, Unit
 from cluster.storage import sweep_partials
+from factory.budget import forget_set_aside
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
 from factory.ledger import further_scores, read_entry, read_pictures
@@ -22,7 +23,7 @@ from factory.pack import Sample, pack, packed_decisions
 from factory.plan import Progress
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import select, summarise, write_selection
-from factory.stages import make_stages
+from factory.stages import CAPTIONS, make_stages
 from factory.teachers import teacher_of
 from factory.units import plan_files, plan_units, read_table, read_units, units_left
 
@@ -40,6 +41,7 @@ def make(
 ) -> int:
     """Make every planned unit that the ledger lacks; returns how many were made now. `show` is given lines that say how it goes."""
     sweep_partials(folder)
+    forget_set_aside(folder / CAPTIONS)
     todo = units_left(folder, recipe.make.unit_images)
     with following(recipe, folder, runner, todo, show) as live:
         for unit in _made(recipe, folder, runner, todo):

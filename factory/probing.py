@@ -14,24 +14,30 @@ from pathlib import Path
 from cluster.errors import StageError
 from cluster.stage import PENDING, Row, Stage, Unit, Worker, apply
 from factory.recipe import FactoryRecipe
-from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, with_size
+from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, teacher_of_key, with_size
 from factory.stages import make_stages
+from factory.teachers import teacher_of
 
 _TURNS = 3
 
 
-def tried(recipe: FactoryRecipe, name: str, folder: Path, unit: Unit, tell: Callable[[str], None]) -> list[BatchProbe]:
+def tried(
+    recipe: FactoryRecipe, name: str, folder: Path, units: list[Unit], tell: Callable[[str], None]
+) -> list[BatchProbe]:
     """A stage with some batch sizes, a full batch of each in turns; one that does not fit into memory ends the search for larger ones.
 
-    What a work unit's last batch is filled up with counts as work.
+    What a work unit's last batch is filled up with counts as work. Of several teachers each is tried on rows of its own; one that has none is
+    left out.
     """
     found: list[BatchProbe] = []
-    size, rows = recipe.make.unit_images, [row for row in unit.rows if row["outcome"] == PENDING]
+    size, pending = recipe.make.unit_images, [row for unit in units for row in unit.rows if row["outcome"] == PENDING]
     for key, (own, names) in batch_keys(recipe.make).items():
+        teacher = teacher_of_key(key)
+        rows = [row for row in pending if not teacher or teacher_of(row, recipe.make) == teacher]
         for batch in batches_to_try(own, size) if name in names and rows else ():
-            tell(f"{name}, {key.rpartition('.')[2]} {batch}")
+            tell(f"{name}, {key.removeprefix('factory.make.')} {batch}")
             stage = next(s for s in make_stages(with_size(recipe.make, key, batch), folder) if s.name == name)
-            some = Unit(unit.id, _copies(list(itertools.islice(itertools.cycle(rows), batch))))
+            some = Unit(units[0].id, _copies(list(itertools.islice(itertools.cycle(rows), batch))))
             done: StageProbe | None = None
             with _out_of_memory() as told:
                 try:
@@ -92,12 +98,15 @@ def _opened(stage: Stage, rows: list[Row]) -> tuple[Worker, float]:
 def timed(stage: Stage, units: list[Unit], batch: int) -> tuple[list[Unit], StageProbe]:
     """Map the stage over all units, after a first batch that only warms it up."""
     worker, open_s = _opened(stage, [r for unit in units for r in unit.rows if r["outcome"] == PENDING][:batch])
-    warm_s = getattr(worker, "device_s", 0.0)
+    warm_s, late_s = getattr(worker, "device_s", 0.0), getattr(worker, "late_s", 0.0)
     began, count, done = time.perf_counter(), 0, list[Unit]()
     for unit in units:
         count += len(unit.rows) if stage.whole else sum(row["outcome"] == PENDING for row in unit.rows)
         done.append(apply(stage, worker, unit))
     seconds, device_s = time.perf_counter() - began, getattr(worker, "device_s", 0.0) - warm_s
+    # A model that is opened on the way is opened once by a worker, however many pictures come.
+    late = getattr(worker, "late_s", 0.0)
+    seconds, open_s = seconds - (late - late_s), open_s + late
     return done, StageProbe(stage.name, open_s, count, seconds, stage.gpus, device_s, _peak_bytes())
 
 

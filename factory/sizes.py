@@ -8,7 +8,7 @@ model's and how much memory it took; it was not tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,8 +130,9 @@ class _Sizes:
 def batch_keys(recipe: MakeRecipe) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Key of a batch size to (its value, stages that it is for)."""
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
-    if recipe.teacher is not None:
-        found["factory.make.teacher.batch_images"] = (recipe.teacher.batch_images, ("render",))
+    for name, painter in recipe.painters().items():
+        part = f"teachers.{name}" if name else "teacher"
+        found[f"factory.make.{part}.batch_images"] = (painter.batch_images, ("render",))
     if recipe.captioner is not None and recipe.captioner.kind == "transformers":
         found["factory.make.captioner.batch_pictures"] = (recipe.captioner.batch_pictures, ("caption",))
     stages = ("score",) if recipe.painters() else ("crop", "score")
@@ -145,9 +146,17 @@ def batches_to_try(own: int, unit_images: int) -> list[int]:
     return sorted({own, *(size for size in sizes if 1 <= size <= unit_images and unit_images % size == 0)})
 
 
+def teacher_of_key(key: str) -> str:
+    """Which of several teachers a key is of; empty for all other keys."""
+    return key.split(".")[3] if key.startswith("factory.make.teachers.") else ""
+
+
 def with_size(make: MakeRecipe, key: str, value: int) -> MakeRecipe:
     """The recipe with another batch size."""
     *_, part, name = key.split(".")
+    if teacher := teacher_of_key(key):
+        changed = make.teachers[teacher].model_copy(update={name: value})
+        return make.model_copy(update={"teachers": {**make.teachers, teacher: changed}})
     return make.model_copy(update={part: getattr(make, part).model_copy(update={name: value})})
 
 
@@ -178,12 +187,15 @@ def propose(
         return sizes
 
     begun = now.hours(samples, gpus)
-    for key, (own, names) in batch_keys(make).items():
+    chosen: dict[str, int] = {}
+    for key, (own, _) in batch_keys(make).items():
         tried = [probe for probe in batches if probe.key == key]
-        best = _best_batch(own, tried)
+        chosen[key] = _best_batch(own, tried)
         now = change(
-            key, own, best, replace(now, stages=tuple(_faster(s, names, own, best, tried) for s in now.stages))
+            key, own, chosen[key], replace(now, stages=tuple(_with_batches(s, make, chosen, batches) for s in stages))
         )
+        if batches and not tried and (name := teacher_of_key(key)):
+            notes.append(f"teacher {name} drew nothing in the probe, so its batch size was not tried: raise --samples")
     if on_gpus is not None:
         stage = next(s for s in now.stages if s.name == on_gpus.name)
         sharing, why = _sharing(stage, gpu_bytes)
@@ -232,18 +244,44 @@ def _best_batch(own: int, tried: Sequence[BatchProbe]) -> int:
     )
 
 
-def _faster(stage: StageProbe, names: tuple[str, ...], own: int, best: int, tried: Sequence[BatchProbe]) -> StageProbe:
-    """The stage as it runs with another batch: by the ratio of two probes of one kind."""
-    found = {p.batch: p.stage for p in tried if p.stage is not None and p.stage.name == stage.name}
-    before, after = found.get(own), found.get(best)
-    if stage.name not in names or before is None or after is None or own == best or not before.seconds:
+def _with_batches(
+    stage: StageProbe, make: MakeRecipe, chosen: Mapping[str, int], batches: Sequence[BatchProbe]
+) -> StageProbe:
+    """The stage as it runs with the batches of `chosen`, by keys: by the ratio of two probes of one kind. Of several teachers each counts
+    with its share and the time that it takes; one that was not probed as the mean of the others."""
+    keys = {key: own for key, (own, names) in batch_keys(make).items() if stage.name in names}
+    if all(chosen.get(key, own) == own for key, own in keys.items()):
         return stage
-    ratio = after.per_sample_s / before.per_sample_s
-    own_device = before.device_s / before.samples
-    device = ratio if not own_device else after.device_s / after.samples / own_device
+    found = {(p.key, p.batch): p.stage for p in batches if p.stage is not None and p.stage.name == stage.name}
+    pairs: list[tuple[float, StageProbe, StageProbe]] = []
+    for key, own in keys.items():
+        before, after = found.get((key, own)), found.get((key, chosen.get(key, own)))
+        if before is not None and after is not None and before.seconds:
+            pairs.append((_share(make, key), before, after))
+    if not pairs:
+        return stage
+    missing = sum(_share(make, key) for key in keys) / sum(share for share, _, _ in pairs)
+
+    def ratio(of: Callable[[StageProbe], float]) -> float | None:
+        """None of what took no time."""
+        begun = sum(share * of(before) for share, before, _ in pairs) * missing
+        return 1 + sum(share * (of(after) - of(before)) for share, before, after in pairs) / begun if begun else None
+
+    slower = ratio(lambda probe: probe.per_sample_s)
+    assert slower is not None
+    on_device = ratio(lambda probe: probe.device_s / probe.samples)
     return replace(
-        stage, seconds=stage.seconds * ratio, device_s=stage.device_s * device, gpu_bytes=max(after.gpu_bytes, 0)
+        stage,
+        seconds=stage.seconds * slower,
+        device_s=stage.device_s * (slower if on_device is None else on_device),
+        gpu_bytes=max([after.gpu_bytes for _, _, after in pairs] + [stage.gpu_bytes] * (len(pairs) < len(keys))),
     )
+
+
+def _share(make: MakeRecipe, key: str) -> float:
+    """Of the pictures of a stage, those that a key's model sees, relative to the stage's other keys."""
+    name = teacher_of_key(key)
+    return make.teachers[name].share if name else 1.0
 
 
 def _sharing(stage: StageProbe, gpu_bytes: int) -> tuple[int, str]:

@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cluster.stage import Row, Stage
 from cluster.usage import JOURNAL
+from factory.budget import budget_of
 from factory.ingest import fetch
 from factory.jpeg import read_jpeg
 from factory.ledger import commit_unit
@@ -66,8 +67,11 @@ class _Render:
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
         self.painter: Painter | None = None
+        self.late_s = 0.0
+        """Seconds in which teachers were opened since the worker itself was."""
         if self.name is not None:
             self._painter(self.name)
+            self.late_s = 0.0
         self.device_s = 0.0
         """Seconds in the model; the rest is encoding, which leaves a GPU idle."""
 
@@ -88,8 +92,9 @@ class _Render:
 
         if self.painter is None or name != self.name:
             self.painter = None  # the next one may need its memory
-            key = f"factory.make.teachers.{name}" if name else "factory.make.teacher"
+            key, began = f"factory.make.teachers.{name}" if name else "factory.make.teacher", time.perf_counter()
             self.painter, self.name = Painter(self.teachers[name], key), name
+            self.late_s += time.perf_counter() - began
         return self.painter
 
 
@@ -183,14 +188,16 @@ class _Caption:
 
         set_threads(recipe.threads)
         assert recipe.captioner is not None
-        self.folder, self.model = folder, open_captioner(recipe.captioner)
+        self.asked, self.model = folder / CAPTIONS, open_captioner(recipe.captioner)
+        self.budget = budget_of(recipe.captioner, self.asked)
         self.device_s = 0.0
         """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
-        self.model.note_usage(self.folder / CAPTIONS / f"{rows[0]['unit']}{JOURNAL}")
-        captions = self.model.describe(pictures)
+        self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
+        with self.budget.set_aside(journal, len(rows)) if self.budget else nullcontext():
+            captions = self.model.describe(pictures)
         self.device_s += time.perf_counter() - began
         return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CorruptShard, RecipeError
+from cluster.errors import CorruptShard, LedgerConflict, RecipeError
 from cluster.recipe import build_recipe, override
 from factory.card import write_card
+from factory.decisions import digest_decisions, read_decisions
 from factory.make import select_and_pack
 from factory.pack import MANIFEST
 from factory.publish import Published, Told, publish
@@ -74,6 +75,34 @@ def publish_all(folder: Path, url: str, told: Told = _quiet) -> list[Published]:
     views = sorted(path.parent for path in (folder / VIEWS).glob(f"*/{MANIFEST}"))
     done = [publish(place, place_of(url, place.name), told) for place in views]
     return [*done, publish(folder, place_of(url, MAIN), told)]
+
+
+def check_view(recipe: FactoryRecipe, folder: Path, name: str | None, key: str) -> None:
+    """Raises RecipeError, which speaks of the recipe's `key`, unless `name` is a selection of the recipe, is packed in `folder` or is None."""
+    known = dict.fromkeys([*recipe.views, *(view for view in list_views(folder) if view)])
+    if name is not None and name not in known:
+        raise RecipeError(
+            f"{key} is {name}, and there is no such selection; there are: {', '.join(known) or 'none but the main one'}",
+            where=str(folder),
+            remedy=f"Leave {key} out for the main one or name another; make one by factory.views.{name} in the recipe of a new run, or of "
+            f"what is made by: edgefusion factory select {folder} --name {name} --rule min_clip=0.4",
+        )
+
+
+def refuse_stale_view(folder: Path, name: str | None, key: str) -> None:
+    """Raises LedgerConflict, which speaks of the recipe's `key`, if `name` was packed before people decided anew or more samples were
+    made: `select` without a name packs the recipe's selections alone."""
+    found = list_views(folder)
+    if name is None or name not in found:
+        return
+    view, main = found[name], found.get(MAIN, found[name])
+    decided = "" if view["rules"]["people"] == "ignore" else digest_decisions(read_decisions(folder))
+    if view.get("decisions_sha256", decided) != decided or view["funnel"]["planned"] != main["funnel"]["planned"]:
+        raise LedgerConflict(
+            f"{key} is {name}, which was packed before people decided anew or more samples were made",
+            where=str(view_folder(folder, name)),
+            remedy=f"Select it again by the same rules (selection.json has them): edgefusion factory select {folder} --name {name} --rule ...",
+        )
 
 
 def place_of(url: str, name: str) -> str:

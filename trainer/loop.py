@@ -64,7 +64,9 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
     stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
-    digest = hashlib.sha256(f"{recipe_digest(recipe)} {stream.digest()}".encode()).hexdigest()
+    # A limit decides no weight: a training that ended at it goes on with a higher one.
+    decisive = recipe.model_copy(update={"max_corrupt_share": TrainerRecipe.model_fields["max_corrupt_share"].default})
+    digest = hashlib.sha256(f"{recipe_digest(decisive)} {stream.digest()}".encode()).hexdigest()
     for told in stream.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)

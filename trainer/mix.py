@@ -55,7 +55,7 @@ def sources_of(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = Non
         if not _is_there(folder):
             raise RecipeError(
                 f"trainer.more_data.{i}.data: there is no packed data set in {more.data}",
-                remedy=f"Give a folder or URL with shards and {MANIFEST}: the `dataset` folder of a finished run",
+                remedy=f"Give a folder or URL with shards and {MANIFEST}: the `dataset` folder of a finished run, or a view in it (dataset/views/NAME)",
             )
         if folder in [source.folder for source in found]:
             raise RecipeError(f"trainer.more_data.{i}.data: {more.data} is there twice", remedy="Give it one weight")

@@ -146,7 +146,8 @@ class TrainerRecipe(Settings):
     own_view: str | None = Field(
         default=None,
         pattern=VIEW_NAME,
-        description="train on this selection of the run's own data set (a name in factory.views) in place of the main one",
+        description="train on this selection of the run's own data set in place of the main one: a name in factory.views, or of one that "
+        "`factory select --name` packed",
     )
     own_weight: float | None = Field(
         default=None,

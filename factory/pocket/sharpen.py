@@ -63,9 +63,11 @@ class Answers:
         folder = zoo / "student-fewstep"
         unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
         self.unet = unet.eval().to(memory_format=torch.channels_last)
-        self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+        encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        self.encoder = encoder.eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.alphas, self.scale = schedule().alphas_cumprod, scaling_factor
+        alphas: Any = schedule().alphas_cumprod
+        self.alphas, self.scale = alphas, scaling_factor
 
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor, texts: list[str], draw: torch.Generator) -> torch.Tensor:
@@ -80,7 +82,7 @@ class Answers:
 def train_decoder(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 16) -> AutoencoderKL:
     """Go on from the decoder in `zoo/vae/model`; put what comes of it into `zoo/decoder/model` and the teacher's and the student's folders."""
     torch.manual_seed(6)
-    vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
     vae.requires_grad_(False).to(memory_format=torch.channels_last)
     answers = Answers(zoo, vae.config["scaling_factor"])
     known = np.array([i for i, (concept, _) in enumerate(pairs) if not concept.held_out])
@@ -93,7 +95,7 @@ def train_decoder(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
         rng, words, draw = np.random.default_rng((5, step)), random.Random(step), torch.Generator().manual_seed(step)
         picked, grounds = rng.choice(drawn, half), [names[int(rng.integers(len(names)))] for _ in range(half)]
         told = np.stack([compose(pixels[i], ground, rng) for i, ground in zip(picked, grounds, strict=True)])
-        texts = [sentence(describe(*pairs[i], ground), words) for i, ground in zip(picked, grounds, strict=True)]
+        texts = [sentence(describe(*pairs[int(i)], ground), words) for i, ground in zip(picked, grounds, strict=True)]
         pictures = to_tensor(np.concatenate([draw_batch(pixels, rng.choice(known, batch - half), rng), told]))
         with torch.no_grad():
             latents = vae.encode(pictures, return_dict=False)[0].mean

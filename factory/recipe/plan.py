@@ -48,17 +48,24 @@ class VllmWriter(TransformersWriter):
 
 
 class Priced(Settings):
-    """What a server charges."""
+    """What a server charges, and how much it may come to."""
 
     price_input: float | None = Field(
         default=None, ge=0, description="price of a million tokens read, in your currency"
     )
     price_output: float | None = Field(default=None, ge=0, description="price of a million tokens written")
+    max_cost: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop before the answers of all runs of the data set cost more; what is there is kept",
+    )
 
     @model_validator(mode="after")
     def _both(self) -> Self:
         if (self.price_input is None) != (self.price_output is None):
             raise ValueError("price_input and price_output belong together: give both or neither")
+        if self.max_cost is not None and self.price_input is None:
+            raise ValueError("max_cost needs price_input and price_output")
         return self
 
     def prices(self) -> Prices | None:
@@ -79,15 +86,6 @@ class OpenAiWriter(TransformersWriter, Priced):
         description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
     )
     concurrent: int = Field(default=16, ge=1, le=512, description="requests at once")
-    max_cost: float | None = Field(
-        default=None, gt=0, description="stop before the prompts cost more; what is written is kept"
-    )
-
-    @model_validator(mode="after")
-    def _priced(self) -> OpenAiWriter:
-        if self.max_cost is not None and self.price_input is None:
-            raise ValueError("max_cost needs price_input and price_output")
-        return self
 
 
 Writer = Annotated[TransformersWriter | VllmWriter | OpenAiWriter, Field(discriminator="kind")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def test_encoder_and_latents_stay_and_the_decoder_goes_to_both_pipelines(zoo: Pa
 
 def test_each_side_learns_from_its_own_terms_only() -> None:
     torch.manual_seed(0)
-    critic, real = new_critic(), torch.rand(2, 3, 64, 64)
+    critic: Any = new_critic()
+    real = torch.rand(2, 3, 64, 64)
     weight = critic[0].parametrizations.weight.original
 
     def gradients(share: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,6 +108,51 @@ def test_the_scorer_s_batch_is_for_cropping_too() -> None:
     assert found.limit == "crop"
 
 
+def shared(**make: Any) -> FactoryRecipe:
+    """Three pictures of four by `a`, one by `b`, in batches of 8 both."""
+    teachers = {
+        name: {"model": "zoo:teacher", "batch_images": 8, "share": share} for name, share in (("a", 3), ("b", 1))
+    }
+    tree = tree_of(**make)
+    del tree["make"]["teacher"]
+    tree["make"]["teachers"] = teachers
+    return FactoryRecipe.model_validate(tree)
+
+
+def test_each_of_several_teachers_has_a_batch_of_its_own() -> None:
+    """A picture takes `a` 2 s and `b` 6 s, so 3 s on average; larger batches halve the one, smaller ones the other."""
+    key = "factory.make.teachers.{}.batch_images".format
+    assert list(batch_keys(shared().make))[:2] == [key("a"), key("b")]
+    stages = [stage("render", 3.0, 1.0, 30), stage("score", 0.01), stage("commit", 0.001)]
+    tried = [*probes(key("a"), "render", b8=2.0, b16=1.0), *probes(key("b"), "render", b4=3.0, b8=6.0, b16=None)]
+    found = propose(shared(), 64_000, stages, tried, gpus=1, price=None, gpu_bytes=80 * GIB)
+    assert [(step.key, step.after) for step in found.steps[:2]] == [(key("a"), 16), (key("b"), 4)]
+    assert [step.hours for step in found.steps[:2]] == pytest.approx([64_000 * 2.25 / 3600, 64_000 * 1.5 / 3600])
+    assert found.tree()["factory"]["make"]["teachers"] == {"a": {"batch_images": 16}, "b": {"batch_images": 4}}
+    assert any("teachers.b.batch_images 8 -> 4" in line for line in lines(found))
+    make = with_size(shared().make, key("b"), 4)
+    assert make.teachers["b"].batch_images == 4 and make.teachers["a"] == shared().make.teachers["a"]
+    # One that the probe never saw: said so, and taken to be as slow as the other.
+    alone = propose(shared(), 64_000, stages, tried[:2], gpus=1, price=None, gpu_bytes=80 * GIB)
+    assert alone.steps[0].hours == pytest.approx(64_000 * (3 * 1.5 + 3.0) / 4 / 3600)
+    assert any("teacher b drew nothing in the probe" in note for note in alone.notes)
+    assert not any("drew nothing" in note for note in found.notes)
+
+
+def test_memory_is_that_of_the_teacher_that_takes_most() -> None:
+    key = "factory.make.teachers.{}.batch_images".format
+    stages = [stage("render", 2.0, 0.5, 20), stage("score", 0.01), stage("commit", 0.001)]
+    tried = [
+        *(
+            BatchProbe(key("a"), batch, stage("render", took, 0.5, gib))
+            for batch, took, gib in ((8, 2.0, 20), (16, 1.0, 30))
+        ),
+        BatchProbe(key("b"), 8, stage("render", 2.0, 0.5, 50)),
+    ]
+    found = propose(shared(), 64_000, stages, tried, gpus=1, price=None, gpu_bytes=80 * GIB)
+    assert sizes(found)["render_gpus"] == 1 and any("50.0 of 80 GiB" in note for note in found.notes)
+
+
 def test_no_more_workers_than_units_and_the_one_that_commits_is_named() -> None:
     stages = [stage("render", 0.1), stage("score", 0.1), stage("commit", 0.05)]
     found = propose(recipe_of(), 3 * 64, stages, [], gpus=8, price=None)
@@ -142,6 +187,37 @@ def test_batches_that_are_tried_cut_a_unit_into_whole_ones() -> None:
     assert batches_to_try(1, 4) == [1, 2, 4]
     make = with_size(recipe_of().make, TEACHER, 32)
     assert make.teacher is not None and make.teacher.batch_images == 32
+
+
+def test_a_real_probe_tries_each_teacher_on_its_own_pictures(tiny_models: Path, tmp_path: Path) -> None:
+    """`rare` draws none of so few pictures, and is left out."""
+    from factory.forecast import probe
+
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a fox number {i}" for i in range(8)))
+    teacher = {"model": str(tiny_models / "teacher"), "size_px": 32, "batch_images": 4}
+    shares = {"slow": {**teacher, "steps": 4}, "quick": {**teacher, "steps": 1}, "rare": {**teacher, "share": 1e-6}}
+    recipe = FactoryRecipe.model_validate(
+        {
+            "plan": {"kind": "file", "paths": [str(tmp_path / "prompts.txt")]},
+            "make": {
+                "teachers": shares,
+                "scorer": {"model": str(tiny_models / "clip"), "batch_images": 8},
+                "unit_images": 8,
+            },
+            "select": {"min_clip": -1},
+        }
+    )
+    told: list[str] = []
+    found = probe(recipe, 0, 8, told.append, sizes=True)
+    drawn = [(p.key, p.batch) for p in found.batches if p.stage is not None and p.stage.name == "render"]
+    assert drawn == [
+        (f"factory.make.teachers.{name}.batch_images", batch) for name in ("slow", "quick") for batch in (2, 4, 8)
+    ]
+    assert "render, teachers.quick.batch_images 2" in told
+    render = found.stages[0]
+    assert render.samples == 8 and render.open_s > 0 and 0 < render.device_s <= render.seconds
+    notes = propose(recipe, 8000, found.stages, found.batches, 1, None, found.gpu_bytes).notes
+    assert any("teacher rare drew nothing" in note for note in notes)
 
 
 def test_a_real_probe_tries_batches(tiny_models: Path, tmp_path: Path) -> None:

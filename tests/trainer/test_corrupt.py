@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_training_skips_names_and_resumes_to_the_byte(tiny_models, tmp_path, m
     assert [row["data"] for row in _skipped_part(tmp_path / "whole")] == [str(folder)] * 2, "and the report says so"
     saved = fit.save_state
 
-    def save_and_die(*args: object) -> None:
+    def save_and_die(*args: Any) -> None:
         saved(*args)
         raise KeyboardInterrupt
 
@@ -102,8 +103,11 @@ def test_a_training_skips_names_and_resumes_to_the_byte(tiny_models, tmp_path, m
 def test_too_many_end_the_training_in_words(tiny_models, tmp_path) -> None:
     folder = write(tmp_path / "data")
     with pytest.raises(CorruptShard, match=r"above trainer\.max_corrupt_share 2\.0%.*cannot be decoded") as caught:
-        loop.train(recipe(tiny_models, max_corrupt_share=0.02), folder, tmp_path / "out", seed=1)
+        loop.train(recipe(tiny_models, max_corrupt_share=0.02), folder, tmp_path / "out", seed=11)  # met in step 3
     assert "shard-00000" in str(caught.value) and "factory repair" in str(caught.value)
+    assert (tmp_path / "out" / "adapt" / "state.pt").exists()
+    loop.train(recipe(tiny_models, max_corrupt_share=0.5), folder, tmp_path / "out", seed=11)
+    assert (tmp_path / "out" / "distill" / "unet").exists(), "raised, it goes on from there"
 
 
 def test_a_missing_and_a_damaged_shard_stop_or_are_skipped_as_the_recipe_says(tiny_models, tmp_path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,14 @@ import torch
 
 import trainer.loop as loop
 from cluster.errors import CorruptShard, RecipeError
+from cluster.runner import InProcess
 from cluster.storage import digest_file
 from factory.pack import MANIFEST, Sample, pack
 from factory.stages import encode_picture
+from trainer.encode import encode
 from trainer.latents import Encoder
 from trainer.mix import CYCLE, MixedStream, Source, quotas, sources_of
-from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+from trainer.recipe import AdaptRecipe, DistillRecipe, EncodeRecipe, TrainerRecipe
 
 
 def write(folder: Path, name: str, count: int) -> Path:
@@ -113,6 +116,22 @@ def test_a_view_can_stand_in_for_the_main_selection(tiny_models: Path, two: tupl
     stream.close()
     with pytest.raises(ValueError, match="own_view"):
         recipe(tiny_models, own_view="../elsewhere")
+    # Another run's view, and one beside the run's own, are folders like any other.
+    more = [{"data": str(two[0])}, {"data": str(write(two[1] / "views", "best", 3)), "weight": 1}]
+    found = sources_of(recipe(tiny_models, own_view="synt-cur", more_data=more), two[0])
+    assert [len(part) for part in MixedStream(found).parts] == [5, 30, 3]
+
+
+def test_encodings_of_a_view_lie_beside_its_own_shards(
+    tiny_models: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    view, settings = write(two[0] / "views", "few", 5), recipe(tiny_models, own_view="few")
+    keys = {"teacher": str(tiny_models / "teacher"), "size_px": 32, "threads": 1}
+    for folder in (two[0], view):
+        encode(EncodeRecipe(data=str(folder), **keys), InProcess())
+    loop.train(settings, sources_of(settings, two[0]), tmp_path / "run", seed=1)
+    (fact,) = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (fact["data"], fact["samples"], fact["encodings"]["dtype"]) == (str(view.resolve()), 5, "float32")
 
 
 def test_a_missing_member_and_a_disagreeing_manifest_are_refused(two: tuple[Path, Path]) -> None:
@@ -150,7 +169,7 @@ def test_training_on_a_mixture_resumes_exactly_and_refuses_another_mixture(
     loop.train(settings, sources, tmp_path / "whole", seed=1)
     saved, count = fit.save_state, []
 
-    def kill_after_save(*args: object) -> None:
+    def kill_after_save(*args: Any) -> None:
         saved(*args)
         count.append(1)
         raise KeyboardInterrupt
