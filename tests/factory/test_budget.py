@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from factory.make import make
 from factory.plan import make_plan
 from factory.recipe import FactoryRecipe, OpenAiCaptioner, TransformersCaptioner
 from factory.units import units_left
+from tests.answering import Answer, Answering
 
 ONE = Prices(0.0, 1e6)
 """A written token costs 1."""
@@ -110,33 +110,19 @@ def test_only_a_server_with_a_limit_has_a_budget(tmp_path: Path) -> None:
     assert found is not None and found.longest == pytest.approx((3002 + 2 * 48) / 1e6)
 
 
-class Server:
+class Server(Answering):
     """Says of each picture how bright it is; ten tokens a caption, unless it counts nothing."""
 
     def __init__(self) -> None:
-        self.asked, self.counts, lock, outer = 0, True, threading.Lock(), self
+        self.asked, self.counts, self.lock = 0, True, threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.asked += 1
-                shown = body["messages"][0]["content"][1]["image_url"]["url"]
-                tree: dict[str, Any] = {"choices": [{"message": {"content": f"a picture of {len(shown)}"}}]}
-                if outer.counts:
-                    tree["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
-                data = json.dumps(tree).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        with self.lock:
+            self.asked += 1
+        shown = body["messages"][0]["content"][1]["image_url"]["url"]
+        usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 10}} if self.counts else {}
+        return 200, {"choices": [{"message": {"content": f"a picture of {len(shown)}"}}], **usage}, {}
 
 
 @pytest.fixture

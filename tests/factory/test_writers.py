@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from factory.models.text import PromptWriter, open_writer, spell
 from factory.plan import make_plan
 from factory.recipe import FactoryRecipe, OpenAiWriter, TransformersWriter, VllmWriter
 from factory.units import read_table
+from tests.answering import Answer, Answering
 
 RECORDS = [{"subject": name, "style": "flat"} for name in ("fox", "owl", "key", "cup", "bus", "elk", "ant")]
 
 
-class Echo:
+class Echo(Answering):
     """A chat and completions server: says what it was asked and with which seed, out of order, and counts tokens by words."""
 
     def __init__(self) -> None:
@@ -39,51 +39,33 @@ class Echo:
         """So many next answers are no JSON."""
         self.lives: int | None = None
         """So many answers more; what is asked after them is refused."""
-        lock, outer = threading.Lock(), self
+        self.lock = threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                time.sleep(random.random() / 100)
-                with lock:
-                    outer.asked.append(body)
-                    if outer.lives == 0:
-                        return self.say(404, {}, {})
-                    outer.lives = None if outer.lives is None else outer.lives - 1
-                    busy = outer.busy.pop() if outer.busy else None
-                    bad = outer.bad > 0
-                    outer.bad -= bad
-                    refused = outer.refuses > 0
-                    outer.refuses -= refused
-                if busy is not None:
-                    return self.say(429, {}, busy)
-                if "response_format" in body and not outer.knows_json:
-                    return self.say(400, {"error": "unknown field response_format"}, {})
-                chat = self.path.endswith("/chat/completions")
-                text = body["messages"][0]["content"] if chat else body["prompt"]
-                said = f"{text} #{body['seed']}"
-                if "response_format" in body:
-                    said = "I would rather not" if bad else f"```json\n{json.dumps({'prompt': said})}\n```"
-                choice = (
-                    {"message": {"content": None if refused else said}} if chat else {"text": f"\n{said}\nsecond line"}
-                )
-                usage = {"usage": {"prompt_tokens": len(text.split()), "completion_tokens": 10}} if outer.counts else {}
-                return self.say(200, {"choices": [choice], **usage}, {})
-
-            def say(self, status: int, tree: dict, headers: dict[str, str]) -> None:
-                data = json.dumps(tree).encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        time.sleep(random.random() / 100)
+        with self.lock:
+            self.asked.append(body)
+            if self.lives == 0:
+                return 404, {}, {}
+            self.lives = None if self.lives is None else self.lives - 1
+            busy = self.busy.pop() if self.busy else None
+            bad = self.bad > 0
+            self.bad -= bad
+            refused = self.refuses > 0
+            self.refuses -= refused
+        if busy is not None:
+            return 429, {}, busy
+        if "response_format" in body and not self.knows_json:
+            return 400, {"error": "unknown field response_format"}, {}
+        chat = path.endswith("/chat/completions")
+        text = body["messages"][0]["content"] if chat else body["prompt"]
+        said = f"{text} #{body['seed']}"
+        if "response_format" in body:
+            said = "I would rather not" if bad else f"```json\n{json.dumps({'prompt': said})}\n```"
+        choice = {"message": {"content": None if refused else said}} if chat else {"text": f"\n{said}\nsecond line"}
+        usage = {"usage": {"prompt_tokens": len(text.split()), "completion_tokens": 10}} if self.counts else {}
+        return 200, {"choices": [choice], **usage}, {}
 
 
 @pytest.fixture
