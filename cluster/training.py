@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,6 @@ from cluster.events import NOWHERE, Events
 from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
 from cluster.tracing import flush
-
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "MALLOC_ARENA_MAX": "1",
-}
-"""For glibc, read as a process starts: it otherwise gives every large tensor back to the system and takes fresh, zeroed pages for the next one."""
 
 
 def launch(
@@ -70,19 +62,12 @@ def launch(
             name="ray-train",
             storage_path=str(storage.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
-            # What the machine's own environment says goes first. On GPUs the tensors are not glibc's.
-            worker_runtime_env={} if use_gpu else {"env_vars": _KEEP_MEMORY | _own(_KEEP_MEMORY)},
         ),
     )
     try:
         trainer.fit()
     except Exception as error:
         raise _own_error(error) from error
-
-
-def _own(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that this process's environment has."""
-    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _own_error(error: BaseException) -> EdgeFusionError:
