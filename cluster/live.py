@@ -15,7 +15,11 @@ from typing import Any, Protocol
 
 _ENDS = 64
 """Units whose ends give a stage's rate: some rounds of its workers."""
+_GONE = 1024
+"""Units that came out last: what is told of them late says nothing new."""
 Facts = dict[str, Any]
+Word = tuple[str, str, int, float | None, float]
+"""(stage, unit, samples, seconds that the work took or None when it begins, seconds ago): a worker's word in a message."""
 
 
 class Desk(Protocol):
@@ -61,26 +65,38 @@ class Flow:
         self._order = {name: i for i, (name, _) in enumerate(stages)}
         self._counts = [_Counts(workers) for _, workers in stages]
         self._at: dict[str, tuple[int, bool, int]] = {}
-        """Unit to (stage, whether that is done with it, samples)."""
+        """Unit to (stage, whether that is done with it, samples). Workers' words overtake one another, so the furthest place counts."""
+        self._gone: dict[str, None] = {}
+
+    def told(self, words: Sequence[Word]) -> None:
+        """What a worker has gathered, oldest first."""
+        for stage, unit, samples, seconds, ago in words:
+            if seconds is None:
+                self.begin(stage, unit, samples)
+            else:
+                self.end(stage, unit, samples, seconds, ago)
 
     def begin(self, stage: str, unit: str, samples: int) -> None:
         place = self._order[stage]
-        if place == 0 or self._at.get(unit, (-1, False, 0))[0] in (place - 1, place):
+        if unit not in self._gone and place >= self._at.get(unit, (0, False, 0))[0]:
             self._at[unit] = (place, False, samples)
 
-    def end(self, stage: str, unit: str, samples: int, seconds: float) -> None:
-        """`samples` that the stage worked on, not those that were dead before."""
+    def end(self, stage: str, unit: str, samples: int, seconds: float, ago: float = 0.0) -> None:
+        """`samples` that the stage worked on, not those that were dead before; it ended `ago` seconds before now."""
         place = self._order[stage]
         counts = self._counts[place]
         counts.samples, counts.seconds = counts.samples + samples, counts.seconds + seconds
-        counts.ends.append((self._clock(), samples, seconds))
+        counts.ends.append((self._clock() - ago, samples, seconds))
         there = self._at.get(unit)
         if there is None or there[0] != place:
             return  # a worker that was given up and lives after all: the unit is further on
-        if place == len(self._counts) - 1:
-            del self._at[unit]
-        else:
+        if place < len(self._counts) - 1:
             self._at[unit] = (place, True, there[2])
+            return
+        del self._at[unit]
+        self._gone[unit] = None
+        if len(self._gone) > _GONE:
+            del self._gone[next(iter(self._gone))]
 
     def read(self) -> list[Facts]:
         """A row a stage: stage, workers, samples (done), per_s, busy (0 to 1), working and waiting (samples).

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cluster.live import Flow
+from cluster.live_ray import RayDesk
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner
 from cluster.stage import DEAD, PENDING, Row, Stage, Unit
@@ -53,6 +54,43 @@ def test_a_unit_that_is_done_again_is_in_one_place() -> None:
     flow.end("score", "u", 4, 1.0)
     flow.begin("score", "u", 4)  # and so does a scorer
     assert [(row["working"], row["waiting"]) for row in flow.read()] == [(0, None), (0, 0)]
+
+
+def test_words_that_overtake_one_another_leave_no_unit_behind() -> None:
+    flow = Flow([("render", 1), ("score", 1)])
+    flow.told([("score", "u", 4, None, 0.0), ("score", "u", 4, 0.1, 0.0)])
+    flow.told([("render", "u", 4, None, 0.3), ("render", "u", 4, 0.1, 0.2)])
+    flow.told([("score", "v", 4, None, 0.0)])
+    flow.told([("render", "v", 4, None, 0.3), ("render", "v", 4, 0.1, 0.2)])
+    render, score = flow.read()
+    assert (render["working"], score["waiting"], score["working"]) == (0, 0, 4), "v is with the scorer, u is out"
+    assert (render["samples"], score["samples"]) == (8, 4)
+
+
+class Actor:
+    """Stands for the handle of a Ray actor: `told.remote(...)`."""
+
+    def __init__(self) -> None:
+        self.messages: list[list[tuple[object, ...]]] = []
+        self.told = self
+
+    def remote(self, words: list[tuple[object, ...]]) -> None:
+        self.messages.append(words)
+
+
+def test_the_words_of_small_units_go_together_and_the_last_is_not_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, actor = RayDesk("flow"), Actor()
+    monkeypatch.setattr(desk, "_found", lambda: actor)
+    for number in range(100):
+        desk.begin("render", f"u{number}", 1)
+        desk.end("render", f"u{number}", 1, 0.0)
+    desk.begin("render", "long", 1)
+    end = time.monotonic() + 10
+    while sum(map(len, actor.messages)) < 201 and time.monotonic() < end:
+        time.sleep(0.01)  # nothing more is said, as if the worker were busy with `long`
+    told = [word for words in actor.messages for word in words]
+    assert [word[1] for word in told][-1] == "long" and len(told) == 201
+    assert len(actor.messages) < 20 and all(word[4] >= 0 for word in told)
 
 
 def units(count: int) -> list[Unit]:
