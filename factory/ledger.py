@@ -46,6 +46,8 @@ ENTRY = pa.schema(
     ]
 )
 """What every ledger has; scorers (factory/scorers) add a float column a score, after these."""
+TAKEN = frozenset({*ENTRY.names, "picture", "picture_sha256", "has_text", "has_raw_text", "edge_px", "hash"})
+"""Names that no score can have: columns of the ledger, of rows on their way to it and of its index."""
 _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
 
 
