@@ -152,7 +152,9 @@ def test_a_scorer_that_breaks_the_contract_or_does_not_open_stops_the_run() -> N
     with pytest.raises(RecipeError, match="two scores are called entropy"):
         scores_of(make_of({"kind": "entropy"}, {"kind": "entropy"}))
     for prefix, name in (("p", "phash"), ("", "hash")):
-        with pytest.raises(RecipeError, match=f"{HERE}:Hash calls a score {name}, which is the name of a column.*prefix"):
+        with pytest.raises(
+            RecipeError, match=f"{HERE}:Hash calls a score {name}, which is the name of a column.*prefix"
+        ):
             scores_of(make_of({"kind": "import", "use": f"{HERE}:Hash", "prefix": prefix}))
 
 
