@@ -17,12 +17,12 @@ from typing import Any
 
 from cluster.errors import EdgeFusionError
 from cluster.machine import load_per_core
-from factory.foretell import wilson
 from factory.make import select_and_pack
 from factory.plan import make_plan
 from factory.probing import gpu_bytes, timed, tried
 from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
+from factory.shares import wilson
 from factory.sizes import BatchProbe, StageProbe
 from factory.stages import make_stages
 from factory.units import planned_units

@@ -12,19 +12,10 @@ from typing import Any
 from cluster.status_view import clock
 from factory.balance import lacks
 from factory.recipe import SelectRecipe
+from factory.shares import wilson
 from factory.tally import Key, Tally, later_rules
 
-_Z = 1.96
 _SHOWN = 5
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95% interval of a share. Source: Wilson, 1927."""
-    if not of:
-        return 0.0, 1.0
-    share, z2 = hits / of, _Z * _Z
-    middle, spread = share + z2 / (2 * of), _Z * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-    return max(0.0, (middle - spread) / (1 + z2 / of)), min(1.0, (middle + spread) / (1 + z2 / of))
 
 
 def foretell(

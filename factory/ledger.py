@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import CorruptShard, LedgerConflict
-from cluster.stage import PENDING, Row, Unit
+from cluster.stage import PENDING, Row
 from cluster.storage import digest_file, publish_bytes
 from factory.plan import table_bytes
 from factory.units import read_table
@@ -46,6 +46,8 @@ ENTRY = pa.schema(
     ]
 )
 """What every ledger has; scorers (factory/scorers) add a float column a score, after these."""
+TAKEN = frozenset({*ENTRY.names, "picture", "picture_sha256", "has_text", "has_raw_text", "edge_px", "hash"})
+"""Names that no score can have: columns of the ledger, of rows on their way to it and of its index."""
 _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
 
 
@@ -88,18 +90,6 @@ def read_entry(folder: Path, unit: str) -> list[dict[str, Any]]:
     if not path.exists():
         raise CorruptShard("is missing", where=str(path), remedy="Run the same command again: it makes what is missing")
     return read_table(path).to_pylist()
-
-
-def read_entries(folder: Path, units: list[Unit]) -> list[dict[str, Any]]:
-    """Every ledger row, in the order of the plan; raises CorruptShard if an entry is missing, damaged or of another plan."""
-    found: list[dict[str, Any]] = []
-    for unit in units:
-        rows = read_entry(folder, unit.id)
-        if [row["id"] for row in rows] != [row["id"] for row in unit.rows]:
-            where = str(folder / "ledger" / f"{unit.id}.parquet")
-            raise LedgerConflict("belongs to another plan", where=where, remedy="Start in a new output folder")
-        found += rows
-    return found
 
 
 def read_pictures(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, bytes]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -108,14 +107,6 @@ def _rows(samples: list[Sample], shard: str, digest: str) -> pa.Table:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
-
-
-def plan_shards(ids: np.ndarray, samples_per_shard: int) -> list[tuple[str, np.ndarray]]:
-    """(name, ids) of every shard for these ids in ascending order: known before a picture is read."""
-    return [
-        (shard_name(number), ids[start : start + samples_per_shard])
-        for number, start in enumerate(range(0, len(ids), samples_per_shard))
-    ]
 
 
 _Place = tuple[bytes, int, int, int]

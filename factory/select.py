@@ -46,10 +46,6 @@ class Selection:
         """N bools."""
         return self.outcome.codes == self.outcome.values.index(KEPT)
 
-    def kept_ids(self) -> np.ndarray:
-        """Ids of what is kept, sorted: the order of the shards."""
-        return np.sort(self.ids[self.kept])
-
     def funnel(self) -> dict[str, Any]:
         """Counts that must add up: planned = kept + rejected + dead; and rejected and dead by reason."""
         pairs, counts = np.unique(np.stack([self.outcome.codes, self.reason.codes]), axis=1, return_counts=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.errors import EdgeFusionError, RecipeError, StageError
-from factory.ledger import ENTRY
+from factory.ledger import ENTRY, TAKEN
 from factory.models.memory import is_out_of_memory
 from factory.recipe import FactoryRecipe, MakeRecipe, ScorerRecipe
 
@@ -98,7 +98,13 @@ def scores_of(recipe: MakeRecipe) -> dict[str, Score]:
     for scorer in recipe.scores:
         for score in load_scorer(scorer).scores:
             name = scorer.prefix + score.name
-            if name in found or name in ENTRY.names:
+            if name in TAKEN:
+                raise RecipeError(
+                    f"{scorer.label()} calls a score {name}, which is the name of a column that every ledger has",
+                    where="factory.make.scores",
+                    remedy="Give that scorer another `prefix`",
+                )
+            if name in found:
                 raise RecipeError(
                     f"two scores are called {name}", where="factory.make.scores", remedy="Give one scorer a `prefix`"
                 )

@@ -1,4 +1,4 @@
-"""Select and the plan of the shards over a ledger of a million rows: `PYTHONPATH=. python tests/bench/selection.py [ROWS] [FOLDER]`.
+"""Select over a ledger of a million rows: `PYTHONPATH=. python tests/bench/selection.py [ROWS] [FOLDER]`.
 
 Makes a plan and a ledger as `make` leaves them (units of 64 rows, embeddings of 512 dimensions, copies of each kind; no pictures, for none
 is read), then starts a process of its own for each measurement and prints its seconds and peak memory. With a FOLDER the
@@ -30,7 +30,6 @@ from factory import dedup
 from factory.dedup import Meanings, keep_first
 from factory.index import INDEX, load_columns
 from factory.ledger import ENTRY
-from factory.pack import plan_shards
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import SelectRecipe
 from factory.select import select, summarise, write_selection
@@ -68,7 +67,6 @@ def main() -> None:
         "select s",
         "summary s",
         "write s",
-        "shards s",
         "all s",
         "CPU s",
         "peak GB",
@@ -114,12 +112,10 @@ def measure(folder: Path, case: str) -> None:
     lap()
     write_selection(folder / "views" / "bench", selection, summary)
     lap()
-    shards = plan_shards(selection.kept_ids(), 1000)
-    lap()
     seconds = [round(b - a, 2) for a, b in itertools.pairwise(marks)]
     peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, round(time.process_time() - busy, 2)
     funnel, varied = summary["funnel"], summary["diversity"]
-    print(json.dumps({"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak, "shards": len(shards), **funnel, **varied}))
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak, **funnel, **varied}))
 
 
 def write_ledger(folder: Path, rows: int) -> None:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from cluster.errors import EdgeFusionError
 from factory.forecast import Probe, lines, planned_samples, probe, scale
-from factory.foretell import wilson
 from factory.recipe import FactoryRecipe
 from factory.sizes import StageProbe
 
@@ -62,11 +61,6 @@ def test_a_probe_on_a_cpu_says_so(tmp_path: Path) -> None:
     assert "This machine has no GPU" in told
     with pytest.raises(EdgeFusionError, match="does not say how many"):
         planned_samples(recipe_of(tmp_path, tmp_path, limit=None))
-
-
-def test_wilsons_interval_is_the_published_one() -> None:
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=2e-4)  # Newcombe, 1998, table I
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=2e-4)
 
 
 def test_a_real_probe_leaves_nothing_behind(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,12 @@ from cluster.runner import ClusterRecipe, InProcess, OnRay
 from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
 from factory.cli import app
-from factory.ledger import commit_unit, read_entries
+from factory.ledger import commit_unit, read_entry
 from factory.make import make as factory_make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import SelectRecipe
 from factory.retry import reopen_dead
-from factory.units import planned_units
+from factory.units import plan_units, planned_units
 
 UNIT_IMAGES = 8
 
@@ -75,7 +75,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int | None], list[R
             factory_make(recipe, data, runner)
         finally:
             runner.close()
-        return read_entries(data, planned_units(data, UNIT_IMAGES))
+        return [row for unit, _ in plan_units(data, UNIT_IMAGES) for row in read_entry(data, unit)]
 
     return run
 

@@ -53,6 +53,10 @@ class Short(Fussy):
         return {"fuss": [1.0], "mean": [1.0]}
 
 
+class Hash(Fussy):
+    scores = (Score("hash", 0, 1, "neither"),)
+
+
 class Nameless:
     def __call__(self, batch: Batch) -> dict[str, list[float]]:
         return {}
@@ -147,6 +151,11 @@ def test_a_scorer_that_breaks_the_contract_or_does_not_open_stops_the_run() -> N
         OpenedScorers(make_of({"kind": "import", "use": f"{HERE}:Fussy", "options": {"no_such": 1}}))
     with pytest.raises(RecipeError, match="two scores are called entropy"):
         scores_of(make_of({"kind": "entropy"}, {"kind": "entropy"}))
+    for prefix, name in (("p", "phash"), ("", "hash")):
+        with pytest.raises(
+            RecipeError, match=f"{HERE}:Hash calls a score {name}, which is the name of a column.*prefix"
+        ):
+            scores_of(make_of({"kind": "import", "use": f"{HERE}:Hash", "prefix": prefix}))
 
 
 def test_rules_for_scores_that_nobody_gives_are_refused_before_any_work(tmp_path: Path) -> None:

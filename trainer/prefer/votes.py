@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import threading
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cluster.errors import CorruptShard, EdgeFusionError
+from factory.shares import wilson
 
 VOTES = "votes.jsonl"
 Winner = Literal["a", "b", "tie"]
@@ -99,17 +99,6 @@ def parse(line: bytes) -> Vote:
     if not isinstance(vote.pair, int) or not isinstance(vote.rater, str):
         raise ValueError("pair is a number, rater a name")
     return vote
-
-
-def wilson(wins: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Ends of the 95% interval of a share; (0, 1) of nothing. Source: Wilson 1927, doi 10.1080/01621459.1927.10502953."""
-    if count == 0:
-        return 0.0, 1.0
-    share, spread = wins / count, z * z / count
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    # At the ends the interval reaches 0 and 1 exactly; rounding would leave it a hair outside.
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def tally(votes: Iterable[Vote]) -> dict[str, Any]:
