@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import io
-import math
 import time
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cluster.stage import Row, Stage
 from cluster.usage import JOURNAL
 from factory.budget import budget_of
 from factory.ingest import fetch
-from factory.jpeg import read_jpeg
 from factory.ledger import commit_unit
 from factory.models import set_threads
+from factory.pixels import decode_picture, open_crops
 from factory.recipe import CropRecipe, MakeRecipe
 from factory.scorers import Batch, OpenedScorers, scores_of
 from factory.tally import seen_of
@@ -136,7 +134,8 @@ class _Crop:
 
     def _open(self, row: Row) -> tuple[list[np.ndarray], tuple[int, int]]:
         data = fetch(row["source"], row["picture_sha256"], self.folder)
-        return open_crops(data, self.recipe.size_px, self.recipe.choice == "best" and bool(row["prompt"]))
+        ends = self.recipe.choice == "best" and bool(row["prompt"])
+        return open_crops(data, self.recipe.size_px, ends, self.recipe.max_pixels)
 
     def _choose(self, scores: np.ndarray) -> int:
         """Index into CROPS; the centre where there is nothing to choose by, and on a tie."""
@@ -147,39 +146,6 @@ class _Crop:
 CROPS = ("centre", "start", "end")
 SEEN, READ = "seen", "read"
 """CLIP's embeddings (D float32) of a crop before it was encoded and of its text: nobody has to look at them twice."""
-DRAFT = 1.5
-"""Nearer to the crop's own size, decoding at a fraction saves more, and leaves less for the better filter to do: 1.5 keeps over 30 dB."""
-
-
-def open_crops(data: bytes, size_px: int, ends: bool) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """Squares of a picture file, scaled to `size_px` (H x W x 3 uint8), and its (height, width). Raises ValueError as `decode_picture`.
-
-    The centre; with `ends` also the left or upper end and the right or lower one, unless the picture is square and all are the same.
-    A JPEG much larger than the crop is decoded at a half, a quarter or an eighth, by its own frequencies, to no less than DRAFT times the crop.
-    """
-    with _opened(data) as image:
-        width, height = image.size
-        share = DRAFT * size_px / min(width, height)
-        least_px = (math.ceil(width * share), math.ceil(height * share))
-        ready = read_jpeg(image, data, least_px)
-        if ready is None:
-            image.draft(None, least_px)
-            ready = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    side = min(ready.shape[:2])
-    across, down = ready.shape[1] - side, ready.shape[0] - side
-    corners = [(across // 2, down // 2), *([(0, 0), (across, down)] if ends and width != height else [])]
-    return [_scaled(ready[top : top + side, left : left + side], size_px) for left, top in corners], (height, width)
-
-
-def _scaled(square: np.ndarray, size_px: int) -> np.ndarray:
-    """H x H x 3 uint8 at `size_px`, by PyTorch's bicubic filter: the same picture in a fifth of the time of Pillow's."""
-    import torch
-
-    # A copy, for the picture cannot be written to. With the batch in front before the axes are turned PyTorch sees that colours come last,
-    # as its filter wants them, and leaves them there.
-    pixels = torch.from_numpy(np.array(square))[None].permute(0, 3, 1, 2)
-    found = torch.nn.functional.interpolate(pixels, (size_px, size_px), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
 
 class _Caption:
@@ -278,30 +244,3 @@ def encode_picture(picture: np.ndarray, kind: str) -> bytes:
     options = {"png": {"compress_level": 6}, "webp": {"lossless": True}, "jpg": {"quality": 95}}[kind]
     Image.fromarray(picture).save(sink, format="JPEG" if kind == "jpg" else kind.upper(), **options)
     return sink.getvalue()
-
-
-MAX_PIXELS = 4096 * 4096
-
-
-def decode_picture(data: bytes) -> np.ndarray:
-    """H x W x 3 uint8; raises ValueError for what is no picture or an unreasonably large one."""
-    with _opened(data) as image:
-        ready = read_jpeg(image, data)
-        return np.asarray(image.convert("RGB")) if ready is None else ready
-
-
-@contextmanager
-def _opened(data: bytes) -> Generator[Image.Image]:
-    """The picture in `data`, its header read; whatever goes wrong while it is used comes as ValueError."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"a picture of {image.width} x {image.height} is over the limit")
-            yield image
-    except UnidentifiedImageError:
-        # Its own words hold a memory address, and a reason must be the same in every run.
-        raise ValueError("not a picture (neither PNG, JPEG nor WebP)") from None
-    except ValueError:
-        raise
-    except Exception as error:  # damaged files make the decoders raise whatever they please
-        raise ValueError(f"not a picture ({error})") from error

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from factory.stages import MAX_PIXELS
+from factory.pixels import decode_picture, opened
 
 THUMBNAIL_PX = 320
 """Longest edge; smaller pictures are sent as they are."""
@@ -85,16 +85,11 @@ def media_type(data: bytes) -> str | None:
 
 
 def _shrink(data: bytes) -> bytes:
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if max(image.size) <= THUMBNAIL_PX:
-                return data
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError("too large a picture")
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            sink = io.BytesIO()
-            small.save(sink, "WEBP", quality=80, method=2)
-            return sink.getvalue()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a picture ({error})") from error
+    with opened(data) as image:
+        if max(image.size) <= THUMBNAIL_PX:
+            return data
+    small = Image.fromarray(decode_picture(data))
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    sink = io.BytesIO()
+    small.save(sink, "WEBP", quality=80, method=2)
+    return sink.getvalue()

@@ -119,6 +119,10 @@ class PluginScorer(_Scorer):
 ScorerRecipe = Annotated[PlainScorer | AestheticScorer | ImportedScorer | PluginScorer, Field(discriminator="kind")]
 
 
+MAX_PIXELS = 8192 * 8192
+"""Cameras of 60 megapixels are below it. A PNG or WebP of so many takes up to a gigabyte while it is opened, a JPEG mostly less."""
+
+
 class CropRecipe(Settings):
     """How a taken-in picture becomes square."""
 
@@ -126,6 +130,12 @@ class CropRecipe(Settings):
     choice: Literal["best", "centre"] = Field(
         default="best",
         description="`best`: of the centre and the two ends of the longer side, the one CLIP finds nearest to the text",
+    )
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=178_956_970,  # beyond it Pillow itself refuses
+        description="a picture of more pixels (width times height) is dead; one is opened at a time, a JPEG at a fraction of its size",
     )
 
 
