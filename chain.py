@@ -23,6 +23,7 @@ from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import publish_bytes, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
+from trainer.identity import IDLE
 from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
 
@@ -32,9 +33,10 @@ _LIMITS = (
     ("factory", "make", "captioner", "max_cost"),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
-    ("trainer", "max_corrupt_share"),
+    *(("trainer", *key) for key in IDLE),
 )
-"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
+"""Keys that decide nothing but where a run computes, when it saves and when it stops; errors say to change some of them and to run the same
+command again."""
 
 
 class Recipe(Settings):

@@ -51,6 +51,24 @@ def test_a_run_that_an_earlier_version_began_goes_on_and_another_recipes_does_no
         Chain(recipe, tmp_path)
 
 
+def test_while_it_trains_only_what_decides_no_weight_may_change(tmp_path: Path) -> None:
+    def recipe(*changes: str) -> Recipe:
+        return load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml", changes)
+
+    (tmp_path / "training").mkdir()
+    (tmp_path / RUN).write_text(json.dumps({"recipe": recipe().model_dump(mode="json"), "seconds": {}}))
+    idle = (
+        "trainer.loaders=0",
+        "trainer.adapt.checkpoint_s=5",
+        "trainer.distill.on_spike=rollback",
+        "trainer.threads=1",
+    )
+    Chain(recipe(*idle), tmp_path)
+    for change in ("trainer.adapt.learning_rate=7", "trainer.grid_seed=5", "trainer.encodings=ignore"):
+        with pytest.raises(LedgerConflict, match=f"another recipe: {change.split('=')[0]} is"):
+            Chain(recipe(change), tmp_path)
+
+
 def test_pages_of_builds_that_are_made_anew_are_made_anew_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else compare.html and the demo would show the student before, beside a report of the new one."""
     ran: list[str] = []

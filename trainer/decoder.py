@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.errors import RecipeError, StageError
-from cluster.recipe import recipe_digest
+from cluster.errors import LedgerConflict, RecipeError, StageError
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
 from trainer.fit import STATE, fit
+from trainer.identity import Identity, decoder_identity
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
 from trainer.metrics import mean_interval
@@ -44,10 +44,13 @@ Tick = Callable[[int, int], object]
 def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done, of: None) -> dict[str, Any]:
     """Fill `folder`: `model` (AutoencoderTiny), `report.json`, `look.png`; returns the report. Run again to go on.
 
-    `tick` hears how far encoding is; training writes `fit/metrics.jsonl`. Raises RecipeError for a decoder that costs too much.
+    `tick` hears how far encoding is; training writes `fit/metrics.jsonl`. Raises RecipeError for a decoder that costs too much,
+    LedgerConflict for a folder that holds a finished one of another recipe.
     """
     if (folder / _REPORT).exists() and (folder / _MODEL).exists():
-        return json.loads((folder / _REPORT).read_text())
+        report = json.loads((folder / _REPORT).read_text())
+        _refuse_another(recipe, DecoderRecipe.model_validate(report["recipe"]), folder)
+        return report
     torch.set_num_threads(recipe.threads)
     quiet()
     accelerator = new_accelerator(recipe.mixed_precision)
@@ -58,9 +61,9 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     samples = open_samples(Path(recipe.data))
     files = LatentFiles(folder / "latents", samples, vae, size, recipe)
     files.fill(tick)
-    digest = recipe_digest(recipe) + files.digest
+    identity = decoder_identity(recipe, files.digest)
     tiny.decoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
-    decoder = fit("fit", recipe.fit, digest, tiny.decoder, _loss(recipe, vae, files), folder / "fit", accelerator)
+    decoder = fit("fit", recipe.fit, identity, tiny.decoder, _loss(recipe, vae, files), folder / "fit", accelerator)
     tiny.decoder = decoder.float().cpu().to(memory_format=torch.contiguous_format)
     _mark_encoder(tiny)
     report = _judge(recipe, vae, tiny.to(accelerator.device), files, folder) | costs
@@ -69,6 +72,17 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     (folder / "fit" / STATE).unlink(missing_ok=True)
     samples.close()
     return report
+
+
+def _refuse_another(recipe: DecoderRecipe, there: DecoderRecipe, folder: Path) -> None:
+    """A finished decoder must not be taken for one of another recipe."""
+    now, then = (decoder_identity(one, "").facts | {"model": one.model, "data": one.data} for one in (recipe, there))
+    if found := Identity(now).changes(then):
+        raise LedgerConflict(
+            f"holds a finished decoder of another recipe: {'; '.join(found)}",
+            where=str(folder),
+            remedy="Choose another output folder, or go back to those values",
+        )
 
 
 def open_vae(model: str) -> Any:

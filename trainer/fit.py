@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cluster.errors import StageError
+from trainer.identity import Identity
 from trainer.optimise import new_optimiser
 from trainer.recipe import PhaseRecipe
 from trainer.shard import shard, whole
@@ -65,7 +66,7 @@ BEST = "best.pt"
 def fit(
     phase: str,
     settings: PhaseRecipe,
-    digest: str,
+    identity: Identity,
     model: Model,
     loss_at: LossAt,
     folder: Path,
@@ -81,7 +82,7 @@ def fit(
     after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises StageError for a batch that is
     too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
-    run = _Run(phase, settings, digest, model, folder, accelerator, partner, validation, sharded)
+    run = _Run(phase, settings, identity, model, folder, accelerator, partner, validation, sharded)
     try:
         while run.step <= settings.steps:
             run.one_step(loss_at)
@@ -99,7 +100,7 @@ class _Run:
         self,
         phase: str,
         settings: PhaseRecipe,
-        digest: str,
+        identity: Identity,
         model: nn.Module,
         folder: Path,
         accelerator: Accelerator,
@@ -121,9 +122,9 @@ class _Run:
         rank = accelerator.process_index
         self.share = slice(rank * batch // workers, (rank + 1) * batch // workers)
         self.workers = workers
-        self.phase, self.settings, self.digest, self.accelerator = phase, settings, digest, accelerator
+        self.phase, self.settings, self.identity, self.accelerator = phase, settings, identity, accelerator
         self.folder, self.state = folder, folder / STATE
-        self.validation, self.best, self.writing = validation, Best(folder / BEST, digest), Background()
+        self.validation, self.best, self.writing = validation, Best(folder / BEST, identity), Background()
         self.average = Average(model.train(), settings.ema_decay)
         self.average.model.to(accelerator.device)
         self.empty: nn.Module | None = None
@@ -276,7 +277,7 @@ class _Run:
         self.close()
         self.accelerator.wait_for_everyone()  # what the main process was writing is there
         found = load_state(
-            self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.digest
+            self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.identity
         )
         self.step, more = found.step, found.more
         self.skipped, self.rollbacks = int(more.get("skipped", 0)), int(more.get("rollbacks", 0))
@@ -313,7 +314,7 @@ class _Run:
             if self.accelerator.scaler is not None:
                 more["scaler"] = self.accelerator.scaler.state_dict()
             model = self.accelerator.unwrap_model(self.model)
-            state = state_of(self.step, model, self.average.model, self.optimiser, self.digest, more)
+            state = state_of(self.step, model, self.average.model, self.optimiser, self.identity, more)
             if main:
                 self.writing.run(lambda: save_state(self.state, state))
         self.kept, self.saved_at = self.step, time.monotonic()

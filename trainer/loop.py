@@ -6,7 +6,6 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
 from cluster.cache import RemoteFolder
-from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
@@ -30,6 +28,7 @@ from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
 from trainer.fit import BEST, STATE, LossAt, Partner, fit
 from trainer.guidance import add_guidance_input
+from trainer.identity import training_identity
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
@@ -64,9 +63,6 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
     stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
-    # A limit decides no weight: a training that ended at it goes on with a higher one.
-    decisive = recipe.model_copy(update={"max_corrupt_share": TrainerRecipe.model_fields["max_corrupt_share"].default})
-    digest = hashlib.sha256(f"{recipe_digest(decisive)} {stream.digest()}".encode()).hexdigest()
     for told in stream.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
@@ -101,8 +97,9 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
             loss_at = Distillation(settings, teacher, encoder, stream, schedule, seed, opponent)
         looks = _looks(recipe, phase, settings, pipeline, stream, accelerator)
         sharded = recipe.sharding != "none"
+        identity = training_identity(recipe, phase, seed, stream.identity(), stream.digest())
         average: Any = fit(
-            phase, settings, digest, student, loss_at, folder / phase, accelerator, partner, looks, sharded
+            phase, settings, identity, student, loss_at, folder / phase, accelerator, partner, looks, sharded
         )
         if accelerator.is_main_process:
             average.to(memory_format=torch.contiguous_format)

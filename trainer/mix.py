@@ -211,8 +211,12 @@ class MixedStream:
                     if why := told.get((entry["shard"], entry["id"])):
                         self._new.setdefault(start + row, why)
 
+    def identity(self) -> list[dict[str, Any]]:
+        """What makes this mixture this mixture, a row a data set: its manifest, its encodings if they are read, its slots of a cycle."""
+        return [part.identity() | {"slots": quota} for part, quota in zip(self.parts, self.quotas, strict=True)]
+
     def digest(self) -> str:
-        """What makes this mixture this mixture."""
+        """The same as one digest, by the rule that checkpoints of older versions hold."""
         facts = [[part.digest(), quota] for part, quota in zip(self.parts, self.quotas, strict=True)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

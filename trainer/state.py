@@ -23,11 +23,12 @@ from torch import nn
 
 from cluster.errors import CorruptShard
 from cluster.storage import publish_bytes, publish_file
+from trainer.identity import Identity
 from trainer.looks import Look, read_looks
 from trainer.shard import load_whole, load_whole_optimiser, whole
 
 METRICS = "metrics.jsonl"
-VERSION = 2
+VERSION = 3
 """Of the state's layout; raised when an older program could misread it."""
 
 
@@ -60,7 +61,7 @@ def state_of(
     model: nn.Module,
     average: nn.Module,
     optimiser: Any,
-    recipe_digest: str,
+    identity: Identity,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A copy, in main memory, of all that a training goes on from; where tensors are sharded, all workers must call it together."""
@@ -71,7 +72,7 @@ def state_of(
             "model": whole(model.state_dict()),
             "average": whole(average.state_dict()),
             "optimiser": whole(optimiser.state_dict()),
-            "recipe": recipe_digest,
+            "recipe": identity.facts,
             "more": more or {},
         }
     )
@@ -120,8 +121,8 @@ def _copy(tree: Any) -> Any:
     return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any, recipe_digest: str) -> Found:
-    """Restore all in place; step 0 if there is no state. Raises CorruptShard."""
+def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any, identity: Identity) -> Found:
+    """Restore all in place; step 0 if there is no state. Raises CorruptShard, also for the state of another training."""
     if not path.exists():
         return Found()
     with _readable(path):
@@ -132,12 +133,7 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
                 where=str(path),
                 remedy="Go on with the newer version, or delete it to train this phase anew",
             )
-        if state["recipe"] != recipe_digest:
-            raise CorruptShard(
-                "is of another recipe or data set",
-                where=str(path),
-                remedy="Train into a new output folder; encodings that the data set got since then can be deleted again",
-            )
+        identity.refuse_another(state["recipe"], path)
         load_whole(model, state["model"])
         load_whole(average, state["average"])
         load_whole_optimiser(optimiser, state["optimiser"])
@@ -149,13 +145,13 @@ class Best:
     """The weights that drew the best pictures so far, kept in `path`."""
 
     path: Path
-    recipe_digest: str
+    identity: Identity
     score: float = -math.inf
 
     def offer(self, score: float, step: int, weights: dict[str, torch.Tensor]) -> None:
         """Keep them if they are better than what is kept."""
         if score > self.score:
-            kept = {"recipe": self.recipe_digest, "step": step, "score": score, "average": weights}
+            kept = {"recipe": self.identity.facts, "step": step, "score": score, "average": weights}
             publish_file(self.path, lambda partial: torch.save(kept, partial))
             self.score = score
 
@@ -165,12 +161,7 @@ class Best:
             return None
         with _readable(self.path):
             kept = torch.load(self.path, weights_only=True, map_location="cpu")
-            if kept["recipe"] != self.recipe_digest:
-                raise CorruptShard(
-                    "is of another recipe or data set",
-                    where=str(self.path),
-                    remedy="Train into a new output folder",
-                )
+            self.identity.refuse_another(kept["recipe"], self.path)
             self.score = float(kept["score"])
         return kept
 

@@ -181,10 +181,15 @@ class ShardStream:
             what = f"its text is no text: {type(error).__name__}"
             raise CorruptSample(what, entry["id"], f"{self.folder}/{entry['shard']}") from error
 
-    def digest(self) -> str:
-        """What makes this data set this data set: its manifest vouches for every byte."""
+    def identity(self) -> dict[str, str | None]:
+        """What makes this data set this data set: its manifest vouches for every byte, and the index of the encodings for theirs."""
         own = digest_file(self.folder / MANIFEST) if isinstance(self.folder, Path) else self._manifest_sha256
-        return own if self.encodings is None else hashlib.sha256(f"{own} {self.encodings.digest}".encode()).hexdigest()
+        return {"manifest": own, "encodings": None if self.encodings is None else self.encodings.digest}
+
+    def digest(self) -> str:
+        """The same as one digest."""
+        own, encodings = self.identity().values()
+        return str(own) if encodings is None else hashlib.sha256(f"{own} {encodings}".encode()).hexdigest()
 
     def close(self) -> None:
         if self.encodings is not None:

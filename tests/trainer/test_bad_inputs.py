@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 import trainer.loop as loop
 from cluster.errors import CorruptShard, StageError
 from trainer.guidance import add_guidance_input
+from trainer.identity import Identity
 from trainer.recipe import TrainerRecipe
 from trainer.state import VERSION, Average, save_state, state_of
 from trainer.surgery import build_student, student_config
@@ -68,7 +69,7 @@ def test_a_checkpoint_of_a_newer_version(tiny_models, data, tmp_path, monkeypatc
     optimiser = torch.optim.AdamW(model.parameters())
     (tmp_path / "adapt").mkdir()
     monkeypatch.setattr("trainer.state.VERSION", VERSION + 1)
-    state = state_of(3, model, Average(model, 0.9).model, optimiser, "a recipe")
+    state = state_of(3, model, Average(model, 0.9).model, optimiser, Identity({}))
     save_state(tmp_path / "adapt" / "state.pt", state)
     monkeypatch.undo()
     with pytest.raises(CorruptShard, match=rf"newer version \(layout {VERSION + 1}; this one reads up to {VERSION}\)"):

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import trainer.fit as fit_module
 from cluster.errors import CorruptShard, StageError, TargetUnavailable
 from trainer.fit import MAX_ROLLBACKS, fit
+from trainer.identity import Identity
 from trainer.recipe import PhaseRecipe
 from trainer.state import METRICS, read_log
 from trainer.workers import new_accelerator
@@ -32,7 +33,15 @@ def train(folder: Path, harm=lambda draw, loss: loss, seen: list[int] | None = N
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(draw))[share]
         return harm(draw, (model(x) - x.sum(dim=1, keepdim=True)).pow(2).mean())
 
-    return fit("adapt", PhaseRecipe(**settings), "a recipe", nn.Linear(3, 1), loss_at, folder, Accelerator())
+    return fit(
+        "adapt",
+        PhaseRecipe(**settings),
+        Identity({"it is": "a recipe"}),
+        nn.Linear(3, 1),
+        loss_at,
+        folder,
+        Accelerator(),
+    )
 
 
 def state(folder: Path) -> dict:
@@ -192,7 +201,15 @@ def test_trackers_write_files_below_the_training(tmp_path, monkeypatch, name) ->
     start_trackers(accelerator, [name], tmp_path / "run" / "training", {"size_px": 32, "adapt": {"steps": 2}})
     settings = PhaseRecipe(steps=2, batch_images=4, learning_rate=1e-3)
     model = nn.Linear(3, 1)
-    fit("adapt", settings, "", model, lambda m, _a, _d, _s: m(torch.ones(4, 3)).pow(2).mean(), tmp_path, accelerator)
+    fit(
+        "adapt",
+        settings,
+        Identity({}),
+        model,
+        lambda m, _a, _d, _s: m(torch.ones(4, 3)).pow(2).mean(),
+        tmp_path,
+        accelerator,
+    )
     end_trackers(accelerator)
     written = [p for p in (tmp_path / "run" / "training").rglob("*") if p.is_file()]
     place = {"mlflow": "loss", "wandb": ".wandb"}[name]

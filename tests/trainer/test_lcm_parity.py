@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import trainer.distill as distill
 import trainer.loop as loop
 from trainer.fit import fit
+from trainer.identity import Identity
 from trainer.latents import Encoder
 from trainer.losses import NoiseSchedule
 from trainer.mix import MixedStream, Source
@@ -114,7 +115,7 @@ def test_losses_and_gradients_of_fifty_steps_equal_the_papers(
     schedule = NoiseSchedule.from_alphas_cumprod(cumulative, prediction)
     encoder = Encoder(pipeline, 32, torch.device("cpu"), cache=True)
     loss_at = distill.Distillation(settings, teacher, encoder, MixedStream([Source(data)], 1), schedule, seed=1)
-    average = fit("distill", settings, "", student, loss_at, tmp_path, Accelerator())
+    average = fit("distill", settings, Identity({}), student, loss_at, tmp_path, Accelerator())
     hook.remove()
 
     assert len(drawn) == STEPS + 1, "the loop looks at one more loss, and learns nothing from it"
