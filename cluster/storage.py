@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -93,7 +95,7 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         (os.link if only_new else os.replace)(partial, final)
-        _sync_folder(final.parent)
+        _sync(final.parent)
     except OSError as error:
         if only_new and isinstance(error, FileExistsError) and final.is_file():
             raise
@@ -105,32 +107,38 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a local file too large for memory, then put it under `path` whole, as `publish_bytes` does."""
-    with _partial_of(path) as partial:
+    with _partial_of(path, lambda partial: partial.touch(exist_ok=False)) as partial:
         write(partial)
-        handle = os.open(partial, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(partial)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a fresh folder beside `path`, then put it there by one rename; an older folder there is replaced."""
-    with _partial_of(path) as partial:
-        partial.mkdir()
+    with _partial_of(path, Path.mkdir) as partial:
         write(partial)
+        for part in (*partial.rglob("*"), partial):
+            _sync(part)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+            # Aside first: one that is half deleted would look like a whole one.
+            older = partial.with_name(f"{partial.name}-older")
+            os.replace(path, older)
+            os.replace(partial, path)
+            _remove(older)
+        else:
+            os.replace(partial, path)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
-def _partial_of(path: Path) -> Generator[Path]:
-    """A temporary name beside `path`; what is left under it is removed, and a full disk is told in plain words."""
-    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+def _partial_of(path: Path, make: Callable[[Path], object]) -> Generator[Path]:
+    """A file or folder under a temporary name beside `path`; what is left under it is removed, and a full disk is told in plain words."""
+    partial, handle = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_dead(path)
+        handle = _hold(partial, make)
         yield partial
     except Exception as error:
         # torch and safetensors wrap the system's error in types of their own.
@@ -138,20 +146,52 @@ def _partial_of(path: Path) -> Generator[Path]:
             raise _unwritable(path, error) from error
         raise
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(partial: Path, make: Callable[[Path], object]) -> int:
+    """Make it, under a lock that ends with this process however it ends, in whatever container it runs; returns the handle."""
+    while True:
+        make(partial)
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(partial, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # where there are no locks, `sweep_dead` takes nothing
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            if partial.exists():
+                return handle
+            os.close(handle)  # a sweep came between the two lines above
+
+
+def sweep_dead(path: Path) -> int:
+    """Remove what killed makers of the file or folder `path` left beside it; what a living one works on stays. Returns how many there were."""
+    count = 0
+    for partial in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
+        try:
+            handle = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
+        except OSError:
+            continue
+        with contextlib.suppress(OSError):  # somebody holds it, or this file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(partial)
+            count += 1
+        os.close(handle)
+    return count
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sweep_partials(folder: str | Path) -> int:
     """Remove what killed writers left below a local folder; returns how many files and folders. Call it while nobody writes there."""
     found = list(Path(folder).rglob(f".*{PARTIAL}*"))
     for path in found:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
     return len(found)
 
 
@@ -189,9 +229,9 @@ def _filesystem(path: str | Path) -> Any:
     return fsspec.core.url_to_fs(str(path))[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def _sync_folder(folder: Path) -> None:
-    """The rename itself must survive a power cut, not only the bytes."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file's bytes must survive a power cut, and a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -11,12 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from cluster.storage import publish_folder
+from cluster.storage import publish_folder, sweep_dead
 from export import parity
 from export.build import Work, arrays_of, build_target, prove_tiles
 from export.graph import decoder_graph, graphs_of, to_onnx
@@ -40,6 +40,8 @@ def export_student(
     student: Path, prompts: Sequence[str], recipe: ExportRecipe, folder: Path, progress: Progress = lambda what: None
 ) -> None:
     """Write `folder/TARGET` for every target of the recipe; a target with a bundle.json is finished and left alone."""
+    for name in get_args(Target):  # a killed export may have had more targets
+        sweep_dead(folder / name)
     todo: list[Target] = [target for target in recipe.targets if not (folder / target / BUNDLE).exists()]
     if not todo:
         return

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.remote import RemoteStore
-from cluster.storage import digest_file, publish_bytes, publish_file, publish_folder, publish_new, sweep_partials
+from cluster.storage import (
+    digest_file,
+    publish_bytes,
+    publish_file,
+    publish_folder,
+    publish_new,
+    sweep_dead,
+    sweep_partials,
+)
 
 WRITER = """
 import sys
@@ -116,6 +125,70 @@ def test_a_folder_is_replaced_whole_and_an_error_of_its_writer_is_not_disguised(
     with pytest.raises(ZeroDivisionError):
         publish_file(tmp_path / "b", lambda p: p.write_text(str(1 / 0)))
     assert os.listdir(tmp_path) == ["a"]
+
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from cluster.storage import publish_file, publish_folder
+
+def slowly(partial):
+    (partial / "half" if sys.argv[2] == "folder" else partial).write_text("half")
+    print("making", flush=True)
+    time.sleep(600)
+
+{"file": publish_file, "folder": publish_folder}[sys.argv[2]](Path(sys.argv[1]), slowly)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_maker_left_goes_when_the_same_is_made_again_and_a_living_ones_stays(tmp_path, kind) -> None:
+    root, path = Path(__file__).parents[2], tmp_path / "made[1]"
+    (tmp_path / ".made[1].partial-1-ffff").mkdir()  # as older versions left it; that number of a process always lives
+    (tmp_path / ".other.partial-1-ffff").write_text("another's")
+    makers = [
+        subprocess.Popen([sys.executable, "-c", MAKER, str(path), kind], cwd=root, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for maker in makers:
+        assert maker.stdout is not None and maker.stdout.readline() == b"making\n"
+    makers[0].kill()
+    makers[0].wait()
+    publish = publish_file if kind == "file" else publish_folder
+    publish(path, lambda p: p.write_text("whole") if kind == "file" else (p / "whole").touch())
+    left = {p.name for p in tmp_path.iterdir()} - {"made[1]", ".other.partial-1-ffff"}
+    assert len(left) == 1 and f"-{makers[1].pid}-" in left.pop() and sweep_dead(path) == 0
+    makers[1].kill()
+    makers[1].wait()
+    assert sweep_dead(path) == 1
+    for maker in makers:
+        assert maker.stdout is not None
+        maker.stdout.close()
+
+
+def test_an_older_folder_is_never_half_there(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks while it goes away sees the new one."""
+    publish_folder(tmp_path / "a", lambda p: (p / "old").write_text("1"))
+    rmtree, seen = shutil.rmtree, []
+
+    def look(path: Path, **options: object) -> None:
+        seen.append((path.name, os.listdir(tmp_path / "a")))
+        rmtree(path, **options)
+
+    monkeypatch.setattr("cluster.storage.shutil.rmtree", look)
+    publish_folder(tmp_path / "a", lambda p: (p / "new").write_text("2"))
+    assert len(seen) == 1 and seen[0][0].startswith(".a.partial-") and seen[0][1] == ["new"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folders_files_are_on_disk_before_its_name_is(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, synced, replace = [], [], os.replace
+    monkeypatch.setattr(
+        "cluster.storage.os.fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+    )
+    monkeypatch.setattr("cluster.storage.os.replace", lambda a, b: (done.extend(synced), replace(a, b)))
+    publish_folder(tmp_path / "a", lambda p: ((p / "in").mkdir(), (p / "in" / "one").write_text("1")))
+    assert {Path(name).name for name in done} >= {"one", "in"} and synced[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
