@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +18,8 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from cluster.errors import EdgeFusionError, LedgerConflict
 
 PARTIAL = ".partial-"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links say of one: many of FUSE, SMB, FAT."""
 _CHUNK_BYTES = 1 << 20
 _FULL = (
     "No space left",
@@ -49,7 +53,8 @@ def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
     """As `publish_bytes`, but of several who try at once one wins: raises LedgerConflict if something else is there already.
 
     The same bytes are no conflict: a put whose answer was lost is tried again. On disk by a link, on S3 and Google Cloud by a condition
-    of the put; a store that knows no conditions is asked whether the file is there, which leaves a moment for two to win.
+    of the put; a store that knows no conditions is asked whether the file is there, which leaves a moment for two to win. So does a disk
+    without hard links, if it also does not tell its hosts of each other's locks; processes of one host are told apart there too.
     """
     try:
         if _is_remote(path):
@@ -92,8 +97,8 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        (os.link if only_new else os.replace)(partial, final)
-        _sync_folder(final.parent)
+        (_put_new if only_new else os.replace)(partial, final)
+        _sync(final.parent)
     except OSError as error:
         if only_new and isinstance(error, FileExistsError) and final.is_file():
             raise
@@ -103,26 +108,53 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
             partial.unlink()
 
 
+def _put_new(partial: Path, final: Path) -> None:
+    """Give the whole file `partial` the name `final` unless that is taken; raises FileExistsError."""
+    try:
+        return os.link(partial, final)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    # The system lets go of the lock of a process that was killed, so nothing is left to be cleared away. The file stays until the next
+    # sweep: who removes it could let two in, one by the old file and one by a new one.
+    handle = os.open(final.with_name(f".new{PARTIAL}lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        os.replace(partial, final)
+    finally:
+        os.close(handle)
+
+
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a local file too large for memory, then put it under `path` whole, as `publish_bytes` does."""
     with _partial_of(path) as partial:
         write(partial)
-        handle = os.open(partial, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(partial)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a fresh folder beside `path`, then put it there by one rename; an older folder there is replaced."""
+    """Let `write` fill a fresh folder beside `path`, then put it there by one rename; an older folder there is replaced.
+
+    No call of the system replaces a full folder, so for a moment there is none: killed then, the old one is gone and the new one not there.
+    """
     with _partial_of(path) as partial:
         partial.mkdir()
         write(partial)
+        _sync_tree(partial)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+            # Aside by one rename: killed while it is removed, it must not stand there in part.
+            old = partial.with_name(f"{partial.name}-old")
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, path)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -189,9 +221,15 @@ def _filesystem(path: str | Path) -> Any:
     return fsspec.core.url_to_fs(str(path))[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def _sync_folder(folder: Path) -> None:
-    """The rename itself must survive a power cut, not only the bytes."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or path.is_dir():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """A file, or a folder: a rename itself must survive a power cut, not only the bytes."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
