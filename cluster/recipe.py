@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import RecipeError
 
+_MERGE = "tag:yaml.org,2002:merge"
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
@@ -36,14 +37,14 @@ def load_recipe(schema: type[AnySettings], path: Path | None, overrides: Sequenc
     """Read `path`, if there is one, and apply `overrides` (each `a.b.c=value`, the value in YAML); raises RecipeError."""
     mapping = _read(path) if path else {}
     for change in overrides:
-        override(mapping, change)
+        override(mapping, change, schema)
     changed = [change.partition("=")[0].strip() for change in overrides]
     return build_recipe(schema, mapping, str(path or "the options"), changed)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise RecipeError("there is no such recipe", where=str(path), remedy=_nearest_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -55,6 +56,41 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RecipeError("holds no keys", where=str(path), remedy="Start from recipes/pocket.yaml")
     return cast(dict[str, Any], tree)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """As `yaml.safe_load`, but a key that stands twice, of which that would silently take the last, raises RecipeError."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_doubled(loader, node, [], where, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_doubled(loader: yaml.SafeLoader, node: yaml.Node, path: list[str], where: str, seen: set[int]) -> None:
+    """`seen`: what was looked at before, for an alias names a node again, and may name the one that it stands in."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if not isinstance(node, yaml.MappingNode):
+        for number, inner in enumerate(cast(list[yaml.Node], node.value)):
+            _refuse_doubled(loader, inner, [*path, str(number)], where, seen)
+        return
+    lines: dict[Any, int] = {}
+    for name, inner in cast(list[tuple[yaml.Node, yaml.Node]], node.value):
+        # What a merge (<<) brings may be overridden by a key beside it: that is what it is for.
+        if isinstance(name, yaml.ScalarNode) and name.tag != _MERGE:
+            key, line = loader.construct_object(name), name.start_mark.line + 1
+            if key in lines:
+                at = f"line {line}" if lines[key] == line else f"lines {lines[key]} and {line}"
+                told = ".".join([*path, name.value])
+                raise RecipeError(f"{told} stands twice, at {at}", where=where, remedy="Keep one of the two")
+            lines[key] = line
+        _refuse_doubled(loader, inner, [*path, str(name.value)], where, seen)
 
 
 def build_recipe(
@@ -100,11 +136,11 @@ def as_overrides(given: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
-    """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`; `~a.b.c` takes the key out. Raises
-    RecipeError."""
-    if change.startswith("~") and "=" not in change:
-        _take_out(tree, change[1:].strip().split("."))
+def override(tree: dict[str, Any], change: str, schema: type[BaseModel], option: str = "--set") -> None:
+    """Put `a.b.c=value` (the value in YAML), given by an `option` of the command line, into `tree`, a recipe by `schema`; `~a.b.c` takes the
+    key out. Raises RecipeError."""
+    if change.startswith("~") and "=" not in change and (taken := change[1:].strip()):
+        _take_out(tree, taken, schema, option)
         return
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
@@ -120,17 +156,28 @@ def override(tree: dict[str, Any], change: str, option: str = "--set") -> None:
             raise RecipeError(f"{option} {key}: {'.'.join(parents[: depth + 1])} holds no keys", remedy="Set it whole")
         place = cast(dict[str, Any], inner)
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = parse_yaml(text, f"{option} {key}")
     except (yaml.YAMLError, ValueError):
         raise RecipeError(f"{option} {key}: the value {text!r} is not valid YAML", remedy="Quote it") from None
 
 
-def _take_out(tree: dict[str, Any], path: list[str]) -> None:
-    place: Any = tree
-    for name in path[:-1]:
-        place = cast(dict[str, Any], place).get(name) if isinstance(place, dict) else None
-    if isinstance(place, dict):
-        cast(dict[str, Any], place).pop(path[-1], None)
+def _take_out(tree: dict[str, Any], key: str, schema: type[BaseModel], option: str) -> None:
+    """A known key that the recipe leaves out is out already; one that nobody knows is a slip of the pen."""
+    path, place = key.split("."), cast(Any, tree)
+    for depth, name in enumerate(path):
+        here = cast(dict[str, Any], place) if isinstance(place, dict) else {}
+        if name not in here:
+            known = _fields_at(schema, path[:depth])
+            if name in known:
+                return
+            near = difflib.get_close_matches(name, {*map(str, here), *known}, n=1, cutoff=0.4)
+            remedy = f"Did you mean {'.'.join([*path[:depth], near[0]])}?" if near else "Correct the name"
+            told = ".".join(path[: depth + 1])
+            raise RecipeError(f"{option} ~{key}: there is no key {told} to take out", remedy=remedy)
+        if depth == len(path) - 1:
+            del here[name]
+        else:
+            place = here[name]
 
 
 def _explain(schema: type[BaseModel], error: ValidationError, where: str, changed: Sequence[str]) -> RecipeError:

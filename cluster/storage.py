@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -18,6 +19,8 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from cluster.errors import EdgeFusionError, LedgerConflict
 
 PARTIAL = ".partial-"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links say of one: many of FUSE, SMB, FAT."""
 _CHUNK_BYTES = 1 << 20
 _FULL = (
     "No space left",
@@ -51,7 +54,8 @@ def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
     """As `publish_bytes`, but of several who try at once one wins: raises LedgerConflict if something else is there already.
 
     The same bytes are no conflict: a put whose answer was lost is tried again. On disk by a link, on S3 and Google Cloud by a condition
-    of the put; a store that knows no conditions is asked whether the file is there, which leaves a moment for two to win.
+    of the put; a store that knows no conditions is asked whether the file is there, which leaves a moment for two to win. So does a disk
+    without hard links, if it also does not tell its hosts of each other's locks; processes of one host are told apart there too.
     """
     try:
         if _is_remote(path):
@@ -94,7 +98,7 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        (os.link if only_new else os.replace)(partial, final)
+        (_put_new if only_new else os.replace)(partial, final)
         _sync(final.parent)
     except OSError as error:
         if only_new and isinstance(error, FileExistsError) and final.is_file():
@@ -103,6 +107,26 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _put_new(partial: Path, final: Path) -> None:
+    """Give the whole file `partial` the name `final` unless that is taken; raises FileExistsError."""
+    try:
+        return os.link(partial, final)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    # The system lets go of the lock of a process that was killed, so nothing is left to be cleared away. The file stays until the next
+    # sweep: who removes it could let two in, one by the old file and one by a new one.
+    handle = os.open(final.with_name(f".new{PARTIAL}lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        os.replace(partial, final)
+    finally:
+        os.close(handle)
 
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:

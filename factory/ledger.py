@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cluster.errors import CorruptShard, LedgerConflict
 from cluster.stage import PENDING, Row
-from cluster.storage import digest_file, publish_bytes
+from cluster.storage import digest_file, publish_bytes, publish_new
 from factory.plan import table_bytes
 from factory.units import read_table
 
@@ -52,31 +52,40 @@ _PICTURES = pa.schema([("id", pa.string()), ("picture", pa.binary())])
 
 
 def commit_unit(folder: Path, rows: list[Row], scores: pa.Schema | None = None) -> None:
-    """Publish the pictures, then the entry; `scores` are its columns beyond ENTRY. Raises LedgerConflict if the unit is there with other contents."""
+    """Publish the pictures, then the entry; `scores` are its columns beyond ENTRY.
+
+    Raises LedgerConflict if the unit is there with other contents. Its pictures are then left as they are, for the entry vouches for them.
+    """
     schema = pa.unify_schemas([ENTRY, scores]) if scores else ENTRY
     unit = rows[0]["unit"]
     pictures = [{"id": row["id"], "picture": row["picture"]} for row in rows if row.get("picture")]
-    digest = publish_bytes(
-        folder / "pictures" / f"{unit}.parquet", table_bytes(pa.Table.from_pylist(pictures, schema=_PICTURES))
-    )
+    picture_file = table_bytes(pa.Table.from_pylist(pictures, schema=_PICTURES))
     entries = [
         {
             **{name: row.get(name) for name in schema.names},
             "outcome": MADE if row["outcome"] == PENDING else row["outcome"],
             "made_sha256": hashlib.sha256(row["picture"]).hexdigest() if row.get("picture") else None,
-            "pictures_sha256": digest,
+            "pictures_sha256": hashlib.sha256(picture_file).hexdigest(),
         }
         for row in rows
     ]
     data = table_bytes(pa.Table.from_pylist(entries, schema=schema))
     final = folder / "ledger" / f"{unit}.parquet"
     if final.exists() and final.read_bytes() != data:
-        raise LedgerConflict(
-            "the unit was committed before with other contents",
-            where=str(final),
-            remedy="Models or packages changed between runs: start in a new output folder",
-        )
-    publish_bytes(final, data)
+        raise _conflict(final)
+    publish_bytes(folder / "pictures" / f"{unit}.parquet", picture_file)
+    try:
+        publish_new(final, data)
+    except LedgerConflict:  # by a worker that outlived its driver, at this very moment
+        raise _conflict(final) from None
+
+
+def _conflict(entry: Path) -> LedgerConflict:
+    return LedgerConflict(
+        "the unit was committed before with other contents",
+        where=str(entry),
+        remedy="Models or packages changed between runs: start in a new output folder",
+    )
 
 
 def further_scores(row: dict[str, Any]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cluster.errors import RecipeError
-from cluster.recipe import Settings, build_recipe
+from cluster.recipe import Settings, build_recipe, parse_yaml
 from factory.models import ZOO
 
 Record = dict[str, str]
@@ -61,8 +61,8 @@ def load_taxonomy(name: str) -> Taxonomy:
             remedy="Give a YAML file or zoo:taxonomy.yaml",
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (yaml.YAMLError, ValueError):
         raise RecipeError("is not valid YAML", where=str(path), remedy="Check indentation and colons") from None
     taxonomy = build_recipe(Taxonomy, tree if isinstance(tree, dict) else {}, str(path))
     for wrong in _faults(taxonomy):

@@ -40,7 +40,7 @@ def view_rules(recipe: FactoryRecipe, name: str, changes: Sequence[str] = ()) ->
     """The recipe's rules of a selection, those of `select` if it has none of that name, and `changes` (each key=value)."""
     tree = (recipe.view(name) if name in recipe.views else recipe.select).model_dump(mode="json")
     for change in changes:
-        override(tree, change, "--rule")
+        override(tree, change, SelectRecipe, "--rule")
     return build_recipe(SelectRecipe, tree, f"selection {name}" if name else "factory.select")
 
 

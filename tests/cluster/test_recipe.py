@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from cluster.errors import RecipeError
-from cluster.recipe import as_overrides, load_recipe, recipe_digest
+from cluster.recipe import as_overrides, load_recipe, parse_yaml, recipe_digest
 from edgefusion import DEFAULT_RECIPE, Recipe
 from trainer.recipe import EvaluateRecipe
 
@@ -44,6 +44,7 @@ def test_overrides_are_typed_and_change_the_digest() -> None:
         ),
         ("name=../evil", ["name", "pattern"]),
         ("trainer.adapt", ["--set takes key=value"]),
+        ("~ ", ["--set takes key=value"]),
         ("seed.x=1", ["seed", "holds no keys"]),
         ("name=2026-02-30", ["--set name", "is not valid YAML", "Quote it"]),
     ],
@@ -88,5 +89,69 @@ def test_a_key_is_taken_out_by_a_tilde() -> None:
         match=r"writer.environment is no key of this kind. Take it out: --set ~factory.plan.writer.environment",
     ):
         load_recipe(Recipe, paper, kind)
-    recipe = load_recipe(Recipe, paper, [*kind, "~factory.plan.writer.environment", "~factory.nothing.there", "~no"])
+    # The recipe does not say `answer`: what is out already is no mistake.
+    recipe = load_recipe(Recipe, paper, [*kind, "~factory.plan.writer.environment", "~factory.plan.writer.answer"])
     assert recipe.factory.plan.kind == "written" and recipe.factory.plan.writer.kind == "openai"
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("export.gates.clip_margn", ["no key export.gates.clip_margn to", "Did you mean export.gates.clip_margin?"]),
+        ("factory.plan.writr.kind", ["no key factory.plan.writr to take out", "Did you mean factory.plan.writer?"]),
+        ("cluster.stages.rendr.gpus", ["no key cluster.stages.rendr to", "Did you mean cluster.stages.render?"]),
+        ("name.of", ["no key name.of to take out"]),
+        ("xyz", ["no key xyz to take out", "Correct the name"]),
+    ],
+)
+def test_a_key_that_is_not_there_to_be_taken_out_is_named(key: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Recipe, DEFAULT_RECIPE, ["cluster.stages.render.workers=1", f"~{key}"])
+    assert [word for word in (f"--set ~{key}: ", *words) if word not in str(caught.value)] == []
+
+
+DOUBLED = """\
+name: twice
+factory:
+  plan: &plan
+    prompts: 3
+    extra: {a: 1, b: 2}
+  select: {min_clip: 0.5}
+  more:
+  - {<<: *plan, prompts: 4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "lines"),
+    [
+        ("seed: 1\nseed: 2", "seed", "lines 9 and 10"),
+        ("factory: {}", "factory", "lines 2 and 9"),
+        ('"factory": {}', "factory", "lines 2 and 9"),
+        ("  - {a: 1, b: {c: 1, c: 1}}", "factory.more.1.b.c", "line 9"),
+        ("  deep:\n    1: x\n    0x1: y", "factory.deep.0x1", "lines 10 and 11"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, line: str, key: str, lines: str) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(f"{DOUBLED}{line}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Recipe, path)
+    assert str(caught.value) == f"{path}: {key} stands twice, at {lines}. Keep one of the two"
+
+
+def test_what_yaml_allows_is_read_as_yaml_reads_it() -> None:
+    for text in (
+        DOUBLED,
+        "",
+        "[a, a]",
+        "a: &x {b: *x}",
+        "1",
+        *(p.read_text() for p in DEFAULT_RECIPE.parent.glob("*.yaml")),
+    ):
+        assert repr(parse_yaml(text, "here")) == repr(yaml.safe_load(text))
+    for option in ("cluster.memory_gib={render: 1, render: 2}", "name=*x"):
+        with pytest.raises(
+            RecipeError, match=r"--set (cluster\.memory_gib: render stands twice|name: .*not valid YAML)"
+        ):
+            load_recipe(Recipe, DEFAULT_RECIPE, [option])

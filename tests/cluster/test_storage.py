@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -200,6 +202,62 @@ def test_of_several_who_publish_a_new_file_one_wins(tmp_path: Path, where: str) 
         publish_new(path, b"yours")
     assert digest_file(path) == hashlib.sha256(b"mine").hexdigest()
     assert [p.name for p in tmp_path.iterdir()] == (["claim"] if where == "disk" else [])
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_hard_links_one_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    rename, path = os.replace, tmp_path / "claim"
+
+    def no_link(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def slow(source: Path, target: Path) -> None:
+        time.sleep(0.05)  # between the look whether it is there and the rename
+        rename(source, target)
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(os, "replace", slow)
+
+    def attempt(name: int) -> bool:
+        try:
+            return bool(publish_new(path, b"%d" % name))
+        except LedgerConflict:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(attempt, range(8)))
+    assert won.count(True) == 1 and path.read_bytes() == b"%d" % won.index(True)
+    publish_new(path, path.read_bytes())
+    sweep_partials(tmp_path)
+    assert os.listdir(tmp_path) == ["claim"]
+
+
+def test_one_killed_while_it_put_a_new_file_without_links_bars_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = (
+        "import errno, os, sys, time\n"
+        "from cluster.storage import publish_new\n"
+        "def no_link(*_): raise OSError(errno.EPERM, 'no')\n"
+        "def hang(*_): print('in', flush=True); time.sleep(600)\n"
+        "os.link, os.replace = no_link, hang\n"
+        "publish_new(sys.argv[1], b'mine')"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "claim")], cwd=root, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"in\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+    def no_link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "link", no_link)
+    publish_new(tmp_path / "claim", b"yours")
+    assert (tmp_path / "claim").read_bytes() == b"yours"
 
 
 def test_a_store_that_finds_our_clock_wrong_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.errors import CorruptShard
+from cluster.errors import CorruptShard, LedgerConflict
+from cluster.stage import PENDING, Row
+from cluster.storage import publish_bytes
+from factory.ledger import commit_unit, read_entry, read_pictures
 from factory.plan import PLAN
 from factory.units import planned_units, read_units, unit_sizes, units_left
 
@@ -41,6 +44,33 @@ def test_what_the_ledger_holds_is_not_left(tmp_path: Path) -> None:
     for name in ("unit-00001.parquet", "unit-00004.parquet", ".unit-00002.parquet.partial-1-ab", "unit-00003.txt"):
         (tmp_path / "ledger" / name).touch()
     assert units_left(tmp_path, 8) == [0, 2, 3]
+
+
+def rows(picture: bytes) -> list[Row]:
+    made = {"id": "0" * 64, "unit": "unit-00000", "prompt": "a fox", "outcome": PENDING, "reason": ""}
+    return [{**made, "picture": picture}]
+
+
+def test_a_unit_that_comes_out_otherwise_leaves_what_is_there(tmp_path: Path) -> None:
+    commit_unit(tmp_path, rows(b"first"))
+    commit_unit(tmp_path, rows(b"first"))
+    with pytest.raises(LedgerConflict, match="committed before with other contents"):
+        commit_unit(tmp_path, rows(b"other"))
+    (entry,) = read_entry(tmp_path, "unit-00000")
+    assert list(read_pictures(tmp_path, "unit-00000", entry["pictures_sha256"])) == [("0" * 64, b"first")]
+
+
+def test_of_two_who_commit_other_contents_at_once_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other's entry comes between this one's look at the ledger and its own entry."""
+
+    def publish(path: Path, data: bytes) -> str:
+        publish_bytes(tmp_path / "ledger" / "unit-00000.parquet", b"another's")
+        return publish_bytes(path, data)
+
+    monkeypatch.setattr("factory.ledger.publish_bytes", publish)
+    with pytest.raises(LedgerConflict, match="committed before with other contents"):
+        commit_unit(tmp_path, rows(b"mine"))
+    assert (tmp_path / "ledger" / "unit-00000.parquet").read_bytes() == b"another's"
 
 
 def test_a_damaged_plan_says_so(tmp_path: Path) -> None:

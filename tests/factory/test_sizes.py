@@ -170,7 +170,7 @@ def test_what_is_printed_fits_the_recipe() -> None:
     assert pasted == found.tree() and set(pasted) == {"factory"}
     tree: dict[str, Any] = {"factory": tree_of()}
     for option in told[end].removeprefix("or: --set ").split(" --set "):
-        override(tree, option)
+        override(tree, option, FactoryRecipe)
     changed = build_recipe(FactoryRecipe, tree["factory"], "test")
     for step in found.steps:
         place: Any = changed.make
