@@ -17,13 +17,20 @@ from cluster.errors import EdgeFusionError
 from cluster.machine import commit, version_of
 from cluster.needs import RunView
 from cluster.progress import console
-from cluster.recipe import load_recipe
+from cluster.recipe import Settings, load_recipe
+from cluster.recipe_view import app as recipe_app
+from cluster.recipe_view import mount_recipe
 from cluster.simulate_view import mount_simulate
 from cluster.status_view import status
 from export.cli import app as export_app
+from export.profile import Profile
 from factory.cli import app as factory_app
+from factory.taxonomy import Taxonomy
 from trainer.cli import app as trainer_app
+from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
+from trainer.reproduce.ablations import AblationsRecipe
 from trainer.reproduce.cli import app as reproduce_app
+from trainer.reproduce.recipe import TablesRecipe
 from trainer.zoo import app as zoo_app
 
 _INTERRUPTED = 130
@@ -42,6 +49,7 @@ for name, wing in (
     ("trainer", trainer_app),
     ("export", export_app),
     ("cluster", cluster_app),
+    ("recipe", recipe_app),
     ("zoo", zoo_app),
     ("reproduce", reproduce_app),
 ):
@@ -170,6 +178,18 @@ def cluster_view(path: Path, overrides: list[str]) -> RunView:
 
 mount_cluster(cluster_view, DEFAULT_RECIPE)
 mount_simulate(cluster_view)
+SCHEMAS: dict[str, type[Settings]] = {
+    "decoder": DecoderRecipe,
+    "encode": EncodeRecipe,
+    "evaluate": EvaluateRecipe,
+    "prefer": PreferRecipe,
+    "tables": TablesRecipe,
+    "ablations": AblationsRecipe,
+    "taxonomy": Taxonomy,
+    "profile": Profile,
+}
+"""Settings of single commands and files, which `edgefusion recipe keys --of` knows beside a recipe's."""
+mount_recipe(Recipe, SCHEMAS)
 
 
 def main() -> None:

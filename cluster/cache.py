@@ -25,6 +25,7 @@ from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.machine import cache_folder
 from cluster.recipe import Settings
 from cluster.remote import explain_store, open_store
+from cluster.retry import retried
 
 _CHUNK_BYTES = 1 << 20
 _WHOLE = re.compile(r"[0-9a-f]{64}")
@@ -62,17 +63,17 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         """A small file, past the cache. Raises CorruptShard if it is not there, EdgeFusionError if the store cannot be read."""
         with self._plain_words(name):
-            return bytes(self._files.cat_file(self._path(name)))
+            return bytes(retried(lambda: self._files.cat_file(self._path(name)), f"{self.url}/{name}"))
 
     def sizes(self, names: list[str]) -> dict[str, int]:
         """Bytes of those of the files that are there."""
         found: dict[str, int] = {}
         with self._plain_words(""), contextlib.suppress(NotImplementedError, FileNotFoundError):
-            listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
+            listed: list[dict[str, Any]] = retried(lambda: self._files.ls(self._root, detail=True), self.url)
             found = {str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"] or 0) for entry in listed}
         for name in set(names) - set(found):
             with self._plain_words(name), contextlib.suppress(FileNotFoundError):
-                found[name] = int(self._files.info(self._path(name))["size"])
+                found[name] = self._size(name)
         return {name: found[name] for name in names if name in found}
 
     def open(self, name: str, sha256: str) -> BinaryIO:
@@ -145,18 +146,12 @@ class RemoteFolder:
     def _fetch(self, name: str, place: Path, sha256: str) -> None:
         """Copy a remote file to `place`, whole or not at all. Its lock is ours."""
         partial = place.with_name(f".{place.name}.part")
-        digest = hashlib.sha256()
         partial.unlink(missing_ok=True)  # of one who was killed
         try:
             with self._plain_words(name):
-                size = int(self._files.info(self._path(name))["size"])
-                self._make_room(partial, size)
-                with self._files.open(self._path(name), "rb") as source, partial.open("r+b") as sink:
-                    while piece := source.read(_CHUNK_BYTES):
-                        digest.update(piece)
-                        sink.write(piece)
-                    sink.truncate()  # room was made by what the store said of the size
-            if digest.hexdigest() != sha256:
+                self._make_room(partial, self._size(name))
+                found = retried(lambda: self._copy(name, partial), f"{self.url}/{name}")
+            if found != sha256:
                 raise CorruptShard(
                     "has another checksum than the manifest says",
                     where=f"{self.url}/{name}",
@@ -167,6 +162,21 @@ class RemoteFolder:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _copy(self, name: str, partial: Path) -> str:
+        """The remote file's bytes into `partial`, from the begin; returns their SHA-256."""
+        digest = hashlib.sha256()
+        with self._files.open(self._path(name), "rb") as source, partial.open("r+b") as sink:
+            while piece := source.read(_CHUNK_BYTES):
+                digest.update(piece)
+                sink.write(piece)
+            sink.truncate()  # room was made by what the store said of the size
+        return digest.hexdigest()
+
+    def _size(self, name: str) -> int:
+        """Bytes of a remote file; raises FileNotFoundError."""
+        facts: dict[str, Any] = retried(lambda: self._files.info(self._path(name)), f"{self.url}/{name}")
+        return int(facts["size"])
 
     def _make_room(self, partial: Path, size: int) -> None:
         """Reserve `size` bytes under the name `partial`, removing what was not used for longest. Raises EdgeFusionError without room."""

@@ -227,14 +227,15 @@ def _models_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[type[
     for part in path:
         inner = [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields]
         if inner:
-            models = [model for annotation in inner for model in _models_in(annotation)]
+            models = [model for annotation in inner for model in models_in(annotation)]
     return models
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings that a field may hold, in whatever list, mapping or choice."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in typing.get_args(annotation) for model in models_in(argument)]
 
 
 def _fields_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:

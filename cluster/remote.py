@@ -1,7 +1,7 @@
 """A folder of a remote store (whatever fsspec reads): files that are whole or absent, and the store's errors in plain words.
 
-Keeps nothing on this machine; `cluster/cache.py` does. A put of S3 or Google Cloud shows when it is whole; `edgefusion cluster
-storage-check` proves it of any other store.
+Keeps nothing on this machine; `cluster/cache.py` does. What may be over at the next try is tried again (`cluster/retry.py`). A put of S3
+or Google Cloud shows when it is whole; `edgefusion cluster storage-check` proves it of any other store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
 from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.retry import chain_of, retried
 from cluster.storage import digest_file, publish_bytes, publish_new, store_code
 
 _BLOCK_BYTES = 8 << 20
@@ -46,7 +47,7 @@ class RemoteStore:
         """Files directly in the folder and their bytes; empty for a folder that nobody has written to."""
         with plain_words(self.url):
             try:
-                listed: list[dict[str, Any]] = self._files.ls(self._root, detail=True)
+                listed: list[dict[str, Any]] = retried(lambda: self._files.ls(self._root, detail=True), str(self))
             except FileNotFoundError as error:
                 if _is_missing_bucket(error):
                     raise
@@ -56,17 +57,22 @@ class RemoteStore:
 
     def read(self, name: str) -> bytes:
         """A small file. Raises CorruptShard if it is not there."""
-        with plain_words(f"{self}/{name}"):
-            return bytes(self._files.cat_file(self._path(name)))
+        where = f"{self}/{name}"
+        with plain_words(where):
+            return bytes(retried(lambda: self._files.cat_file(self._path(name)), where))
 
     def open(self, name: str) -> BinaryIO:
         """A file as a stream that is read from begin to end; the memory it takes does not depend on its size.
 
         Raises CorruptShard if it is not there; so may reading, for it may go while it is read."""
         where = f"{self}/{name}"
+
+        def begin() -> BinaryIO:
+            return cast(BinaryIO, self._files.open(self._path(name), "rb", block_size=_BLOCK_BYTES))
+
         with plain_words(where):
-            file = cast(BinaryIO, self._files.open(self._path(name), "rb", block_size=_BLOCK_BYTES))
-        return cast(BinaryIO, _Plainly(file, where))
+            file = retried(begin, where)
+        return cast(BinaryIO, _Steady(file, begin, where))
 
     def holds(self, name: str, local: Path, sha256: str) -> bool:
         """A file with the contents of `local` is there.
@@ -74,9 +80,10 @@ class RemoteStore:
         By the store's own checksum where it has one that can be compared (S3's ETag of what is not encrypted by a key of one's own), else
         the file is read.
         """
-        with plain_words(f"{self}/{name}"):
+        where = f"{self}/{name}"
+        with plain_words(where):
             try:
-                facts: dict[str, Any] = self._files.info(self._path(name))
+                facts: dict[str, Any] = retried(lambda: self._files.info(self._path(name)), where)
             except FileNotFoundError as error:
                 if _is_missing_bucket(error):
                     raise
@@ -86,22 +93,25 @@ class RemoteStore:
             tag = str(facts.get("ETag", "")).strip('"')
             if re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) and tag == _tag(local, compound="-" in tag):
                 return True
-            return digest_file(self._path(name), self._files) == sha256
+            return retried(lambda: digest_file(self._path(name), self._files), where) == sha256
 
     def send(self, name: str, local: Path) -> None:
         """Put a file there as a whole, in place of what is there."""
-        with plain_words(f"{self}/{name}", "written"):
-            self._files.put_file(str(local), self._path(name))
+        where = f"{self}/{name}"
+        with plain_words(where, "written"):
+            retried(lambda: self._files.put_file(str(local), self._path(name)), where)
 
     def publish(self, name: str, data: bytes) -> str:
         """As `storage.publish_bytes`."""
-        with plain_words(f"{self}/{name}", "written"):
-            return publish_bytes(f"{self}/{name}", data, self._files)
+        where = f"{self}/{name}"
+        with plain_words(where, "written"):
+            return retried(lambda: publish_bytes(where, data, self._files), where)
 
     def publish_new(self, name: str, data: bytes) -> str:
         """As `storage.publish_new`: raises LedgerConflict if another file is there."""
-        with plain_words(f"{self}/{name}", "written"):
-            return publish_new(f"{self}/{name}", data, self._files)
+        where = f"{self}/{name}"
+        with plain_words(where, "written"):
+            return retried(lambda: publish_new(where, data, self._files), where)
 
     def age_s(self, name: str) -> float | None:
         """How long ago the file was written, by the store's own clock alone: a fresh file is written beside it, compared and removed.
@@ -109,9 +119,14 @@ class RemoteStore:
         None if the store does not date its files, or the file is not there."""
         probe = f".edgefusion-clock-{uuid.uuid4().hex[:12]}"
         self.publish(probe, b"may be removed\n")
+        where = f"{self}/{name}"
+
+        def both() -> tuple[Any, Any]:
+            return self._files.modified(self._path(probe)), self._files.modified(self._path(name))
+
         try:
-            with plain_words(f"{self}/{name}"):
-                now, then = (self._files.modified(self._path(one)) for one in (probe, name))
+            with plain_words(where):
+                now, then = retried(both, where)
                 return float((now - then).total_seconds())
         except (EdgeFusionError, TypeError):
             return None
@@ -120,8 +135,9 @@ class RemoteStore:
 
     def remove(self, name: str) -> None:
         """A file, if it is there."""
-        with plain_words(f"{self}/{name}", "removed"), contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+        where = f"{self}/{name}"
+        with plain_words(where, "removed"), contextlib.suppress(FileNotFoundError):
+            retried(lambda: self._files.rm_file(self._path(name)), where)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -163,7 +179,7 @@ def plain_words(where: str, done: str = "read") -> Generator[None]:
 
 def explain_store(where: str, error: Exception, done: str = "read") -> EdgeFusionError:
     """What the store at `where` raised, in words that a user can act on: CorruptShard for a file that is not there, else EdgeFusionError."""
-    chain = _chain(error)
+    chain = chain_of(error)
     codes = {store_code(one) for one in chain} | {type(one).__name__ for one in chain}
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     if _is_missing_bucket(error):
@@ -186,19 +202,10 @@ def explain_store(where: str, error: Exception, done: str = "read") -> EdgeFusio
     return EdgeFusionError(f"cannot be {done} ({first})", where=where, remedy=remedy)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    inner: BaseException | None = error
-    while inner is not None and inner not in found:
-        found.append(inner)
-        inner = inner.__cause__ or inner.__context__
-    return found
-
-
 def _is_missing_bucket(error: BaseException) -> bool:
     words = "bucket does not exist" in str(error).lower()
     return isinstance(error, FileNotFoundError) and (
-        words or any(store_code(e) == "NoSuchBucket" for e in _chain(error))
+        words or any(store_code(e) == "NoSuchBucket" for e in chain_of(error))
     )
 
 
@@ -221,20 +228,34 @@ def _tag(local: Path, compound: bool) -> str:
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-class _Plainly:
-    """A stream whose errors are in plain words."""
+class _Steady:
+    """A stream whose errors are in plain words, and that goes on where it was if the store breaks it off."""
 
-    def __init__(self, file: BinaryIO, where: str) -> None:
-        self._file, self._where = file, where
+    def __init__(self, file: BinaryIO, begin: Callable[[], BinaryIO], where: str) -> None:
+        self._file, self._begin, self._where = file, begin, where
+        self._read_bytes, self._broken = 0, False
 
     def read(self, size: int = -1) -> bytes:
         with plain_words(self._where):
-            return self._file.read(size)
+            piece = retried(lambda: self._once(size), self._where)
+        self._read_bytes += len(piece)
+        return piece
+
+    def _once(self, size: int) -> bytes:
+        if self._broken:
+            with contextlib.suppress(Exception):  # it is of no use any more
+                self._file.close()
+            self._file = self._begin()
+            self._file.seek(self._read_bytes)
+        self._broken = True
+        piece = self._file.read(size)
+        self._broken = False
+        return piece
 
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> _Plainly:
+    def __enter__(self) -> _Steady:
         return self
 
     def __exit__(self, *_: object) -> None:

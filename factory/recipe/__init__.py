@@ -73,6 +73,8 @@ __all__ = [
 
 
 class PackRecipe(Settings):
+    """How what was selected is put into shards."""
+
     samples_per_shard: int = Field(default=1000, ge=1, description="samples a shard")
     to: str | None = Field(
         default=None,

@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import cluster.cache as cache_module
 from cluster.cache import CacheRecipe, RemoteFolder, is_url
 from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.retry import TRIES
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
@@ -131,8 +132,10 @@ def test_a_store_that_cannot_be_read_is_told_in_words(
     tmp_path: Path, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_Counting, "broken", True)
+    monkeypatch.setattr("cluster.retry.FIRST_WAIT_S", 0.0)
     with pytest.raises(EdgeFusionError, match=r"cannot be read \(the network is away\)\. Check the address"):
         remote(tmp_path).open("a", digests["a"])
+    assert _Counting.opened == ["a"] * TRIES
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
     with pytest.raises(EdgeFusionError, match="cannot be opened"):
         RemoteFolder("nosuch://bucket", CacheRecipe(folder=str(tmp_path))).read("x")
