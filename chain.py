@@ -33,8 +33,12 @@ _LIMITS = (
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     ("trainer", "max_corrupt_share"),
+    ("trainer", "gradient_checkpointing"),
+    ("trainer", "sharding"),
+    ("trainer", "adapt", "accumulation"),
+    ("trainer", "distill", "accumulation"),
 )
-"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
+"""Keys that decide nothing but when to stop, or what fits into memory, and whose errors say to change them and to run the same command again."""
 
 
 class Recipe(Settings):
