@@ -25,6 +25,10 @@ class StageError(EdgeFusionError):
     exit_code = 3
 
 
+class OutOfMemory(StageError):
+    """Work that needs more memory than its device has: the same try again would need as much."""
+
+
 class CorruptShard(EdgeFusionError):
     """A shard, manifest or ledger file that is not what its checksum says."""
 

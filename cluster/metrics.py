@@ -46,6 +46,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "edgefusion_wanted_samples_short": ("gauge", "samples that wanted combinations will lack at the end, foretold"),
     "edgefusion_training_loss": ("gauge", "last logged loss by phase"),
     "edgefusion_training_images_per_second": ("gauge", "images a second that training reads, by phase"),
+    "edgefusion_training_gpu_busy_ratio": (
+        "gauge",
+        "share of the time that the GPU works, 0 to 1, by phase; if its driver tells",
+    ),
 }
 WORKER_METRICS: dict[str, tuple[str, str]] = {
     "edgefusion_units": ("counter", "units through the stage; Prometheus sees ray_edgefusion_units_total"),
@@ -145,6 +149,8 @@ def _stage_samples(stage: dict[str, Any]) -> Iterator[Sample]:
         for name, key in (("loss", "loss"), ("images_per_second", "images_per_s")):
             if stage.get(key) is not None:
                 yield f"edgefusion_training_{name}", phase, float(stage[key])
+        if stage.get("gpu_percent") is not None:
+            yield "edgefusion_training_gpu_busy_ratio", phase, float(stage["gpu_percent"]) / 100
 
 
 def _escaped(text: str) -> str:

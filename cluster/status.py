@@ -216,6 +216,8 @@ def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
         eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
+        memory_gib=last.get("memory_gib"),
+        gpu_percent=last.get("gpu_percent"),
     )
 
 

@@ -65,6 +65,8 @@ def view(facts: dict[str, Any]) -> Group:
     for stage in facts["stages"]:
         done = f"{stage['done']} of {stage['of']} {stage['items']}" if stage["of"] is not None else ""
         rate = f"{stage['per_s']:.3g} {stage['items']}/s" if stage["per_s"] else ""
+        if stage.get("gpu_percent") is not None and stage["state"] == "running":
+            rate += f", GPU {stage['gpu_percent']:.0f}%"
         table.add_row(stage["stage"], stage["state"], done, rate, clock(stage["seconds"]), clock(stage["eta_s"]))
     samples = facts["samples"]
     lines = [_state_line(facts)]

@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import EdgeFusionError, StageError
+from cluster.connect import explain_work
+from cluster.errors import EdgeFusionError, OutOfMemory, StageError
 from cluster.events import NOWHERE, Events
 from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
+from cluster.storage import publish_bytes
 from cluster.tracing import flush
+
+_LESS = (
+    "Compute less at once (trainer.PHASE.accumulation, trainer.gradient_checkpointing=true), cut the weights up among workers "
+    "(trainer.sharding=student), or say what a worker needs (cluster.memory_gib.train), so that fewer share a node; the same command then "
+    "goes on from the last checkpoint"
+)
 
 
 def launch(
@@ -25,7 +36,8 @@ def launch(
 ) -> None:
     """Run `train` to its end; when a worker dies all begin again up to `max_failures` times. Raises StageError.
 
-    With `train_workers_min` they may then be fewer, so `train` must take any number of workers.
+    With `train_workers_min` they may then be fewer, so `train` must take any number of workers. One that says OutOfMemory is not
+    tried again: it would need as much.
     """
     if recipe.runner == "in-process":
         train()
@@ -34,12 +46,20 @@ def launch(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    # Ray restarts after any error. What one try notes here, those that follow repeat at once and open no model.
+    gave_up = storage.resolve() / f"out-of-memory-{uuid.uuid4().hex}.json"
+
     def on_worker(_config: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         own = ray.train.get_context()
         facts = {"rank": own.get_world_rank(), "workers": own.get_world_size()}
         with events.during("training worker", **facts) as inner, inner.listening():
-            train()
+            repeat_error(gave_up)
+            try:
+                train()
+            except OutOfMemory as error:
+                note_error(gave_up, error)
+                raise
         flush()
 
     # What Ray Train asks for by itself, said aloud once memory is to be counted too.
@@ -67,17 +87,61 @@ def launch(
     try:
         trainer.fit()
     except Exception as error:
-        raise _own_error(error) from error
+        raise own_error(error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            gave_up.unlink(missing_ok=True)
 
 
-def _own_error(error: BaseException) -> EdgeFusionError:
-    """The error of ours inside Ray's wrapping, if there is one."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, EdgeFusionError):
-            return inner
-        failures: dict[int, BaseException] = getattr(inner, "worker_failures", {})
-        following = next(iter(failures.values()), None) or getattr(inner, "cause", None) or inner.__cause__
-        inner = following if following is not inner else None
+def note_error(path: Path, error: OutOfMemory) -> None:
+    """Keep what `repeat_error` raises. A disk that takes no note costs further tries, not the error."""
+    with contextlib.suppress(OSError):
+        publish_bytes(path, json.dumps({"what": error.what, "where": error.where, "remedy": error.remedy}).encode())
+
+
+def repeat_error(path: Path) -> None:
+    """Raises the OutOfMemory that was noted in `path`, if one was."""
+    if path.exists():
+        said: dict[str, str] = json.loads(path.read_text())
+        raise OutOfMemory(said["what"], where=said["where"], remedy=said["remedy"])
+
+
+def own_error(error: BaseException) -> EdgeFusionError:
+    """The error of ours inside Ray's wrapping, if there is one; else in our words what Ray says of a machine without memory or space."""
+    found = _inside(error)
+    ours = [one for one in found if isinstance(one, EdgeFusionError)]
+    # When one worker runs out, the others fail too, at what they were exchanging with it.
+    ours.sort(key=lambda one: not isinstance(one, OutOfMemory))
+    if ours:
+        return ours[0]
+    names = {kind.__name__ for one in found for kind in type(one).__mro__}
+    text = "\n".join(str(one) for one in found)
+    if "OutOfMemoryError" in names or any(word in text for word in ("OutOfMemoryError", "running low on memory")):
+        return StageError(
+            "Ray ended a training worker, for its node ran out of memory", where="cluster.memory_gib", remedy=_LESS
+        )
+    if known := next(filter(None, map(explain_work, found)), None):
+        return known
+    if names & {"RayActorError", "ActorDiedError", "WorkerCrashedError", "NodeDiedError"}:
+        return StageError(
+            "a training worker died without a word: its node was lost, or the system ended it, most often because memory ran out "
+            "(dmesg on its node tells)",
+            where="cluster",
+            remedy=f"Run the same command again to resume. If it was memory: {_LESS[0].lower()}{_LESS[1:]}",
+        )
     last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
     return StageError(f"training failed: {last[0]}", remedy="Run the same command again to resume; --debug shows all")
+
+
+def _inside(error: BaseException) -> list[BaseException]:
+    """The error, those of all workers that it tells of, and what each came of."""
+    found: list[BaseException] = []
+    todo: list[object] = [error]
+    while todo:
+        one = todo.pop(0)
+        if not isinstance(one, BaseException) or any(one is known for known in found):
+            continue
+        found.append(one)
+        failures: dict[int, BaseException] = getattr(one, "worker_failures", {})
+        todo += [*failures.values(), getattr(one, "cause", None), one.__cause__]
+    return found

@@ -10,8 +10,9 @@ import typer
 from cluster.errors import RecipeError
 from cluster.progress import bar_each, progress_bars
 from cluster.recipe import as_overrides, load_recipe
+from trainer.judging import EvaluateRecipe, PreferRecipe
 from trainer.progress import follow
-from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
+from trainer.recipe import DecoderRecipe, EncodeRecipe
 
 app = typer.Typer(no_args_is_help=True, help="Shards to a few-step student.")
 
@@ -85,8 +86,15 @@ def encode(
 @app.command("evaluate")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="students, teachers: diffusers folders, hub names or zoo:NAME")],
-    data: Annotated[str | None, typer.Option(help="packed data set: prompts and reference pictures")] = None,
-    prompts: Annotated[str | None, typer.Option(help="prompts, one a line, or COCO's captions file")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="packed data set: prompts and reference pictures; or, beside --prompts, a folder of pictures"
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="prompts: lines, COCO's captions, a .csv, or hub:OWNER/NAME?split=test")
+    ] = None,
     judge: Annotated[str, typer.Option(help="open_clip folder, zoo:NAME or model name")] = "zoo:judge",
     judge_pretrained: Annotated[str | None, typer.Option(help="weight tag of a judge that is a model name")] = None,
     steps: Annotated[str, typer.Option(help="denoising steps of few-step students")] = "4,2,1",
@@ -115,7 +123,9 @@ def prefer(
     a: Annotated[str, typer.Argument(help="a model: diffusers folder, hub name or zoo:NAME")],
     b: Annotated[str, typer.Argument(help="the model to compare it with")],
     data: Annotated[str | None, typer.Option(help="packed data set whose prompts are drawn")] = None,
-    prompts: Annotated[str | None, typer.Option(help="prompts, one a line, or COCO's captions file")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="prompts: lines, COCO's captions, a .csv, or hub:OWNER/NAME?split=test")
+    ] = None,
     steps: Annotated[str, typer.Option(help="denoising steps: one number, or A's and B's as 4,25")] = "4",
     count: Annotated[int, typer.Option(min=2, help="pairs")] = 100,
     out: Annotated[Path, typer.Option(help="pictures, votes and the result; rerun to go on")] = Path("runs/preference"),

@@ -28,6 +28,7 @@ from trainer.fit import STATE, fit
 from trainer.identity import Identity, decoder_identity
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
+from trainer.memory import explain_decoder, explains_memory
 from trainer.metrics import mean_interval
 from trainer.recipe import DecoderRecipe
 from trainer.stream import EndlessOrder, open_samples
@@ -41,11 +42,12 @@ Tick = Callable[[int, int], object]
 """(done, of how many) -> anything."""
 
 
+@explains_memory(explain_decoder)
 def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done, of: None) -> dict[str, Any]:
     """Fill `folder`: `model` (AutoencoderTiny), `report.json`, `look.png`; returns the report. Run again to go on.
 
     `tick` hears how far encoding is; training writes `fit/metrics.jsonl`. Raises RecipeError for a decoder that costs too much,
-    LedgerConflict for a folder that holds a finished one of another recipe.
+    OutOfMemory where memory does not reach, LedgerConflict for a folder that holds a finished one of another recipe.
     """
     if (folder / _REPORT).exists() and (folder / _MODEL).exists():
         report = json.loads((folder / _REPORT).read_text())

@@ -59,7 +59,7 @@ class Distillation:
         w = (settings.guidance_min + spread * torch.rand(batch, generator=draw))[share].to(clean.device)
         told = embed_guidance(w) if settings.guidance_input else None
         edge = phase_edge(t, self.timesteps, settings.phases) if settings.phases else None
-        text = self.encoder.texts_of(examples)
+        text = self.encoder.texts_of(examples, self._emptied(step, share))
         target = average.model if settings.target == "average" else getattr(model, "module", model)
         guess, wanted = consistency_pair(
             self.schedule,
@@ -78,6 +78,14 @@ class Distillation:
         if self.opponent is None:
             return loss
         return self._judged(self.opponent, loss, guess, wanted, edge, text, step, share)
+
+    def _emptied(self, step: int, share: slice) -> list[bool] | None:
+        """Which samples are trained without their prompt; by numbers of their own, so that other shares change nothing else."""
+        settings = self.settings
+        if not settings.empty_prompt_share:
+            return None
+        drawn = torch.rand(settings.batch_images, generator=generator(self.seed, "empty prompts", step))
+        return (drawn[share] < settings.empty_prompt_share).tolist()
 
     def _judged(
         self,

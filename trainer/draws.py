@@ -18,7 +18,10 @@ def read_batch(
     draws, following = (range(at * batch, (at + 1) * batch)[share] for at in (step, step + 1))
     examples = stream.read_draws(draws, following, encoder.size_px)
     stream.settle()
-    return encoder.latents(examples), examples
+    if encoder.flip_seed is None:
+        return encoder.latents(examples), examples
+    mirrored = torch.rand(batch, generator=generator(encoder.flip_seed, "flip", step))[share] < 0.5
+    return encoder.latents(examples, mirrored.tolist()), examples
 
 
 def generator(seed: int, phase: str, step: int) -> torch.Generator:

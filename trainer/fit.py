@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from cluster.errors import StageError
 from trainer.identity import Identity
-from trainer.optimise import new_optimiser
+from trainer.optimise import new_optimiser, rate_at
 from trainer.recipe import PhaseRecipe
 from trainer.shard import shard, whole
 from trainer.state import Average, Background, Best, Log, load_state, save_state, state_of
+from trainer.use import machine_use
 from trainer.watch import LossWatch
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -141,6 +141,7 @@ class _Run:
             groups.append({"params": list(heads.parameters()), "scale": partner.learning_rate / settings.learning_rate})
             partner.owner.heads = accelerator.prepare(heads)
         optimiser = new_optimiser(settings, groups, accelerator.device)
+        self.rate_at, self.rate, self.grad_norm = rate_at(settings), 0.0, 0.0
         if settings.compile_backend:
             model.compile(backend=settings.compile_backend)
             self.average.model.compile(backend=settings.compile_backend)
@@ -231,20 +232,18 @@ class _Run:
         return (share.stop - share.start) * self.workers / self.settings.batch_images
 
     def _learn(self, loss: torch.Tensor) -> None:
-        settings = self.settings
-        rate = settings.learning_rate * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
-        if settings.cosine:
-            rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
+        settings, self.rate = self.settings, self.rate_at(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
+            group["lr"] = self.rate * group.get("scale", 1.0)
         self.accelerator.backward(loss)
         norm: Any = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
         if self.partner:  # by itself, or the louder one would quieten the other; its gradients are unscaled by now
             norm = norm + nn.utils.clip_grad_norm_(self.partner.heads.parameters(), settings.max_grad_norm)
+        self.grad_norm = float(norm)
         # With fp16 the scaler meets gradients that overflow: it drops the step and scales down.
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
+        if self.accelerator.scaler is None and not math.isfinite(self.grad_norm):
             raise _Spike(
-                f"the gradient of {self.phase} at step {self.step} is {float(norm)} (its loss is {float(loss.detach()):.4g})"
+                f"the gradient of {self.phase} at step {self.step} is {self.grad_norm} (its loss is {float(loss.detach()):.4g})"
             )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -328,17 +327,15 @@ class _Run:
                 steps=self.settings.steps,
                 loss=round(loss, 6),
                 **self.notes,
+                learning_rate=float(f"{self.rate:.6g}"),
+                # With fp16 a dropped step's norm may be no number, which JSON has no word for.
+                **({"grad_norm": float(f"{self.grad_norm:.6g}")} if math.isfinite(self.grad_norm) else {}),
                 images_per_s=round(rate, 2),
-                memory_gib=round(_memory_bytes() / 2**30, 2),
+                **machine_use(),
                 time_s=round(time.time(), 2),
             )
-            values = {"loss": loss, **self.notes, "images_per_s": rate}
+            values = {"loss": loss, **self.notes, "learning_rate": self.rate, "images_per_s": rate}
             # Under a name of the phase's own: both phases count from 1.
             self.accelerator.log(
                 {f"{self.phase}/{name}": v for name, v in values.items()} | {f"{self.phase}/step": self.step + 1}
             )
-
-
-def _memory_bytes() -> int:
-    """The most that was allocated on the GPU, or what this process holds where there is none."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

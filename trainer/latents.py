@@ -18,23 +18,42 @@ class Encoder:
     What a data set brings encoded is taken as it is. With `cache`, each other sample is encoded once and then kept in memory.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, size_px: int, device: torch.device, cache: bool) -> None:
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        size_px: int,
+        device: torch.device,
+        cache: bool,
+        flip_seed: int | None = None,
+    ) -> None:
+        """With `flip_seed`, `trainer.draws.read_batch` mirrors pictures at random by that seed."""
         self.pipeline: Any = pipeline
-        self.size_px, self.device, self.cache = size_px, device, cache
+        self.size_px, self.device, self.cache, self.flip_seed = size_px, device, cache, flip_seed
         pipeline.vae.requires_grad_(False)
         pipeline.text_encoder.requires_grad_(False)  # pyright: ignore[reportOptionalMemberAccess]
         self._latents: dict[bytes, torch.Tensor] = {}
         self._texts: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def latents(self, examples: list[Example]) -> torch.Tensor:
-        """B C H W latents times the VAE's scaling factor; the mean of the posterior, so that caching changes nothing."""
+    def latents(self, examples: list[Example], mirrored: list[bool] | None = None) -> torch.Tensor:
+        """B C H W latents times the VAE's scaling factor; the mean of the posterior, so that caching changes nothing.
+
+        Of the picture's mirror image where `mirrored` says so, which a sample that comes encoded has not.
+        """
+        turned = mirrored or [False] * len(examples)
         # By the picture, not the id: two data sets may show one id cropped in two ways.
-        keys = [b"" if e.encoded else hashlib.sha256(e.picture).digest() for e in examples]
-        todo = {k: e for k, e in zip(keys, examples, strict=True) if not e.encoded and k not in self._latents}
+        keys = [
+            b"" if e.encoded else hashlib.sha256(e.picture).digest() + b"m" * m
+            for e, m in zip(examples, turned, strict=True)
+        ]
+        todo = {
+            k: (e, m)
+            for k, e, m in zip(keys, examples, turned, strict=True)
+            if not e.encoded and k not in self._latents
+        }
         fresh: dict[bytes, torch.Tensor] = {}
         if todo:
-            pixels = np.stack([e.pixels(self.size_px) for e in todo.values()])
+            pixels = np.stack([e.pixels(self.size_px)[:, :: -1 if m else 1] for e, m in todo.values()])
             pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
             vae = self.pipeline.vae.to(self.device)
             fresh = dict(zip(todo, encode_scaled(vae, pictures.to(self.device, vae.dtype)).float(), strict=True))

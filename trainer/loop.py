@@ -18,6 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
 from cluster.cache import RemoteFolder
+from cluster.errors import RecipeError
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
@@ -32,6 +33,7 @@ from trainer.identity import training_identity
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
+from trainer.memory import explain_training, explains_memory
 from trainer.mix import MixedStream, Source, as_sources
 from trainer.models import LORA, PHASES, open_pipeline, refuse_misfit, schedule_of, student_for, teacher_of
 from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
@@ -48,10 +50,12 @@ _LOOKED_AT = 8
 """Prompts of a look where the recipe names none."""
 
 
+@explains_memory(explain_training)
 def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
     """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
-    Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
+    Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint. Raises OutOfMemory where
+    the recipe needs more memory than there is.
     """
     torch.set_num_threads(recipe.threads)
     quiet()
@@ -61,7 +65,10 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     pipeline = open_pipeline(recipe.teacher)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
-    encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
+    if recipe.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    flip_seed = seed if recipe.random_flip else None
+    encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents, flip_seed)
     stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
     for told in stream.told():
         accelerator.print(told)
@@ -121,6 +128,12 @@ def _open_stream(
     cached = recipe.encodings == "auto" and any(
         isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
     )
+    if cached and recipe.random_flip:
+        raise RecipeError(
+            "the data set has encodings, which hold each picture one way round, and pictures are to be mirrored",
+            where="trainer.random_flip",
+            remedy="Set trainer.encodings=ignore to encode in training, or leave random_flip out",
+        )
     encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
     main = accelerator.is_main_process
     stream = MixedStream(sources, seed, main, encoders, recipe.on_corrupt, recipe.max_corrupt_share)
@@ -197,6 +210,11 @@ def _adapt_loss(
         task = F.mse_loss(said.float(), schedule.target(clean, noise, t).float())
         output = F.mse_loss(said.float(), wanted.float())
         features = feature_loss(own.take(need_grad=True), theirs.take())
-        return task + settings.output_weight * output + settings.feature_weight * features
+        # One transfer for all three; the log asks for them anyway.
+        parts = torch.stack([task.detach(), output.detach(), features.detach()]).tolist()
+        notes.update({name: round(value, 6) for name, value in zip(("task", "output", "features"), parts, strict=True)})
+        return settings.task_weight * task + settings.output_weight * output + settings.feature_weight * features
 
+    notes: dict[str, float] = {}
+    loss_at.notes = notes  # pyright: ignore[reportFunctionMemberAccess]
     return loss_at

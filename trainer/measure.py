@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from factory.models import fingerprint, quiet
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
 from trainer.attributes import Asked, agreement, ask
-from trainer.fidelity import fidelity, require_fidelity
+from trainer.fidelity import FEATURES, SPLITS, Inception, fidelity, require_fidelity
+from trainer.judge import Judge, Tick
+from trainer.judging import EvaluateRecipe
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
 from trainer.models import open_pipeline
-from trainer.recipe import EvaluateRecipe
+from trainer.prompts import read_prompts
 from trainer.sample import generate, is_few_step, student_guidance
-from trainer.stream import EndlessOrder, ShardStream
+from trainer.stream import EndlessOrder, PictureFolder, open_samples
 
 REPORT = "evaluation.json"
 METRICS = {
@@ -44,8 +47,10 @@ METRICS = {
     "inception_score": "IS ↑",
 }
 _WITHOUT_ATTRIBUTES = "no prompt says an attribute that the data set records; give --data, or set attribute_words"
-Tick = Callable[[str, int, int], object]
-"""(what, done, of how many) -> anything."""
+_NOT_ASKED = "not asked for; --fidelity needs torch-fidelity"
+_NO_REFERENCES = "no reference pictures; give --data"
+_FEWEST_REFERENCES = 2048
+log = logging.getLogger("edgefusion")
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class Questions:
 def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, done, of: None) -> dict[str, Any]:
     """Draw, judge and compare `recipe.models`; writes `folder/evaluation.json` and returns it. Run again to go on.
 
-    A metric without what it needs is None and says so under `absent`; none is replaced by another. Raises TargetUnavailable if
-    `fidelity` is asked for and its package is not there, before anything is drawn.
+    A metric without what it needs is None and says so under `absent`; none is replaced by another. What was asked for and will be
+    absent, and what a reader of the figures must know (`notes`), is also told before the hours of drawing. Raises TargetUnavailable
+    if `fidelity` is asked for and its package is not there, before anything is drawn.
     """
     if recipe.fidelity:
         require_fidelity()
@@ -80,13 +86,27 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
             remedy="Give two or more of each, or leave --data out",
         )
     among = min(recipe.among, len(questions.prompts))
+    absent, notes = _absent(recipe, questions), _notes(recipe, questions)
+    told_of = {METRICS[name].rsplit(" ", 1)[0]: why for name, why in absent.items() if why != _NOT_ASKED}
+    for told in [*(f"there will be no {name}: {why}" for name, why in told_of.items()), *notes]:
+        log.warning("%s", told)
     clip = Clip(OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained))
     judge = Judge(
-        clip, fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained, folder
+        clip,
+        fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained,
+        folder,
+        recipe.judge_px,
     )
+    inception = Inception(recipe.fidelity_px) if recipe.fidelity else None
+    of_inception = Judge(inception, inception.digest, folder) if inception else None
     texts = clip.texts(questions.prompts)
     real = (
         judge.embed("references: judging", questions.references, questions.key, tick) if questions.references else None
+    )
+    real_of_inception = (
+        of_inception.embed("references: Inception", questions.references, questions.key, tick)
+        if of_inception and questions.references
+        else None
     )
     asked = ask(questions.prompts, questions.records, recipe.attribute_words) if questions.records else {}
     rows: list[dict[str, Any]] = []
@@ -103,8 +123,9 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
             made = judge.embed(f"{model}, {steps} steps: judging", readers, keys, tick)
             row = {"model": model, "digest": fingerprint(model), "steps": steps, "guidance": guidance}
             row |= measure(made, texts, real, among) | read_attributes(asked, made, clip)
-            if recipe.fidelity:
-                row |= fidelity(pictures, questions.references, recipe.fidelity_px)
+            if of_inception:
+                seen = of_inception.embed(f"{model}, {steps} steps: Inception", readers, keys, tick)
+                row |= {name: _rounded(found) for name, found in fidelity(seen, real_of_inception).items()}
             rows.append(row)
     report = {
         "protocol": recipe.model_dump(mode="json"),
@@ -113,7 +134,8 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
         "references": len(questions.references),
         "judge": judge.digest,
         "interval": "95%, bootstrap over pictures",
-        "absent": _absent(recipe, questions) | ({} if asked else {"attributes": _WITHOUT_ATTRIBUTES}),
+        "notes": notes,
+        "absent": absent | ({} if asked else {"attributes": _WITHOUT_ATTRIBUTES}),
         "rows": rows,
     }
     publish_bytes(folder / REPORT, (json.dumps(report, indent=2) + "\n").encode())
@@ -130,10 +152,7 @@ def measure(
         "cmmd": None if real is None else cmmd_interval(pictures, real),
         "fid_judge": None if real is None else frechet_interval(pictures, real),
     }
-    return {
-        name: None if i is None else {key: round(value, 5) for key, value in i._asdict().items()}
-        for name, i in found.items()
-    }
+    return {name: _rounded(interval) for name, interval in found.items()}
 
 
 def read_attributes(asked: dict[str, Asked], pictures: np.ndarray, clip: Clip) -> dict[str, Any]:
@@ -177,43 +196,26 @@ def draw(
     return paths
 
 
-class Judge:
-    """A CLIP whose embeddings are kept on disk by what was embedded."""
-
-    def __init__(self, clip: Clip, digest: str, folder: Path) -> None:
-        self.clip, self.digest, self.folder = clip, digest, folder / "embeddings"
-
-    def embed(self, what: str, pictures: Sequence[Callable[[], np.ndarray]], key: str | None, tick: Tick) -> np.ndarray:
-        """N x D; pictures are read a batch at a time. Nothing is kept without a `key`."""
-        path = self.folder / f"{hashlib.sha256(f'{self.digest} {key}'.encode()).hexdigest()}.npy"
-        if key and path.exists():
-            return np.load(path, allow_pickle=False)
-        parts: list[np.ndarray] = []
-        for start in range(0, len(pictures), self.clip.batch):
-            parts.append(self.clip.pictures([read() for read in pictures[start : start + self.clip.batch]]))
-            tick(what, min(start + self.clip.batch, len(pictures)), len(pictures))
-        found = np.concatenate(parts)
-        if key:
-            sink = io.BytesIO()
-            np.save(sink, found, allow_pickle=False)
-            publish_bytes(path, sink.getvalue())
-        return found
-
-
 def read_questions(recipe: EvaluateRecipe) -> Questions:
     """`count` prompts of different meaning and the reference pictures, in an order that only the seed decides.
 
     Raises RecipeError if there is nothing to ask.
     """
     if recipe.prompts:
-        prompts = list(dict.fromkeys(_read_prompts(Path(recipe.prompts))))
+        prompts = list(dict.fromkeys(read_prompts(recipe.prompts)))
         random.Random(recipe.seed).shuffle(prompts)
         prompts = prompts[: recipe.count]
     else:
         prompts = []
     if recipe.data is None:
         return Questions(prompts, [], paired=False)
-    stream = ShardStream(Path(recipe.data))
+    stream = open_samples(Path(recipe.data))
+    if isinstance(stream, PictureFolder) and not recipe.prompts:
+        raise RecipeError(
+            "is a folder of pictures, which say no prompts",
+            where=recipe.data,
+            remedy="Give --prompts too, or a packed data set",
+        )
     order = EndlessOrder(len(stream), recipe.seed).batch(0, len(stream))
     asked: list[int] = []
     records: list[dict[str, str]] = []
@@ -229,7 +231,9 @@ def read_questions(recipe: EvaluateRecipe) -> Questions:
                 prompts.append(example.prompt)
                 records.append({k: str(v) for k, v in (example.facts.get("attributes") or {}).items()})
     taken = set(asked)
-    rows = [*asked, *(row for row in order if row not in taken)][: max(recipe.references, len(asked))]
+    rows = [*asked, *(row for row in order if row not in taken)][
+        : max(recipe.references or max(_FEWEST_REFERENCES, recipe.count), len(asked))
+    ]
     readers = [lambda row=row: stream.read(row).pixels() for row in rows]
     key = f"{stream.digest()} {rows}"
     return Questions(prompts, readers, paired=not recipe.prompts, key=key, records=records if any(records) else None)
@@ -248,10 +252,11 @@ def table(report: dict[str, Any]) -> Table:
     for row in report["rows"]:
         cells = [_cell(row.get(name)) for name in names] + [_cell(row["attributes"].get(key)) for key in attributes]
         shown.add_row(str(row["model"]), str(row["steps"] or ""), *cells)
-    if report["absent"]:
+    if report["absent"] or report["notes"]:
         reasons = dict.fromkeys(report["absent"].values())
         named = {why: [name for name, given in report["absent"].items() if given == why] for why in reasons}
-        shown.caption = "; ".join(f"no {' and '.join(names)}: {why}" for why, names in named.items())
+        told = [f"no {' and '.join(names)}: {why}" for why, names in named.items()]
+        shown.caption = "; ".join([*report["notes"], *told])
     return shown
 
 
@@ -273,32 +278,36 @@ def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, fl
     return pipeline, [(recipe.teacher_steps, recipe.teacher_guidance)]
 
 
-def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line, or COCO's captions file: the first caption of each picture."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            found = [line.strip() for line in text.splitlines()]
-        else:
-            rows = sorted(json.loads(text)["annotations"], key=lambda row: (row["image_id"], row["id"]))
-            found = list({row["image_id"]: row["caption"].strip() for row in reversed(rows)}.values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"cannot be read as prompts ({error})", where=str(path), remedy="One a line, or COCO's captions_*.json"
-        ) from None
-    found = [prompt for prompt in found if prompt]
-    if not found:
-        raise RecipeError("holds no prompts", where=str(path), remedy="One a line, or COCO's captions_*.json")
-    return found
-
-
 def _absent(recipe: EvaluateRecipe, questions: Questions) -> dict[str, str]:
     found: dict[str, str] = {}
     if not questions.references:
-        found |= dict.fromkeys(("cmmd", "fid_judge"), "no reference pictures; give --data")
+        found |= dict.fromkeys(("cmmd", "fid_judge"), _NO_REFERENCES)
     if not recipe.fidelity:
-        found |= dict.fromkeys(("fid", "inception_score"), "not asked for; --fidelity needs torch-fidelity")
+        return found | dict.fromkeys(("fid", "inception_score"), _NOT_ASKED)
+    if not questions.references:
+        found["fid"] = _NO_REFERENCES
+    if len(questions.prompts) < SPLITS:
+        found["inception_score"] = f"its {SPLITS} splits need as many pictures; raise --count"
     return found
+
+
+def _notes(recipe: EvaluateRecipe, questions: Questions) -> list[str]:
+    """What a reader must know to compare these figures with others."""
+    made, real = len(questions.prompts), len(questions.references)
+    found: list[str] = []
+    if recipe.prompts and made < recipe.count:
+        found.append(f"only {made} different prompts were there of the {recipe.count} asked for")
+    if 0 < real < made:
+        found.append(f"{real} reference pictures stand against {made} drawn ones: FIDs fall with both numbers")
+    if recipe.fidelity and 0 < min(made, real) < int(FEATURES):
+        found.append(
+            f"FID's covariances of {FEATURES} features rest on {min(made, real)} pictures and are not full: it compares with nothing of another number"
+        )
+    return found
+
+
+def _rounded(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else {key: round(value, 5) for key, value in interval._asdict().items()}
 
 
 def _read(path: Path) -> np.ndarray:

@@ -1,10 +1,13 @@
-"""The optimisers that a recipe may name, and whether this machine can run them."""
+"""The optimisers and learning rates that a recipe may name, and whether this machine can run them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 
 from cluster.errors import TargetUnavailable
 from trainer.recipe import PhaseRecipe
@@ -18,7 +21,8 @@ def new_optimiser(settings: PhaseRecipe, groups: list[dict[str, Any]], device: t
     common: dict[str, Any] = {
         "lr": settings.learning_rate,
         "weight_decay": settings.weight_decay,
-        "betas": (0.9, 0.99),
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
     }
     if settings.optimiser == "adamw-8bit":
         return _eight_bit(device)(groups, **common)
@@ -26,6 +30,30 @@ def new_optimiser(settings: PhaseRecipe, groups: list[dict[str, Any]], device: t
         return torch.optim.AdamW(groups, **common, foreach=True)
     # One call for all tensors: with small ones, the calls are half of a step.
     return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def rate_at(settings: PhaseRecipe) -> Callable[[int], float]:
+    """The learning rate of a step as a function of its number alone, so that a resumed training has no schedule to restore."""
+    if settings.schedule != "constant":
+        # Theirs is made for an optimiser, and is a function of the step; the polynomial one also looks at the rate.
+        bearer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=settings.learning_rate)
+        theirs = get_scheduler(
+            settings.schedule.replace("-", "_"),
+            bearer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=settings.steps,
+            num_cycles=settings.schedule_cycles,
+            power=settings.schedule_power,
+        ).lr_lambdas[0]
+        return lambda step: settings.learning_rate * theirs(step)
+
+    def ours(step: int) -> float:
+        rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        if settings.cosine:
+            rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        return rate
+
+    return ours
 
 
 def _eight_bit(device: torch.device) -> Any:

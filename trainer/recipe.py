@@ -11,6 +11,9 @@ from cluster.runner import ClusterRecipe
 from factory.recipe import VIEW_NAME, OpenClipScorer
 from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Sharding, Tracker, ValidationRecipe
 
+POLYNOMIAL_END = 1e-7
+"""Where diffusers' polynomial schedule ends."""
+
 
 class PhaseRecipe(Settings):
     """What both phases share."""
@@ -22,7 +25,17 @@ class PhaseRecipe(Settings):
         default=False, description="let the learning rate fall to a fiftieth along a cosine over `steps`"
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"] = Field(
+        default="constant",
+        description="how the learning rate falls after warm-up, by diffusers' schedules of these names, which end at 0 (`polynomial` at 1e-7); "
+        "`constant` leaves it to `cosine`",
+    )
+    schedule_cycles: int = Field(default=1, ge=1, description="of `cosine-with-restarts`")
+    schedule_power: float = Field(default=1.0, gt=0, description="exponent of `polynomial`")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's decay of the mean squared gradient")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's")
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="decay of the moving average that is saved as the student"
     )
@@ -49,10 +62,25 @@ class PhaseRecipe(Settings):
         description="at a spike or a loss that is not a number: `stop`, or `rollback` to the last checkpoint and past the batches since",
     )
 
+    @model_validator(mode="after")
+    def _one_schedule(self) -> PhaseRecipe:
+        if self.cosine and self.schedule != "constant":
+            raise ValueError(
+                f"cosine (to a fiftieth) and schedule {self.schedule} are two ways for one learning rate; keep one"
+            )
+        if self.schedule == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(f"schedule polynomial ends at {POLYNOMIAL_END}; learning_rate must lie above it")
+        if self.schedule != "constant" and 0 < self.steps <= self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) leaves schedule {self.schedule} none of {self.steps} steps; lower it"
+            )
+        return self
+
 
 class AdaptRecipe(PhaseRecipe):
     """Phase 1: feature distillation (BK-SDM)."""
 
+    task_weight: float = Field(default=1.0, ge=0, description="weight of the error against the noise itself")
     output_weight: float = Field(default=1.0, ge=0, description="weight of the error against the teacher's output")
     feature_weight: float = Field(default=1.0, ge=0, description="weight of the six feature errors")
     empty_prompt_share: float = Field(
@@ -63,6 +91,9 @@ class AdaptRecipe(PhaseRecipe):
 class DistillRecipe(PhaseRecipe):
     """Phase 2: latent consistency distillation (LCM) from the large teacher."""
 
+    empty_prompt_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of samples trained without their prompt"
+    )
     ddim_steps: int = Field(
         default=50, ge=2, le=1000, description="solver grid; one step spans 1000 / ddim_steps timesteps"
     )
@@ -160,7 +191,15 @@ class TrainerRecipe(Settings):
         description="latents and text states that `trainer encode` put beside the shards: `auto` reads them where they are and refuses stale "
         "ones, `ignore` encodes in training",
     )
+    random_flip: bool = Field(
+        default=False,
+        description="mirror every second picture, left to right, at random; not with encodings, which hold one way. Texts that say left or right "
+        "become wrong",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Accelerate's")
+    tf32: bool = Field(
+        default=False, description="let GPUs multiply float32 matrices with 10 bits of mantissa (TF32): faster, rounded"
+    )
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the frozen teacher's weights; a half type halves their memory and its time"
     )
@@ -301,69 +340,3 @@ class EncodeRecipe(Settings):
     gpus: float = Field(default=0, ge=0, description="GPUs an actor")
     threads: int = Field(default=2, ge=1, description="CPU threads a worker")
     cluster: ClusterRecipe = Field(default=ClusterRecipe(runner="in-process"), description="where the pass runs")
-
-
-class EvaluateRecipe(Settings):
-    """How models are compared (`edgefusion trainer evaluate`)."""
-
-    models: list[str] = Field(min_length=1, description="pipeline folders, hub names or zoo:NAME")
-    data: str | None = Field(default=None, description="packed data set: prompts and reference pictures")
-    prompts: str | None = Field(
-        default=None, description="prompts, one a line, or COCO's captions file; instead of the data set's"
-    )
-    judge: str = Field(
-        default="zoo:judge", description="open_clip folder, zoo:NAME, or model name; not the one that filtered the data"
-    )
-    judge_pretrained: str | None = Field(
-        default=None, description="open_clip's weight tag when `judge` is a model name"
-    )
-    steps: list[int] = Field(default=[4, 2, 1], min_length=1, description="denoising steps of few-step students")
-    teacher_steps: int = Field(
-        default=25, ge=1, description="denoising steps of models without a few-step scheduler (LCM's, TCD's), by DPM++"
-    )
-    teacher_guidance: float = Field(
-        default=7.5, ge=0, description="their guidance scale, and that of students that take guidance"
-    )
-    count: int = Field(default=512, ge=2, description="prompts, one picture each")
-    among: int = Field(default=256, ge=2, description="texts that a picture's own competes with, itself included")
-    references: int = Field(default=2048, ge=2, description="reference pictures, from the data set")
-    seed: int = Field(default=0, ge=0, description="seed of the first picture, and of the order of the prompts")
-    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
-    threads: int = Field(default=2, ge=1, description="CPU threads")
-    attribute_words: dict[str, dict[str, list[str]]] = Field(
-        default={},
-        description="how prompts say an attribute's values, where not by the value itself: {gender: {man: [man, male], woman: [woman, female]}}; "
-        "the n-th word of one value answers to the n-th of another",
-    )
-    fidelity: bool = Field(default=False, description="also IS and FID on Inception features, by torch-fidelity")
-    fidelity_px: int = Field(default=256, ge=32, description="edge that pictures are resized to for those, pixels")
-
-    @model_validator(mode="after")
-    def _asks(self) -> EvaluateRecipe:
-        if self.data is None and self.prompts is None:
-            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
-        return self
-
-
-class PreferRecipe(Settings):
-    """Two models before people (`edgefusion trainer prefer`)."""
-
-    a: str = Field(description="pipeline folder, hub name or zoo:NAME")
-    b: str = Field(description="the other one; may be the same with other steps")
-    steps_a: int = Field(default=4, ge=1, description="denoising steps of A")
-    steps_b: int = Field(default=4, ge=1, description="denoising steps of B")
-    data: str | None = Field(default=None, description="packed data set whose prompts are drawn")
-    prompts: str | None = Field(
-        default=None, description="prompts, one a line, or COCO's captions file; instead of data"
-    )
-    count: int = Field(default=100, ge=2, description="pairs")
-    teacher_guidance: float = Field(default=7.5, ge=0, description="guidance scale of models without an LCM scheduler")
-    seed: int = Field(default=0, ge=0, description="of the pictures, the sides and each rater's order")
-    batch_images: int = Field(default=16, ge=1, description="pictures drawn at once")
-    threads: int = Field(default=2, ge=1, description="CPU threads")
-
-    @model_validator(mode="after")
-    def _asks(self) -> PreferRecipe:
-        if self.data is None and self.prompts is None:
-            raise ValueError("neither data nor prompts is given, so there is nothing to draw")
-        return self

@@ -88,6 +88,17 @@ def test_a_run_in_figures(out: Path) -> None:
     }
     assert {key: found.get(key) for key in wanted} == wanted
     assert ("edgefusion_kept_ratio",) not in found, "not known before selection"
+    assert ("edgefusion_training_gpu_busy_ratio", "adapt") not in found, "no GPU, no figure"
+
+
+def test_a_gpu_that_tells_is_shown(out: Path) -> None:
+    log = out / "training" / "adapt" / "metrics.jsonl"
+    log.write_text('{"step": 20, "steps": 100, "loss": 0.25, "images_per_s": 16.0, "gpu_percent": 87.0}\n')
+    assert parsed(prometheus_text(read_status(out)))["edgefusion_training_gpu_busy_ratio", "adapt"] == 0.87
+    app = typer.Typer()
+    app.command()(status)
+    said = CliRunner().invoke(app, [str(out)], env={"COLUMNS": "200"})
+    assert "2 steps/s, GPU 87%" in said.output
 
 
 LIVE = {

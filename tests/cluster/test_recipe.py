@@ -6,7 +6,7 @@ import yaml
 from cluster.errors import RecipeError
 from cluster.recipe import as_overrides, load_recipe, parse_yaml, recipe_digest
 from edgefusion import DEFAULT_RECIPE, Recipe
-from trainer.recipe import EvaluateRecipe
+from trainer.judging import EvaluateRecipe
 
 
 def test_the_shipped_recipes_validate() -> None:

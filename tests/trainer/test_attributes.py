@@ -13,8 +13,8 @@ from factory.pocket.evalset import read_evalset
 from factory.recipe import OpenClipScorer
 from factory.stages import encode_picture
 from trainer.attributes import agreement, ask
+from trainer.judging import EvaluateRecipe
 from trainer.measure import evaluate, table
-from trainer.recipe import EvaluateRecipe
 
 GENDER = {"gender": {"man": ["man", "male"], "woman": ["woman", "female"]}}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import trainer.measure as measure_module
-from cluster.errors import RecipeError, TargetUnavailable
+from cluster.errors import RecipeError
 from trainer.cli import app
+from trainer.judging import EvaluateRecipe
 from trainer.measure import evaluate, measure, read_questions, table
 from trainer.models import open_pipeline
-from trainer.recipe import EvaluateRecipe
 from trainer.sample import as_student
 
 
@@ -108,19 +106,40 @@ def test_without_references_distances_are_absent_and_say_why(tiny_models, studen
     assert "no cmmd" in str(table(report).caption)
 
 
-def test_coco_captions_are_read_one_a_picture(tiny_models, tmp_path) -> None:
-    rows = [
-        {"image_id": 2, "id": 7, "caption": "a dog "},
-        {"image_id": 1, "id": 9, "caption": "second"},
-        {"image_id": 1, "id": 3, "caption": "first"},
-    ]
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"annotations": rows}))
-    found = read_questions(recipe(tiny_models, None, "m", prompts=str(path)))
-    assert sorted(found.prompts) == ["a dog", "first"]
-    path.write_text("{}")
-    with pytest.raises(RecipeError, match="cannot be read as prompts"):
-        read_questions(recipe(tiny_models, None, "m", prompts=str(path)))
+def test_references_follow_the_number_of_pictures_and_fewer_are_said(tiny_models, student, data, tmp_path) -> None:
+    from PIL import Image
+
+    from trainer.measure import _FEWEST_REFERENCES
+
+    (tmp_path / "prompts.txt").write_text("".join(f"thing {i}\n" for i in range(14)))
+    asks = {"prompts": str(tmp_path / "prompts.txt")}
+    assert _FEWEST_REFERENCES == 2048
+    assert len(read_questions(recipe(tiny_models, data, "m", **asks)).references) == 12  # all that there are
+    assert len(read_questions(recipe(tiny_models, data, "m", **asks, references=5)).references) == 5
+    report = evaluate(recipe(tiny_models, data, student, **asks, references=5, count=14, steps=[1]), tmp_path / "out")
+    assert report["notes"] == ["5 reference pictures stand against 14 drawn ones: FIDs fall with both numbers"]
+    assert "5 reference pictures" in str(table(report).caption)
+    # The paper's set is a folder of pictures beside COCO's captions.
+    for i in range(3):
+        Image.fromarray(np.full((20, 30 + i, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    found = read_questions(recipe(tiny_models, tmp_path, "m", **asks))
+    assert [read().shape for read in found.references] == [(20, 20, 3)] * 3 and not found.paired
+    with pytest.raises(RecipeError, match="which say no prompts"):
+        read_questions(recipe(tiny_models, tmp_path, "m"))
+
+
+def test_the_judge_sees_pictures_at_the_size_that_is_asked_for(tiny_models, tmp_path) -> None:
+    from trainer.judge import Judge
+
+    class Sizes:
+        batch = 2
+
+        def pictures(self, pictures: list[np.ndarray], /) -> np.ndarray:
+            return np.array([picture.shape[:2] for picture in pictures])
+
+    pictures = [lambda: np.zeros((64, 64, 3), np.uint8)] * 3
+    assert Judge(Sizes(), "j", tmp_path, 32).embed("", pictures, "k", lambda *_: None).tolist() == [[32, 32]] * 3
+    assert Judge(Sizes(), "j", tmp_path).embed("", pictures, "k", lambda *_: None).tolist() == [[64, 64]] * 3
 
 
 def test_prompts_of_one_meaning_are_asked_once(tiny_models, tmp_path) -> None:
@@ -150,30 +169,6 @@ def test_a_better_model_scores_better() -> None:
     assert better["recall_at_1"]["low"] > worse["recall_at_1"]["high"]
     assert better["clip_score"]["low"] > worse["clip_score"]["high"]
     assert better["cmmd"]["value"] < worse["cmmd"]["value"] and better["fid_judge"]["high"] < worse["fid_judge"]["low"]
-
-
-def test_fidelity_without_its_package_is_refused_before_anything_is_drawn(
-    tiny_models, student, data, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(TargetUnavailable, match="pip install torch-fidelity"):
-        evaluate(recipe(tiny_models, data, student, fidelity=True), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_fidelity_gets_both_sets_at_the_published_size(tiny_models, student, data, tmp_path, monkeypatch) -> None:
-    from PIL import Image
-
-    def calculate_metrics(input1: str, input2: str, **_wanted: object) -> dict[str, float]:
-        sets = [sorted(Path(folder).iterdir()) for folder in (input1, input2)]
-        assert [len(part) for part in sets] == [12, 12]
-        assert all(Image.open(path).size == (64, 64) for part in sets for path in part)
-        return {"inception_score_mean": 3.0, "inception_score_std": 0.5, "frechet_inception_distance": 7.0}
-
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
-    report = evaluate(recipe(tiny_models, data, student, fidelity=True, fidelity_px=64, steps=[1]), tmp_path)
-    row = report["rows"][-1]
-    assert row["fid"]["value"] == 7.0 and row["inception_score"]["low"] == 2.5
 
 
 def test_one_prompt_beside_reference_pictures_is_refused_in_words(tiny_models, student, data, tmp_path) -> None:

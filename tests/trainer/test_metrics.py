@@ -14,6 +14,7 @@ from trainer.metrics import (
     cmmd_interval,
     frechet_distance,
     frechet_interval,
+    inception_interval,
     mean_interval,
     recall_hits,
 )
@@ -116,6 +117,26 @@ def test_the_quick_bootstrap_of_cmmd_is_the_plain_one(rng) -> None:
     assert list(quick) == pytest.approx(list(plain), rel=0.1)
 
 
+def test_the_inception_score_of_known_classes_and_its_interval(rng) -> None:
+    # Each of four classes for certain, equally often: exp(log 4). The same for all: 1.
+    certain = np.tile(np.eye(4) * 100, (25, 1))
+    assert inception_interval(certain, splits=1).value == pytest.approx(4)
+    assert inception_interval(np.ones((20, 4))).value == pytest.approx(1)
+    widths = []
+    for count in (100, 1600):
+        logits = rng.normal(size=(count, 6)) * 2
+        found = inception_interval(logits)
+        chunks = np.array_split(logits[np.random.RandomState(2020).permutation(count)], 10)
+        plain = []
+        for chunk in chunks:
+            p = np.exp(chunk) / np.exp(chunk).sum(axis=1, keepdims=True)
+            plain.append(np.exp((p * np.log(p / p.mean(axis=0))).sum(axis=1).mean()))
+        assert found.value == pytest.approx(np.mean(plain))
+        assert found.low < found.value < found.high
+        widths.append(found.high - found.low)
+    assert widths[1] < 0.5 * widths[0]
+
+
 @pytest.mark.parametrize(
     ("call", "word"),
     [
@@ -126,6 +147,7 @@ def test_the_quick_bootstrap_of_cmmd_is_the_plain_one(rng) -> None:
         (lambda: cmmd(np.eye(2), np.eye(3)), "one width"),
         (lambda: frechet_distance(np.eye(2)[:1], np.eye(2)), "at least two"),
         (lambda: mean_interval(np.zeros(0)), "cannot draw"),
+        (lambda: inception_interval(np.eye(4)), "do not divide into 10 splits"),
     ],
 )
 def test_what_no_metric_is_defined_on_is_refused(call, word) -> None:

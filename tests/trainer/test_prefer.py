@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from cluster.errors import CorruptShard, LedgerConflict
 from trainer.cli import app
+from trainer.judging import PreferRecipe
 from trainer.models import open_pipeline
 from trainer.prefer.server import PreferServer
 from trainer.prefer.study import Study, open_study
 from trainer.prefer.votes import Vote, VoteFile, tally
-from trainer.recipe import PreferRecipe
 from trainer.sample import as_student
 
 

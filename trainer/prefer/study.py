@@ -11,9 +11,9 @@ from typing import Any, Literal
 from cluster.errors import LedgerConflict
 from cluster.storage import publish_bytes
 from factory.models import fingerprint, quiet
+from trainer.judging import EvaluateRecipe, PreferRecipe
 from trainer.measure import Tick, draw, prepare, read_questions
 from trainer.prefer.votes import VOTES, VoteFile, tally
-from trainer.recipe import EvaluateRecipe, PreferRecipe
 
 STUDY, RESULT = "study.json", "preference.json"
 

@@ -21,11 +21,12 @@ from PIL import Image
 
 from cluster.storage import publish_bytes, publish_folder, sweep_partials
 from factory.models import quiet, resolve
+from trainer.judging import EvaluateRecipe
 from trainer.loop import train
 from trainer.measure import draw, evaluate, prepare, read_questions
 from trainer.mix import Source
 from trainer.models import open_pipeline
-from trainer.recipe import AdaptRecipe, DistillRecipe, EvaluateRecipe, TrainerRecipe
+from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 from trainer.reproduce.data import Say, ensure_data, ensure_evaluation
 from trainer.reproduce.recipe import TablesRecipe
 from trainer.sample import as_student, as_teacher, contact_sheet
