@@ -28,13 +28,16 @@ from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
 _LIMITS = (
-    ("factory", "plan", "writer", "max_cost"),
-    ("factory", "make", "captioner", "max_cost"),
+    *(
+        ("factory", *model, key)
+        for model in (("plan", "writer"), ("make", "captioner"))
+        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
+    ),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     ("trainer", "max_corrupt_share"),
 )
-"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
+"""Keys that decide nothing but when to stop or how a server is asked, and whose errors say to change them and to run the same command again."""
 
 
 class Recipe(Settings):
