@@ -29,13 +29,16 @@ from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
 _LIMITS = (
-    ("factory", "plan", "writer", "max_cost"),
-    ("factory", "make", "captioner", "max_cost"),
+    *(
+        ("factory", *model, key)
+        for model in (("plan", "writer"), ("make", "captioner"))
+        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
+    ),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     *(("trainer", *key) for key in IDLE),
 )
-"""Keys that decide nothing but where a run computes, when it saves and when it stops; errors say to change some of them and to run the same
+"""Keys that decide nothing but where a run computes, how a server is asked, when it saves and when it stops; errors say to change some of them and to run the same
 command again."""
 
 

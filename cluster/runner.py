@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from cluster.metrics import WorkerMetrics
 from cluster.places import TRAIN, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
-from cluster.stage import PENDING, Stage, Unit, Worker, apply
+from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
 
 _WINDOW_UNITS = 2048
 _WINDOW_UNITS_A_WORKER = 16
@@ -130,19 +130,27 @@ class Runner(Protocol):
 
 
 def make_runner(recipe: ClusterRecipe, events: Events = NOWHERE) -> Runner:
-    return InProcess(recipe.max_failures, events) if recipe.runner == "in-process" else OnRay(recipe, events)
+    return (
+        InProcess(recipe.max_failures, events, recipe.placed)
+        if recipe.runner == "in-process"
+        else OnRay(recipe, events)
+    )
 
 
 class InProcess:
     """Everything here, one unit after the other. A row that kills it kills the run; the next runs find and bury that row."""
 
-    def __init__(self, max_failures: int = 2, events: Events = NOWHERE) -> None:
-        self.max_failures, self.events = max_failures, events
+    def __init__(
+        self, max_failures: int = 2, events: Events = NOWHERE, place: Callable[[Stage], Stage] = lambda stage: stage
+    ) -> None:
+        """`place` says what the recipe gives a stage (`ClusterRecipe.placed`): here only whether it may use a GPU."""
+        self.max_failures, self.events, self._place = max_failures, events, place
         self._flow = Flow([])
 
     def run(self, stages: Sequence[Stage], units: Iterable[Unit], notes: Path | None = None) -> Iterator[Unit]:
         attempts = _attempts(notes, self.max_failures, trust_other_runs=True)
         workers: list[tuple[Stage, Worker]] = []
+        stages = [self._place(stage) for stage in stages]
         self._flow = Flow([(stage.name, 1) for stage in stages])
         for unit in units:
             # Opened late: a run with nothing left to do loads no models.
@@ -270,7 +278,7 @@ def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) ->
 def _opened(stage: Stage, events: Events) -> Worker:
     began = time.perf_counter()
     try:
-        worker = stage.open()
+        worker = open_stage(stage)
     except Exception as error:
         events.say("stage failed to open", "error", stage=stage.name, error=first_words(error))
         raise

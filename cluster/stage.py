@@ -8,6 +8,7 @@ not drop it. Knows nothing of what the rows mean but the two columns `id` and `o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,6 +45,26 @@ class Stage:
     """Of the cluster's own names, for a worker."""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of the nodes that may hold a worker (cluster/places.py)."""
+
+
+_GRANTED: ContextVar[float | None] = ContextVar("gpus granted", default=None)
+
+
+def open_stage(stage: Stage) -> Worker:
+    """Open a stage's worker, which may ask `gpus_granted` meanwhile."""
+    before = _GRANTED.set(stage.gpus)
+    try:
+        return stage.open()
+    finally:
+        _GRANTED.reset(before)
+
+
+def gpus_granted() -> float | None:
+    """GPUs of the stage that is being opened here; None outside of any, where whoever runs may use what there is.
+
+    It has to be asked: Ray leaves all GPUs of a machine visible to a worker that was given none.
+    """
+    return _GRANTED.get()
 
 
 @dataclass(frozen=True)

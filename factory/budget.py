@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.errors import StageError
 from cluster.storage import publish_bytes
 from cluster.usage import JOURNAL, Prices, Usage, read_usage
-from factory.recipe import OpenAiCaptioner, TransformersCaptioner
+from factory.recipe import CaptionerKeys, OpenAiCaptioner
 
 ASIDE = ".aside.json"
 """Ending of a note of what is set aside for a unit; it goes with the unit's last caption."""
@@ -99,7 +99,7 @@ class Budget:
         return self.prices.of(usage.input_tokens, usage.output_tokens) + usage.uncounted * self.longest
 
 
-def budget_of(captioner: TransformersCaptioner, folder: Path) -> Budget | None:
+def budget_of(captioner: CaptionerKeys, folder: Path) -> Budget | None:
     """What the captioner may spend on the data set whose journals lie in `folder`; None if nothing limits it."""
     if not isinstance(captioner, OpenAiCaptioner) or captioner.max_cost is None or not (prices := captioner.prices()):
         return None

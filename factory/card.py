@@ -20,7 +20,7 @@ from PIL import Image
 from cluster.storage import digest_file, publish_bytes
 from factory.models import fingerprint
 from factory.pack import MANIFEST, manifest_shards, read_shard
-from factory.recipe import FactoryRecipe, ScorerRecipe, TransformersCaptioner, TransformersWriter
+from factory.recipe import CaptionerKeys, FactoryRecipe, ScorerRecipe, ServerAccess, WriterKeys
 from factory.select import SUMMARY
 from factory.stages import decode_picture
 
@@ -161,11 +161,11 @@ def _scorer_mark(scorer: ScorerRecipe) -> tuple[str, str]:
     return (scorer.weights, _short(fingerprint(scorer.weights))) if scorer.kind == "aesthetic" else (scorer.label(), "")
 
 
-def _mark(model: TransformersWriter | TransformersCaptioner) -> str:
+def _mark(model: WriterKeys | CaptionerKeys) -> str:
     """A served model has no files to take a digest of."""
-    if model.kind == "openai":
+    if isinstance(model, ServerAccess):
         return "by a server"
-    return _short(fingerprint(model.model, model.revision if isinstance(model, TransformersCaptioner) else None))
+    return _short(fingerprint(model.model, getattr(model, "revision", None)))
 
 
 def _short(mark: str) -> str:

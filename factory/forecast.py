@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from cluster.errors import EdgeFusionError
 from cluster.machine import load_per_core
 from factory.make import select_and_pack
 from factory.plan import make_plan
-from factory.probing import gpu_bytes, timed, tried
+from factory.probing import cores_a_gpu, gpu_bytes, timed, tried
 from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
 from factory.shares import wilson
-from factory.sizes import BatchProbe, StageProbe
+from factory.sizes import LOOKING, BatchProbe, StageProbe
 from factory.stages import make_stages
 from factory.units import planned_units
 
@@ -47,6 +47,10 @@ class Probe:
     batches: tuple[BatchProbe, ...] = ()
     gpu_bytes: int = 0
     """Memory of the GPU; 0 without one."""
+    on_gpu: tuple[StageProbe, ...] = ()
+    """Stages that the recipe leaves on the CPU, on the GPU."""
+    cores: int = 0
+    """For each GPU of this machine; 0 without one."""
 
     def kept_interval(self) -> tuple[float, float]:
         """95% interval of the kept share (Wilson)."""
@@ -88,12 +92,16 @@ def probe(
         units = planned_units(folder, short.make.unit_images)
         stages: list[StageProbe] = []
         batches: list[BatchProbe] = []
+        on_gpu: list[StageProbe] = []
         for stage in make_stages(short.make, folder):
             before = units
             tell(stage.name)
             units, found = timed(stage, units, _batch(short, stage.name))
             stages.append(found)
             batches += tried(short, stage.name, folder, before, tell) if sizes else []
+            if sizes and gpu_bytes() and stage.name in LOOKING and not stage.gpus:
+                tell(f"{stage.name}, on the GPU")
+                on_gpu.append(timed(replace(stage, gpus=1.0), before, _batch(short, stage.name))[1])
         tell("select")
         funnel = select_and_pack(short, folder)
         made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))
@@ -112,6 +120,8 @@ def probe(
         device=device(),
         batches=tuple(batches),
         gpu_bytes=gpu_bytes(),
+        on_gpu=tuple(on_gpu),
+        cores=cores_a_gpu(),
     )
 
 
@@ -172,6 +182,10 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
     for stage in found.stages:
         rate = f"{1 / stage.per_sample_s:10.2f} samples/s" if stage.samples and stage.seconds else "        no samples"
         told.append(f"  {stage.name:7} {rate}, opened in {stage.open_s:.1f} s")
+    for stage in found.on_gpu:
+        told.append(
+            f"  {stage.name:7} {1 / stage.per_sample_s:10.2f} samples/s on the GPU, which the recipe does not give it"
+        )
     told.append(
         f"  kept    {found.kept} of {found.samples} ({low:.0%} to {high:.0%} at 95%), dead {found.dead}; "
         f"{(found.bytes_made + found.bytes_packed) / found.samples / 1024:.1f} KiB a sample"

@@ -10,7 +10,13 @@ from cluster.needs import RunView, need_of
 from factory.recipe import FactoryRecipe
 from factory.stages import make_stages
 
-_OWN_SERVER = ("environment", "server")
+_OWN_SERVER = ("environment", "server", "revision")
+_ANOTHER_SERVER = (
+    "factory.plan.writer.kind=openai",
+    "factory.plan.writer.base_url={url}",
+    "factory.plan.writer.key_variable=OPENAI_API_KEY",
+)
+"""The launch files give such a server's key by that name."""
 
 
 def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
@@ -30,7 +36,7 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
         samples=plan.prompts * plan.images_per_prompt,
         unit_images=recipe.make.unit_images,
         vllm_model=plan.writer.model if served else "",
-        server_settings=("factory.plan.writer.kind=openai", "factory.plan.writer.base_url={url}") if served else (),
+        server_settings=_ANOTHER_SERVER if served else (),
         server_drops=tuple(f"~factory.plan.writer.{name}" for name in own),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.errors import StageError
-from cluster.stage import PENDING, Row, Stage, Unit, Worker, apply
+from cluster.stage import PENDING, Row, Stage, Unit, Worker, apply, open_stage
 from factory.recipe import FactoryRecipe
-from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, teacher_of_key, with_size
+from factory.sizes import ON_GPUS, BatchProbe, StageProbe, batch_keys, batches_to_try, teacher_of_key, with_size
 from factory.stages import make_stages
 from factory.teachers import teacher_of
 
@@ -79,8 +80,16 @@ def gpu_bytes() -> int:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
+def cores_a_gpu() -> int:
+    """CPU cores of this machine for each of its GPUs; 0 without one."""
+    import torch
+
+    return len(os.sched_getaffinity(0)) // torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _opened(stage: Stage, rows: list[Row]) -> tuple[Worker, float]:
-    """A worker that has done `rows` once to warm up, and the seconds it took to open."""
+    """A worker that has done `rows` once to warm up, and the seconds it took to open. What GPUs are rented for is probed on one even where
+    the recipe gives it none yet."""
     import torch
 
     if torch.cuda.is_available():
@@ -88,7 +97,7 @@ def _opened(stage: Stage, rows: list[Row]) -> tuple[Worker, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    worker = stage.open()
+    worker = open_stage(replace(stage, gpus=stage.gpus or float(stage.name in ON_GPUS)))
     open_s = time.perf_counter() - began
     if not stage.whole and rows:
         apply(stage, worker, Unit("warm", _copies(rows)))

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from factory.recipe import FactoryRecipe, MakeRecipe
 
 _HEADROOM = 1.1
@@ -24,7 +22,12 @@ _FULL = 0.98
 _MOST_SHARING = 4
 _MEMORY = 0.9
 """Of a GPU, what its workers may take together."""
-_ON_GPUS = ("render", "caption")
+ON_GPUS = ("render", "caption")
+"""What GPUs are rented for."""
+LOOKING = ("crop", "score")
+"""Stages of CLIP: cheap on a CPU beside a slow teacher, and no longer beside many."""
+_LOOKERS = 0.1
+"""Of a GPU, what is set aside for those who score beside a teacher."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,23 @@ class _Sizes:
     share: float
     """GPUs of a worker of render or caption."""
     score_workers: int
+    look_share: float = 0.0
+    """GPUs of a worker of score, and of crop."""
 
     def rates(self, gpus: int) -> dict[str, float]:
         """Samples a second of each stage that took any time."""
         found: dict[str, float] = {}
-        for stage in self.stages:
-            if stage.samples and stage.seconds:
-                found[stage.name] = self._workers(stage.name, gpus) / stage.per_sample_s
-                if stage.name in _ON_GPUS and stage.device_s and self.share:
-                    # Several that share a GPU are no faster than the model is on it.
-                    own = math.ceil(round(self._workers(stage.name, gpus) * self.share, 6))
-                    found[stage.name] = min(found[stage.name], own * stage.samples / stage.device_s)
+        shares = {stage.name: self.share if stage.name in ON_GPUS else self.look_share for stage in self.stages}
+        done = [s for s in self.stages if s.samples and s.seconds]
+        on_gpu = [s for s in done if s.device_s and s.name in (*ON_GPUS, *LOOKING) and shares[s.name]]
+        # Those that share a GPU are together no faster than their models are on it.
+        a_sample_s = sum(s.device_s / s.samples for s in on_gpu)
+        for stage in done:
+            found[stage.name] = self._workers(stage.name, gpus) / stage.per_sample_s
+            if stage in on_gpu:
+                own = math.ceil(round(self._workers(stage.name, gpus) * shares[stage.name], 6))
+                own = min(gpus, own if stage.name in ON_GPUS else gpus)
+                found[stage.name] = min(found[stage.name], max(1, own) / a_sample_s)
         return found
 
     def hours(self, samples: int, gpus: int) -> float:
@@ -121,10 +130,10 @@ class _Sizes:
         return max(s.open_s + samples / rates[s.name] if s.name in rates else s.open_s for s in self.stages) / 3600
 
     def _workers(self, name: str, gpus: int) -> int:
-        if name in _ON_GPUS:
+        if name in ON_GPUS:
             room = math.floor(gpus / self.share + 1e-6) if self.share else self.render_workers
             return max(1, min(self.render_workers, room))
-        return self.score_workers if name in ("score", "crop") else 1
+        return self.score_workers if name in LOOKING else 1
 
 
 def batch_keys(recipe: MakeRecipe) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -168,11 +177,14 @@ def propose(
     gpus: int,
     price: float | None,
     gpu_bytes: int = 0,
+    on_gpu: Sequence[StageProbe] = (),
+    cores: int = 0,
 ) -> Proposal:
-    """Sizes for `samples` samples on `gpus` GPUs (workers of the kind that was probed), each of `gpu_bytes`, 0 if it was none."""
+    """Sizes for `samples` samples on `gpus` GPUs (workers of the kind that was probed), each of `gpu_bytes`, 0 if it was none, and with
+    `cores` of the CPU, 0 if nobody knows. `on_gpu`: how fast stages are there that the recipe leaves on the CPU."""
     make, units = recipe.make, -(-samples // recipe.make.unit_images)
-    now = _Sizes(tuple(stages), make.render_workers, make.render_gpus, make.score_workers)
-    on_gpus = next((stage for stage in stages if stage.name in _ON_GPUS and stage.samples), None)
+    now = _Sizes(tuple(stages), make.render_workers, make.render_gpus, make.score_workers, make.score_gpus)
+    on_gpus = next((stage for stage in stages if stage.name in ON_GPUS and stage.samples), None)
     steps: list[Step] = []
     notes: list[str] = []
 
@@ -180,6 +192,10 @@ def propose(
         return None if price is None else hours * gpus * price
 
     def change(key: str, before: Any, after: Any, sizes: _Sizes) -> _Sizes:
+        earlier = next((step for step in steps if step.key == key), None)
+        if earlier is not None:
+            steps.remove(earlier)
+            before = earlier.before
         if before == after:
             return sizes
         hours = sizes.hours(samples, gpus)
@@ -201,17 +217,35 @@ def propose(
         sharing, why = _sharing(stage, gpu_bytes)
         notes += [why] if why else []
         workers = max(1, min(gpus * sharing, units))
-        share = math.floor(100 / sharing) / 100 if gpu_bytes and make_uses_gpu(make) else make.render_gpus
-        share = int(share) if share == int(share) else share
+        taken = math.ceil(make.score_workers / gpus) * (make.score_gpus + (0 if make.painters() else make.crop_gpus))
+        share = _part(1 - taken, sharing) if gpu_bytes and make_uses_gpu(make) else make.render_gpus
         # The share first: without room on the GPUs, more workers are not started.
         now = change("factory.make.render_gpus", make.render_gpus, share, replace(now, share=share))
         now = change("factory.make.render_workers", make.render_workers, workers, replace(now, render_workers=workers))
         pace = now.rates(gpus)[stage.name]
-        needed = [pace * s.per_sample_s * _HEADROOM for s in now.stages if s.name in ("score", "crop") and s.samples]
+        needed = [pace * s.per_sample_s * _HEADROOM for s in now.stages if s.name in LOOKING and s.samples]
         scorers = max(1, min(math.ceil(round(max(needed, default=1.0), 6)), units))
     else:
         scorers = max(1, min(gpus, units))
-    now = change("factory.make.score_workers", make.score_workers, scorers, replace(now, score_workers=scorers))
+    if make.score_gpus:
+        scorers = max(scorers, make.score_workers)  # their GPUs are set aside already
+    there = max(1, cores * gpus // make.threads) if cores else scorers
+    short = on_gpus is None or scorers > there
+    better = _looking_on_gpus(now, on_gpu, gpus, units) if short and not make.score_gpus else None
+    few = replace(now, score_workers=min(scorers, there))
+    if better and on_gpus is not None and on_gpus.name == "caption":
+        notes.append(
+            f"{scorers} scoring workers want more cores than there are: give crop and score a GPU of their own (crop_gpus, score_gpus), "
+            "and one captioning worker less"
+        )
+    elif better and better.hours(samples, gpus) * _WORTH < few.hours(samples, gpus):
+        now = change("factory.make.render_gpus", now.share, better.share, replace(now, share=better.share))
+        now = change("factory.make.score_workers", make.score_workers, better.score_workers, better)
+        now = change("factory.make.score_gpus", make.score_gpus, better.look_share, now)
+        if not make.painters():
+            now = change("factory.make.crop_gpus", make.crop_gpus, better.look_share, now)
+    if not now.look_share or make.score_gpus:
+        now = change("factory.make.score_workers", make.score_workers, scorers, replace(now, score_workers=scorers))
     rates = now.rates(gpus)
     limit = min(rates, key=lambda name: rates[name]) if rates else ""
     if limit == "commit":
@@ -221,6 +255,28 @@ def propose(
         f"{now.score_workers} scoring workers want {cores} cores, render and caption {make.threads} for each worker"
     )
     return Proposal(gpus, begun, cost(begun), tuple(steps), limit, tuple(notes))
+
+
+def _part(room: float, workers: int) -> float:
+    """What each of some workers takes of the room on a GPU, in hundredths, rounded down: together they fit."""
+    share = math.floor(round(100 * room / workers, 6)) / 100
+    return int(share) if share == int(share) else share
+
+
+def _looking_on_gpus(now: _Sizes, on_gpu: Sequence[StageProbe], gpus: int, units: int) -> _Sizes | None:
+    """Score, and crop, on the GPUs: beside the teacher as many on each as keep up with it, or a GPU for both; None if nobody timed them."""
+    timed = {stage.name: stage for stage in on_gpu if stage.samples}
+    if not all(stage.name in timed for stage in now.stages if stage.name in LOOKING):
+        return None
+    stages = tuple(timed.get(stage.name, stage) for stage in now.stages)
+    main = next((stage for stage in stages if stage.name in ON_GPUS), None)
+    if main is None:
+        return replace(now, stages=stages, score_workers=max(1, min(gpus, units)), look_share=_part(1, 2))
+    each = math.ceil(round(now.rates(gpus)[main.name] * timed["score"].per_sample_s * _HEADROOM / gpus, 6))
+    share = _part(now.share * (1 - _LOOKERS), 1)
+    return replace(
+        now, stages=stages, share=share, score_workers=min(each * gpus, units), look_share=_part(_LOOKERS, each)
+    )
 
 
 def make_uses_gpu(make: MakeRecipe) -> bool:
@@ -295,32 +351,3 @@ def _sharing(stage: StageProbe, gpu_bytes: int) -> tuple[int, str]:
     if wanted > room:
         return room, f"{told}; {wanted} workers a GPU would keep it at work, but it holds {room}"
     return wanted, told + (f"; {wanted} workers share a GPU (reckoned, not tried)" if wanted > 1 else "")
-
-
-def lines(proposal: Proposal) -> list[str]:
-    """In words, with what can be pasted into the recipe."""
-    if not proposal.steps:
-        return ["sizes: as they stand no stage waits for another", *(f"  {note}" for note in proposal.notes)]
-    told = [f"sizes for {proposal.gpus} GPUs or workers of this kind, changed one after the other (hours of make):"]
-    told.append(f"  {'as the recipe stands':44} {_span(proposal.hours)}{_money(proposal.cost)}")
-    for step in proposal.steps:
-        what = f"{step.key.removeprefix('factory.make.')} {step.before} -> {step.after}"
-        told.append(f"  {what:44} {_span(step.hours)}{_money(step.cost)}")
-    told += [f"  then {proposal.limit} sets the pace", *(f"  {note}" for note in proposal.notes)]
-    told += ["to paste into the recipe:", *yaml.safe_dump(proposal.tree(), sort_keys=False).rstrip().splitlines()]
-    told.append("or: " + " ".join(f"--set {step.key}={step.after}" for step in proposal.steps))
-    return told
-
-
-def _money(cost: float | None) -> str:
-    return "" if cost is None else f"  cost {cost:,.2f}"
-
-
-def _span(hours: float) -> str:
-    return (
-        f"{hours * 3600:8,.0f} s  "
-        if hours < 1 / 30
-        else f"{hours * 60:8,.0f} min"
-        if hours < 2
-        else f"{hours:8,.1f} h  "
-    )

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cluster.stage import Row, Stage
+from cluster.stage import DEAD, Row, Stage
 from cluster.usage import JOURNAL
 from factory.budget import budget_of
 from factory.ingest import fetch
 from factory.ledger import commit_unit
-from factory.models import set_threads
+from factory.models import pick_device, set_threads
+from factory.models.answers import NoAnswer
 from factory.pixels import decode_picture, open_crops
 from factory.recipe import CropRecipe, MakeRecipe
 from factory.scorers import Batch, OpenedScorers, scores_of
@@ -39,7 +40,9 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
     if recipe.painters():
         first = [Stage("render", lambda: _Render(recipe), recipe.render_workers, cpus=1, gpus=recipe.render_gpus)]
     else:
-        first = [Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5)]
+        first = [
+            Stage("crop", lambda: _Crop(recipe, folder), recipe.score_workers, cpus=0.5, gpus=recipe.crop_gpus),
+        ]
         if recipe.captioner is not None:
             first.append(
                 Stage(
@@ -52,7 +55,7 @@ def make_stages(recipe: MakeRecipe, folder: Path) -> list[Stage]:
             )
     return [
         *first,
-        Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5),
+        Stage("score", lambda: _Score(recipe), recipe.score_workers, cpus=0.5, gpus=recipe.score_gpus),
         Stage("commit", lambda: _Commit(recipe, folder), 1, cpus=0.1, whole=True),
     ]
 
@@ -63,6 +66,9 @@ class _Render:
     def __init__(self, recipe: MakeRecipe) -> None:
         set_threads(recipe.threads)
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
+        self.device = (
+            pick_device()
+        )  # asked now: a teacher that is opened later is opened outside of the stage's opening
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
         self.painter: Painter | None = None
         self.late_s = 0.0
@@ -91,7 +97,7 @@ class _Render:
         if self.painter is None or name != self.name:
             self.painter = None  # the next one may need its memory
             key, began = f"factory.make.teachers.{name}" if name else "factory.make.teacher", time.perf_counter()
-            self.painter, self.name = Painter(self.teachers[name], key), name
+            self.painter, self.name = Painter(self.teachers[name], key, self.device), name
             self.late_s += time.perf_counter() - began
         return self.painter
 
@@ -106,12 +112,15 @@ class _Crop:
         self.folder = folder
         self.recipe, self.kind = recipe.crop or CropRecipe(), recipe.picture_kind
         self.clip = Clip(recipe.scorer)
+        self.device_s = 0.0
+        """Seconds in CLIP."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        found = [self._open(row) for row in rows]
+        found, began = [self._open(row) for row in rows], time.perf_counter()
         # Every crop of every row in one list: short batches would be filled up with copies.
         seen = self.clip.pictures([crop for some, _ in found for crop in some])
         texts, done, start = self.clip.texts([row["prompt"] for row in rows]), list[Row](), 0
+        self.device_s += time.perf_counter() - began
         for i, (row, (some, (height, width))) in enumerate(zip(rows, found, strict=True)):
             own = seen[start : start + len(some)]
             start += len(some)
@@ -165,7 +174,14 @@ class _Caption:
         with self.budget.set_aside(journal, len(rows)) if self.budget else nullcontext():
             captions = self.model.describe(pictures)
         self.device_s += time.perf_counter() - began
-        return [{**row, "prompt": caption, READ: None} for row, caption in zip(rows, captions, strict=True)]
+        return [_captioned(row, caption) for row, caption in zip(rows, captions, strict=True)]
+
+
+def _captioned(row: Row, caption: str) -> Row:
+    """Dead where a server would not describe this one picture: others are no worse for it."""
+    if isinstance(caption, NoAnswer):
+        return {**row, "outcome": DEAD, "reason": f"caption: {caption.why}"[:300]}
+    return {**row, "prompt": caption, READ: None}
 
 
 class _Score:
@@ -174,15 +190,19 @@ class _Score:
 
         set_threads(recipe.threads)
         self.clip, self.further = Clip(recipe.scorer), OpenedScorers(recipe)
+        self.device_s = 0.0
+        """Seconds in CLIP and the further scorers."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         pictures = [decode_picture(row["picture"]) for row in rows]
         prompts = [row["prompt"] for row in rows]
         seen, read = _known(rows, SEEN), _known(rows, READ)
+        began = time.perf_counter()
         seen = self.clip.pictures(pictures) if seen is None else seen
         read = self.clip.texts(prompts) if read is None else read
         scores = (seen * read).sum(axis=1)
         further = self.further(Batch(pictures, prompts, seen))
+        self.device_s += time.perf_counter() - began
         return [
             {
                 **{name: value for name, value in row.items() if name not in (SEEN, READ)},

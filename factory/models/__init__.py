@@ -11,7 +11,8 @@ import os
 from functools import cache
 from pathlib import Path
 
-from cluster.errors import RecipeError
+from cluster.errors import RecipeError, StageError
+from cluster.stage import gpus_granted
 from cluster.storage import digest_file
 
 ZOO = Path(__file__).parent.parent / "pocket" / "models"
@@ -49,6 +50,24 @@ def fingerprint(model: str, revision: str | None = None) -> str:
     for file in files:
         digest.update(f"{file.relative_to(place)} {digest_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def pick_device(wanted: str = "auto", where: str = "") -> str:
+    """`cuda` where there is one and the stage that is being opened was given some of it, else `cpu`. Raises StageError where `wanted` is
+    `cuda` and cannot be had; `where` is the recipe's key."""
+    import torch
+
+    granted = gpus_granted() != 0
+    if wanted == "cuda" and not (granted and torch.cuda.is_available()):
+        why = "PyTorch finds none on this machine" if granted else "the stage was given none"
+        raise StageError(
+            f"a GPU is asked for, and {why}",
+            where=where,
+            remedy="Say `auto` or `cpu`"
+            if granted
+            else "Give its workers one (factory.make.render_gpus), or say `auto`",
+        )
+    return "cuda" if wanted != "cpu" and granted and torch.cuda.is_available() else "cpu"
 
 
 def set_threads(threads: int) -> None:

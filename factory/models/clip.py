@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import StageError
-from factory.models import quiet, resolve
+from factory.models import pick_device, quiet, resolve
 from factory.models.memory import BatchSize
 from factory.recipe import OpenClipScorer
 
@@ -18,7 +18,6 @@ class Clip:
 
     def __init__(self, recipe: OpenClipScorer) -> None:
         import open_clip
-        import torch
 
         quiet()
         local = recipe.pretrained is None
@@ -32,7 +31,7 @@ class Clip:
                 f"the scorer {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
                 remedy="Check factory.make.scorer: a folder with open_clip_config.json, or a model name with `pretrained`",
             ) from error
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = pick_device()
         self.model: Any = model.float().eval().to(self.device)
         self.batch = recipe.batch_images
         self._size = BatchSize(recipe.batch_images, "factory.make.scorer.batch_images")

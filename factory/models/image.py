@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import StageError
-from factory.models import quiet, resolve
+from factory.models import pick_device, quiet, resolve
 from factory.models.memory import BatchSize
 from factory.recipe import DiffusersTeacher
 
@@ -15,8 +15,8 @@ from factory.recipe import DiffusersTeacher
 class Painter:
     """An opened pipeline."""
 
-    def __init__(self, recipe: DiffusersTeacher, key: str = "factory.make.teacher") -> None:
-        """`key` is where the recipe says so: errors name it."""
+    def __init__(self, recipe: DiffusersTeacher, key: str = "factory.make.teacher", device: str | None = None) -> None:
+        """`key` is where the recipe says so: errors name it. `device` is the best that may be used if left out."""
         import diffusers
         import torch
 
@@ -40,7 +40,7 @@ class Painter:
             ) from error
         pipeline.scheduler = samplers[recipe.sampler].from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        self.pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipeline = pipeline.to(device or pick_device())
 
     def paint(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray]:
         """Pictures H x W x 3 uint8, one a prompt. Neighbours and retries change no bit."""

@@ -25,29 +25,75 @@ from cluster.machine import cache_folder
 from cluster.served import Served, ServerRecipe, Service
 from cluster.usage import Meter, Prices
 from factory.models import resolve
+from factory.models.answers import NoAnswer
+from factory.recipe.plan import ServerAccess
 
-_TRIES = 5
 _LONGEST_WAIT_S = 60.0
 _MAX_ANSWER_BYTES = 16 << 20
 _MAX_REASON_BYTES, _SHOWN_LETTERS = 4096, 300
-_NO_KEY = "none"
+_REFUSED = (400, 413, 422)
+"""What servers answer to one question that they will not take: moderated, too long, too large. They answer the same to a wrong parameter."""
 _NAME = "own"
 """What a model is called on a server of ours."""
 
 
-class Endpoint:
-    """Somebody's server, and the name of a model there. The key comes from OPENAI_API_KEY."""
+class Refusal(NoAnswer):
+    """In place of an answer: the server would not take this one question, and why in its own words."""
 
-    def __init__(self, base_url: str, model: str, prices: Prices | None = None) -> None:
+
+class _Refused(Exception):
+    """Its text is the server's words."""
+
+
+class Endpoint:
+    """Somebody's server, and the name of a model there. A key is sent only where `access` names the variable that holds it."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        prices: Prices | None = None,
+        access: ServerAccess | None = None,
+        where: str = "the recipe",
+    ) -> None:
+        """`where` is the recipe's key that says all this: errors name it. Raises StageError if a key is named that is not there."""
         self._base_url, self.model, self.meter = base_url.rstrip("/"), model, Meter(prices)
+        self.access, self.where = access or ServerAccess(), where
+        self._answered, self._asking = False, Lock()
+        if self.access.key_variable is not None and not os.environ.get(self.access.key_variable):
+            raise StageError(
+                f"the environment has no variable {self.access.key_variable}, which is to hold the server's key",
+                where=f"{where}.key_variable",
+                remedy=f"export {self.access.key_variable}=... where the run starts, on a cluster on every node; or name another variable",
+            )
 
     @property
     def url(self) -> str:
         return self._base_url
 
     @property
-    def key(self) -> str:
-        return os.environ.get("OPENAI_API_KEY", _NO_KEY)
+    def key(self) -> str | None:
+        """None where the recipe names no variable: keys of other servers must not come here."""
+        name = self.access.key_variable
+        return os.environ.get(name) if name else None
+
+    def has_answered(self) -> None:
+        """From now on what is refused is refused for its own sake."""
+        self._answered = True
+
+    def see_that_it_answers(self, harmless: Mapping[str, Any]) -> None:
+        """After a first refusal: raises StageError if the server refuses a harmless question with the same parameters too."""
+        with self._asking:
+            if self._answered:
+                return
+            try:
+                ask(self, harmless)
+            except _Refused as again:
+                raise StageError(
+                    f"the model server refuses every question, a harmless one too: {again}",
+                    where=self.url,
+                    remedy=f"Mend what {self.where} asks of it: the model's name, max_new_tokens, temperature, template, api; then run again",
+                ) from None
 
     @property
     def life(self) -> int:
@@ -65,7 +111,7 @@ class _Own(Endpoint):
     """A server that this process started."""
 
     def __init__(self, served: Served) -> None:
-        super().__init__("", _NAME)
+        super().__init__("", _NAME, where="`server.arguments`, or what the recipe")
         self._served, self._one_at_a_time = served, Lock()
 
     @property
@@ -73,7 +119,7 @@ class _Own(Endpoint):
         return f"{self._served.url}/v1"
 
     @property
-    def key(self) -> str:
+    def key(self) -> str | None:
         return self._served.key
 
     @property
@@ -123,24 +169,28 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
 
     Every answer is noted by the endpoint's meter. Tried again, ever more slowly, when the server is busy or away, and not before it says
     (Retry-After, at most a minute); a server of our own that died is started again as often as its recipe
-    says. Raises StageError when it stays away or answers what is no answer.
+    says. Raises StageError when it stays away or answers what is no answer, and _Refused (see `ask_or_refusal`).
     """
     what = "chat/completions" if "messages" in body else "completions"
     failure: Exception | None = None
     attempt = 0
-    while attempt < _TRIES:
+    while attempt < endpoint.access.tries:
         life, asked_wait_s = endpoint.life, 0.0
         try:
-            answer = _post(f"{endpoint.url}/{what}", {"model": endpoint.model, **body}, endpoint.key)
+            answer = _post(endpoint, what, {"model": endpoint.model, **body})
             endpoint.meter.add(answer)
             choice = answer["choices"][0]
             text = choice["message"]["content"] if "messages" in body else choice["text"]
+            endpoint.has_answered()
             return (text or "").strip()  # null is how some servers say that the model refused
         except urllib.error.HTTPError as error:
             if error.code == 400 and "response_format" in body:
                 body = {name: value for name, value in body.items() if name != "response_format"}
                 continue  # a server that does not know it; the template asks for JSON too
-            failure = ValueError(f"{error}{_said(error, endpoint.key)}")
+            words = f"{error}{_said(error, endpoint.key)}"
+            if error.code in _REFUSED:
+                raise _Refused(words) from None
+            failure = ValueError(words)
             if error.code not in (408, 429) and error.code < 500:
                 break  # our own fault: asking again changes nothing
             asked_wait_s = _retry_after(error)
@@ -151,20 +201,32 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], wait_s: float = 1.0) -> str
         endpoint.mend()
         if endpoint.life == life:
             attempt += 1
-            if attempt < _TRIES:
+            if attempt < endpoint.access.tries:
                 time.sleep(max(wait_s * 2 ** (attempt - 1), asked_wait_s))
     raise StageError(
         f"the model server did not answer: {failure}",
         where=endpoint.url,
-        remedy="Start it, check the model's name, what the recipe asks of it and OPENAI_API_KEY, then run again",
+        remedy=f"Start it, check the model's name, what {endpoint.where} asks of it and "
+        f"{endpoint.access.key_variable or 'whether it wants a key (key_variable names none)'}, then run again",
     ) from failure
 
 
-def _said(error: urllib.error.HTTPError, key: str) -> str:
+def ask_or_refusal(endpoint: Endpoint, body: Mapping[str, Any], harmless: Mapping[str, Any]) -> str:
+    """As `ask`, but a Refusal where the server takes other questions and not this one. Raises StageError if it takes none: before any
+    answer came, `harmless`, the same question about nothing, is asked to tell the two apart."""
+    try:
+        return ask(endpoint, body)
+    except _Refused as refused:
+        words = str(refused)
+    endpoint.see_that_it_answers(harmless)
+    return Refusal(f"the model server refused it: {words}")
+
+
+def _said(error: urllib.error.HTTPError, key: str | None) -> str:
     """What the server gives as its reason, on one line; some repeat the key that they were shown."""
     with contextlib.suppress(OSError, http.client.HTTPException):
         words = " ".join(error.read(_MAX_REASON_BYTES).decode(errors="replace").split())
-        words = words if key == _NO_KEY else words.replace(key, "***")
+        words = words.replace(key, "***") if key else words
         return f" ({words[:_SHOWN_LETTERS]})" if words else ""
     return ""
 
@@ -182,10 +244,12 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
     return min(max(asked_s, 0.0), _LONGEST_WAIT_S) if math.isfinite(asked_s) else 0.0
 
 
-def _post(url: str, body: Mapping[str, Any], key: str) -> Any:
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
-    with _opener(url).open(request, timeout=120) as answer:
+def _post(endpoint: Endpoint, what: str, body: Mapping[str, Any]) -> Any:
+    url, key = f"{endpoint.url}/{what}", endpoint.key
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")  # who is redirected to was not named
+    with _opener(url).open(request, timeout=endpoint.access.timeout_s) as answer:
         data = answer.read(_MAX_ANSWER_BYTES + 1)
     if len(data) > _MAX_ANSWER_BYTES:
         raise ValueError(f"it is over {_MAX_ANSWER_BYTES >> 20} MiB long")

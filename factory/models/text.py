@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
-from factory.models import quiet, resolve
-from factory.models.answers import Answer, read_answer
-from factory.models.server import Endpoint, ask, serve_vllm
-from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter
+from factory.models import pick_device, quiet, resolve
+from factory.models.answers import read_answer
+from factory.models.server import Endpoint, Refusal, ask_or_refusal, serve_vllm
+from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter, WriterKeys
+
+_KEY = "factory.plan.writer"
 
 Record = Mapping[str, str]
 
@@ -29,21 +31,23 @@ class PromptWriter(Protocol):
     def close(self) -> None: ...
 
 
-def open_writer(recipe: TransformersWriter, log: Path | None = None) -> PromptWriter:
+def open_writer(recipe: WriterKeys, log: Path | None = None) -> PromptWriter:
     """`log` is where a server that the writer starts for itself says what it does; close the writer to stop it."""
     if isinstance(recipe, OpenAiWriter):
-        server = Endpoint(recipe.base_url, recipe.model, recipe.prices())
-        return _Asked(recipe, recipe.api, server, recipe.answer, recipe.concurrent)
+        server = Endpoint(recipe.base_url, recipe.model, recipe.prices(), recipe, _KEY)
+        return _Asked(recipe, recipe.api, server, recipe.concurrent)
     if isinstance(recipe, VllmWriter):
         if recipe.environment is None:
             return _Vllm(recipe)
-        served = serve_vllm(recipe.model, recipe.environment, recipe.server, "the prompt writer's vLLM", log)
+        name = "the prompt writer's vLLM"
+        served = serve_vllm(recipe.model, recipe.environment, recipe.server, name, log, recipe.revision)
         return _Asked(recipe, recipe.api, served)
+    assert isinstance(recipe, TransformersWriter)
     return _Transformers(recipe)
 
 
 @contextmanager
-def opened_late(recipe: TransformersWriter, log: Path) -> Generator[Callable[[], PromptWriter]]:
+def opened_late(recipe: WriterKeys, log: Path) -> Generator[Callable[[], PromptWriter]]:
     """A function that gives the writer, opened at the first call and closed with the block."""
     opened: list[PromptWriter] = []
 
@@ -84,15 +88,17 @@ class _Transformers(_Here):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         quiet()
-        self.recipe, place = recipe, resolve(recipe.model)
+        self.recipe, place, commit = recipe, resolve(recipe.model), recipe.revision
+        self.device = pick_device(recipe.device, f"{_KEY}.device")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(place, padding_side="left")
-            self.model: Any = AutoModelForCausalLM.from_pretrained(place, dtype="float32").eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=commit, padding_side="left")
+            model: Any = AutoModelForCausalLM.from_pretrained(place, revision=commit, dtype=recipe.dtype)
         except (OSError, ValueError) as error:
             raise StageError(
                 f"the prompt writer {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
                 remedy="Check factory.plan.writer.model; hub names need a network or a filled cache",
             ) from error
+        self.model: Any = model.eval().to(self.device)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
@@ -103,6 +109,7 @@ class _Transformers(_Here):
             part = [filled(self.recipe.template, r) for r in records[start : start + self.recipe.batch_prompts]]
             torch.manual_seed(seed + start)
             tokens = self.tokenizer(part, return_tensors="pt", padding=True, return_token_type_ids=False)
+            tokens = tokens.to(self.device)
             out = self.model.generate(
                 **tokens,
                 do_sample=self.recipe.temperature > 0,
@@ -111,7 +118,8 @@ class _Transformers(_Here):
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             new = out[:, tokens["input_ids"].shape[1] :]
-            found += [read_answer(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            said = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            found += [read_answer(text, self.recipe.answer) for text in said]
         return found
 
 
@@ -126,47 +134,52 @@ class _Vllm(_Here):
                 "--set factory.plan.writer.environment=vllm; or pip install vllm here; or kind: openai",
             ) from error
         self.recipe, self.vllm = recipe, vllm
-        self.engine = vllm.LLM(model=resolve(recipe.model), max_model_len=2048)
+        self.engine = vllm.LLM(model=resolve(recipe.model), revision=recipe.revision, max_model_len=2048)
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
         options = self.vllm.SamplingParams(
-            temperature=self.recipe.temperature, max_tokens=self.recipe.max_new_tokens, seed=seed, stop=["\n"]
+            temperature=self.recipe.temperature,
+            max_tokens=self.recipe.max_new_tokens,
+            seed=seed,
+            stop=["\n"] if self.recipe.answer == "text" else None,
         )
         asked = [filled(self.recipe.template, r) for r in records]
         if self.recipe.api == "chat":
             answers = self.engine.chat([[{"role": "user", "content": text}] for text in asked], options)
         else:
             answers = self.engine.generate(asked, options)
-        return [read_answer(answer.outputs[0].text) for answer in answers]
+        return [read_answer(answer.outputs[0].text, self.recipe.answer) for answer in answers]
 
 
 class _Asked:
     """A server that speaks OpenAI's protocol: somebody's, or one that was started for this writer."""
 
-    def __init__(
-        self, recipe: TransformersWriter, api: str, endpoint: Endpoint, answer: Answer = "text", concurrent: int = 16
-    ) -> None:
+    def __init__(self, recipe: WriterKeys, api: str, endpoint: Endpoint, concurrent: int = 16) -> None:
         self.recipe, self.api, self.endpoint, self.concurrent = recipe, api, endpoint, concurrent
-        self.answer: Answer = answer
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:
         def one(number: int) -> str:
-            text = filled(self.recipe.template, records[number])
-            body: dict[str, Any] = {
-                "temperature": self.recipe.temperature,
-                "max_tokens": self.recipe.max_new_tokens,
-                "seed": seed + number,
-            }
-            if self.answer == "json":
-                body["response_format"] = {"type": "json_object"}
-            if self.api == "completions":
-                body["prompt"] = text
-            else:
-                body["messages"] = [{"role": "user", "content": text}]
-            return read_answer(ask(self.endpoint, body), self.answer)
+            asked, harmless = (self._question(record, seed + number) for record in (records[number], {}))
+            said = ask_or_refusal(self.endpoint, asked, harmless)
+            return said if isinstance(said, Refusal) else read_answer(said, self.recipe.answer)
 
         with ThreadPoolExecutor(self.concurrent) as pool:
             return list(pool.map(one, range(len(records))))
+
+    def _question(self, record: Record, seed: int) -> dict[str, Any]:
+        text = filled(self.recipe.template, record)
+        body: dict[str, Any] = {
+            "temperature": self.recipe.temperature,
+            "max_tokens": self.recipe.max_new_tokens,
+            "seed": seed,
+        }
+        if self.recipe.answer == "json":
+            body["response_format"] = {"type": "json_object"}
+        if self.api == "completions":
+            body["prompt"] = text
+        else:
+            body["messages"] = [{"role": "user", "content": text}]
+        return body
 
     def note_usage(self, journal: Path) -> None:
         self.endpoint.meter.note_in(journal)

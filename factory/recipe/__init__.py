@@ -11,6 +11,7 @@ from cluster.recipe import Settings
 from factory.recipe.make import (
     AestheticScorer,
     Captioner,
+    CaptionerKeys,
     CropRecipe,
     DiffusersTeacher,
     ImportedScorer,
@@ -32,9 +33,11 @@ from factory.recipe.plan import (
     PlanRecipe,
     PromptFilePlan,
     PromptPlan,
+    ServerAccess,
     TransformersWriter,
     VllmWriter,
     Writer,
+    WriterKeys,
 )
 from factory.recipe.select import Cap, ScoreRule, SelectRecipe, Wanted
 
@@ -43,6 +46,7 @@ __all__ = [
     "AestheticScorer",
     "Cap",
     "Captioner",
+    "CaptionerKeys",
     "CropRecipe",
     "DiffusersTeacher",
     "DownloadRecipe",
@@ -62,6 +66,7 @@ __all__ = [
     "ScoreRule",
     "ScorerRecipe",
     "SelectRecipe",
+    "ServerAccess",
     "SharingTeacher",
     "TransformersCaptioner",
     "TransformersWriter",
@@ -69,6 +74,7 @@ __all__ = [
     "VllmWriter",
     "Wanted",
     "Writer",
+    "WriterKeys",
 ]
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from factory.recipe.names import VIEW_NAME
-from factory.recipe.plan import ENVIRONMENT, Priced
+from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, REVISION, Priced, ServerAccess
 
 
 class DiffusersTeacher(Settings):
@@ -77,13 +77,14 @@ class AestheticScorer(_Scorer):
     kind: Literal["aesthetic"] = "aesthetic"
     weights: str = Field(description="safetensors file, folder, hub name or zoo:NAME of the head")
     file: str = Field(default="model.safetensors", description="file in that folder or on the hub")
+    revision: str | None = Field(default=None, description=REVISION)
     activation: Literal["none", "relu"] = Field(default="none", description="between layers; LAION's MLP has none")
     clip: OpenClipScorer | None = Field(
         default=None, description="the CLIP that the head was fitted to; make.scorer if left out"
     )
 
     def options_given(self) -> dict[str, Any]:
-        return self.model_dump(include={"weights", "file", "activation", "clip"})
+        return self.model_dump(include={"weights", "file", "revision", "activation", "clip"})
 
 
 class ImportedScorer(_Scorer):
@@ -139,30 +140,37 @@ class CropRecipe(Settings):
     )
 
 
-class TransformersCaptioner(Settings):
-    """A vision-language model folder run by transformers, in this process."""
+class CaptionerKeys(Settings):
+    """What every captioner has."""
 
-    kind: Literal["transformers"] = "transformers"
     model: str = Field(description="folder, hub name or zoo:NAME of an image-text-to-text model, such as a LLaVA")
-    revision: str | None = Field(default=None, description="commit of a hub model; pin it")
-    template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
+    revision: str | None = Field(default=None, description=REVISION)
+    template: str = Field(default="Describe the picture in one sentence.", description="the question")
     max_new_tokens: int = Field(default=48, ge=4, le=512, description="longest caption, tokens")
     batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")
 
 
-class OpenAiCaptioner(TransformersCaptioner, Priced):
-    """Any server that speaks OpenAI's chat completions with pictures, vLLM's among them. The key comes from OPENAI_API_KEY."""
+class TransformersCaptioner(CaptionerKeys):
+    """A vision-language model folder run by transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)
+
+
+class OpenAiCaptioner(CaptionerKeys, Priced, ServerAccess):
+    """Any server that speaks OpenAI's chat completions with pictures, vLLM's among them."""
 
     kind: Literal["openai"] = "openai"
     base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
-    template: str = Field(default="Describe the picture in one sentence.", description="the question")
+    concurrent: int = Field(default=16, ge=1, le=512, description="requests at once of a captioning worker")
 
 
-class VllmCaptioner(TransformersCaptioner):
+class VllmCaptioner(CaptionerKeys):
     """A vision-language model by vLLM; each captioning worker starts a server of its own where it runs."""
 
     kind: Literal["vllm"] = "vllm"
-    template: str = Field(default="Describe the picture in one sentence.", description="the question")
     environment: str = Field(description=f"{ENVIRONMENT}; on every node that captions")
     server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
 
@@ -192,9 +200,13 @@ class MakeRecipe(Settings):
     picture_kind: Literal["png", "webp", "jpg"] = Field(
         default="png", description="picture format in the shards (webp: lossless)"
     )
-    render_workers: int = Field(default=1, ge=1, description="rendering actors")
-    render_gpus: float = Field(default=0, ge=0, description="GPUs a rendering actor")
-    score_workers: int = Field(default=1, ge=1, description="scoring actors")
+    render_workers: int = Field(default=1, ge=1, description="rendering actors, or captioning ones")
+    render_gpus: float = Field(
+        default=0, ge=0, description="GPUs a rendering or captioning actor; without any it computes on the CPU"
+    )
+    score_workers: int = Field(default=1, ge=1, description="scoring actors, and cropping ones")
+    score_gpus: float = Field(default=0, ge=0, description="GPUs a scoring actor; without any it computes on the CPU")
+    crop_gpus: float = Field(default=0, ge=0, description="GPUs a cropping actor; without any it computes on the CPU")
     threads: int = Field(default=1, ge=1, description="CPU threads a worker")
     max_dead_share: float = Field(
         default=0.5,

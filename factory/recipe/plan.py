@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from cluster.usage import Prices
 
 
-class TransformersWriter(Settings):
-    """A causal language model folder run by transformers, in this process."""
+class WriterKeys(Settings):
+    """What every prompt writer has."""
 
-    kind: Literal["transformers"] = "transformers"
     model: str = Field(description="folder, hub name or zoo:NAME of a causal language model")
     template: str = Field(
         default="{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
     )
+    answer: Literal["text", "json"] = Field(
+        default="text",
+        description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
+    )
     temperature: float = Field(default=0.9, ge=0, le=2, description="sampling temperature")
     max_new_tokens: int = Field(default=48, ge=4, le=1024, description="longest prompt, tokens")
     batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
+
+
+DTYPE = "compute type"
+DEVICE = "`auto`: the GPU where there is one and the worker was given it, else the CPU; `cuda` refuses to go on without"
+REVISION = "commit of a hub model; pin it"
+
+
+class TransformersWriter(WriterKeys):
+    """A causal language model folder run by transformers, in this process."""
+
+    kind: Literal["transformers"] = "transformers"
+    revision: str | None = Field(default=None, description=REVISION)
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)
 
 
 _API = "`completions`: the model reads the template as it is; `chat`: as a user's message, for models that were taught to chat"
@@ -31,10 +49,11 @@ ENVIRONMENT = (
 )
 
 
-class VllmWriter(TransformersWriter):
+class VllmWriter(WriterKeys):
     """The same by vLLM. It pins torch, so give it an `environment` of its own; without one it is imported here."""
 
     kind: Literal["vllm"] = "vllm"
+    revision: str | None = Field(default=None, description=REVISION)
     batch_prompts: int = Field(default=4096, ge=1, description="prompts written at once")
     environment: str | None = Field(default=None, description=f"{ENVIRONMENT}; left out: vLLM is imported here")
     server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
@@ -45,6 +64,30 @@ class VllmWriter(TransformersWriter):
         if self.environment is None and self.server != ServerRecipe():
             raise ValueError("server says how a server is run, but environment is left out, so none is started")
         return self
+
+
+class ServerAccess(Settings):
+    """How somebody's server is asked."""
+
+    key_variable: str | None = Field(
+        default=None,
+        description="name of the environment variable that holds the server's key, such as OPENAI_API_KEY; left out: no key is sent",
+    )
+    timeout_s: float = Field(default=120.0, gt=0, le=3600, description="longest wait for one answer, seconds")
+    tries: int = Field(
+        default=5,
+        ge=1,
+        le=100,
+        description="how often a question is asked of a server that is busy, away or answers nonsense",
+    )
+
+    @field_validator("key_variable")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        # Without the value in the message: it may be the key itself, given here by mistake.
+        if value is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", value):
+            raise ValueError("give the NAME of an environment variable in capital letters, never the key itself")
+        return value
 
 
 class Priced(Settings):
@@ -75,16 +118,12 @@ class Priced(Settings):
         return Prices(self.price_input, self.price_output)
 
 
-class OpenAiWriter(TransformersWriter, Priced):
-    """Any server that speaks OpenAI's chat completions, vLLM's among them. The key comes from OPENAI_API_KEY."""
+class OpenAiWriter(WriterKeys, Priced, ServerAccess):
+    """Any server that speaks OpenAI's chat completions, vLLM's among them."""
 
     kind: Literal["openai"] = "openai"
     base_url: str = Field(description="for example http://127.0.0.1:8000/v1")
     api: Literal["completions", "chat"] = Field(default="chat", description=_API)
-    answer: Literal["text", "json"] = Field(
-        default="text",
-        description="`json`: the model is to answer with an object that has the prompt under `prompt`; ask for it in the template",
-    )
     concurrent: int = Field(default=16, ge=1, le=512, description="requests at once")
 
 

@@ -1,8 +1,8 @@
 import pytest
 
 from cluster.errors import RecipeError, StageError
-from cluster.runner import InProcess
-from cluster.stage import DEAD, PENDING, Stage, Unit, apply
+from cluster.runner import ClusterRecipe, InProcess
+from cluster.stage import DEAD, PENDING, Stage, Unit, apply, gpus_granted
 
 
 def unit(*values: int) -> Unit:
@@ -52,6 +52,19 @@ def test_what_a_user_can_mend_is_not_blamed_on_a_row() -> None:
 def test_a_unit_survives_arrow() -> None:
     before = unit(1, 2)
     assert Unit.from_bytes("u", before.to_bytes()) == before
+
+
+def test_here_too_a_stage_gets_the_gpus_that_the_recipe_places() -> None:
+    granted: list[float | None] = []
+
+    def opened():
+        granted.append(gpus_granted())
+        return double
+
+    stages = [Stage("render", opened, gpus=1), Stage("score", opened)]
+    place = ClusterRecipe.model_validate({"stages": {"render": {"gpus": 0}, "score": {"gpus": 0.5}}}).placed
+    assert len(list(InProcess(place=place).run(stages, [unit(1)]))) == 1
+    assert granted == [0, 0.5] and gpus_granted() is None
 
 
 def test_nothing_to_do_opens_nothing() -> None:

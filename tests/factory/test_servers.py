@@ -14,12 +14,16 @@ import pytest
 
 from cluster.environment import PythonEnvironment
 from cluster.errors import StageError
+from cluster.stage import Unit, apply
 from cluster.usage import JOURNAL, Usage, read_usage
+from factory import stages
 from factory.card import _mark
 from factory.models import server as model_server
+from factory.models.answers import NoAnswer
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
-from factory.recipe import OpenAiCaptioner, OpenAiWriter, VllmCaptioner
+from factory.recipe import MakeRecipe, OpenAiCaptioner, OpenAiWriter, VllmCaptioner
+from factory.stages import encode_picture, make_stages
 
 
 class Server:
@@ -28,7 +32,9 @@ class Server:
     def __init__(self) -> None:
         self.script: list[tuple[int, bytes]] = []
         self.asked: list[dict[str, Any]] = []
-        self.keys: list[str] = []
+        self.keys: list[str | None] = []
+        self.seen: list[str | None] = []
+        """Keys of those who were sent here."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,9 +43,15 @@ class Server:
                 outer.keys.append(self.headers["Authorization"])
                 status, body = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
                 self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", body.decode())
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                outer.seen.append(self.headers["Authorization"])
+                self.send_error(404)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Quiet."""
@@ -64,7 +76,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_busy_server_is_asked_again(server: Server) -> None:
     server.script = [(503, b""), (429, b"slow down"), answer('\n"a red fox"\nand more')]
-    writer = open_writer(OpenAiWriter(model="m", base_url=server.url, template="write: {attributes}"))
+    keys = {"template": "write: {attributes}", "key_variable": "OPENAI_API_KEY"}
+    writer = open_writer(OpenAiWriter(model="m", base_url=server.url, **keys))
     assert writer.write([{"subject": "fox"}], seed=1) == ["a red fox"]
     assert [a["messages"][0]["content"] for a in server.asked] == ["write: subject: fox"] * 3
     assert set(server.keys) == {"Bearer planted-key"}
@@ -73,8 +86,96 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
 def test_our_own_fault_is_not_repeated(server: Server) -> None:
     server.script = [(404, b"no such\nmodel for planted-key")]
     with pytest.raises(StageError, match=r"did not answer: HTTP Error 404: .*\(no such model for \*\*\*\)"):
-        open_writer(OpenAiWriter(model="m", base_url=server.url)).write([{"subject": "fox"}], seed=1)
+        open_writer(OpenAiWriter(model="m", base_url=server.url, key_variable="OPENAI_API_KEY")).write([{}], seed=1)
     assert len(server.asked) == 1
+
+
+def test_no_server_gets_a_key_that_was_not_named_for_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment holds OPENAI_API_KEY throughout; the writer and the captioner each send their own or none."""
+    monkeypatch.setenv("CAPTIONS_KEY", "other-key")
+    server.script = [answer("a fox")]
+    open_writer(OpenAiWriter(model="m", base_url=server.url)).write([{}], seed=1)
+    captioner = OpenAiCaptioner(model="m", base_url=server.url, key_variable="CAPTIONS_KEY")
+    open_captioner(captioner).describe([np.zeros((8, 8, 3), np.uint8)])
+    assert server.keys == [None, "Bearer other-key"]
+    monkeypatch.delenv("CAPTIONS_KEY")
+    with pytest.raises(StageError, match=r"factory\.make\.captioner\.key_variable: .*no variable CAPTIONS_KEY.*export"):
+        open_captioner(captioner)
+    with pytest.raises(ValueError, match="NAME of an environment variable") as caught:
+        OpenAiWriter(model="m", base_url=server.url, key_variable="gsk_planted")
+    assert "gsk_planted" not in caught.value.errors()[0]["msg"]
+
+
+def test_a_key_does_not_follow_a_redirect(server: Server) -> None:
+    other = Server()
+    other.script = [answer("a fox")]
+    server.script = [(302, other.url.encode())]
+    writer = open_writer(OpenAiWriter(model="m", base_url=server.url, key_variable="OPENAI_API_KEY", tries=1))
+    with pytest.raises(StageError):
+        writer.write([{}], seed=1)
+    assert server.keys == ["Bearer planted-key"] and other.seen == [None]
+    other.http.shutdown()
+
+
+def test_tries_and_time_are_the_recipes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script = [(503, b"")]
+    with pytest.raises(StageError, match="did not answer"):
+        open_writer(OpenAiWriter(model="m", base_url=server.url, tries=3)).write([{}], seed=1)
+    assert len(server.asked) == 3
+    waits: list[float] = []
+    opener = model_server._opener
+
+    def listening(url: str) -> Any:
+        made = opener(url)
+        inner = made.open
+        made.open = lambda request, timeout: (waits.append(timeout), inner(request, timeout=timeout))[1]
+        return made
+
+    monkeypatch.setattr(model_server, "_opener", listening)
+    server.script = [answer("a fox")]
+    open_writer(OpenAiWriter(model="m", base_url=server.url, timeout_s=7)).write([{}], seed=1)
+    assert waits == [7]
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_picture_that_a_server_refuses_dies_alone(
+    server: Server, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one at that: whether the server takes anything is asked with a grey picture."""
+    monkeypatch.setattr(stages, "set_threads", lambda threads: None)
+    server.script = [(code, b"violates our policy"), answer("grey"), answer("a black square")]
+    make = MakeRecipe.model_validate(
+        {
+            "captioner": {"kind": "openai", "model": "m", "base_url": server.url, "concurrent": 1},
+            "scorer": {"model": "zoo:clip"},
+        }
+    )
+    stage = next(s for s in make_stages(make, tmp_path) if s.name == "caption")
+    picture = encode_picture(np.zeros((8, 8, 3), np.uint8), "png")
+    facts = {"unit": "unit-00000", "prompt": "raw", "outcome": "pending", "reason": "", "picture": picture}
+    done = apply(stage, stage.open(), Unit("unit-00000", [{**facts, "id": str(i)} for i in range(3)]))
+    assert [row["outcome"] for row in done.rows] == ["dead", "pending", "pending"]
+    assert f"HTTP Error {code}" in done.rows[0]["reason"] and "violates our policy" in done.rows[0]["reason"]
+    assert [row["prompt"] for row in done.rows] == ["raw", "a black square", "a black square"]
+    assert len(server.asked) == 4
+
+
+def test_a_prompt_that_a_server_refuses_says_why(server: Server) -> None:
+    server.script = [answer("a fox"), (400, b"content_filter"), answer("an owl")]
+    writer = open_writer(OpenAiWriter(model="m", base_url=server.url, concurrent=1))
+    found = writer.write([{"subject": name} for name in ("fox", "knife", "owl")], seed=1)
+    assert found == ["a fox", "", "an owl"] and isinstance(found[1], NoAnswer) and "content_filter" in found[1].why
+    assert len(server.asked) == 3, "after an answer nothing has to be proven"
+
+
+def test_a_server_that_refuses_everything_stops_the_run(server: Server) -> None:
+    server.script = [(400, b"max_tokens is too large")]
+    writer = open_writer(OpenAiWriter(model="m", base_url=server.url, concurrent=4))
+    with pytest.raises(
+        StageError, match=r"refuses every question.*max_tokens is too large.*factory\.plan\.writer asks"
+    ):
+        writer.write([{"subject": "fox"}] * 8, seed=1)
+    assert server.asked[-1]["messages"][0]["content"] == " =>", "the harmless question is the template about nothing"
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"choices": []}'])

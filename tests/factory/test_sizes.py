@@ -10,7 +10,8 @@ import yaml
 
 from cluster.recipe import build_recipe, override
 from factory.recipe import FactoryRecipe
-from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, lines, propose, with_size
+from factory.size_lines import lines
+from factory.sizes import BatchProbe, StageProbe, batch_keys, batches_to_try, propose, with_size
 
 GIB = 1 << 30
 TEACHER, SCORER = "factory.make.teacher.batch_images", "factory.make.scorer.batch_images"
@@ -151,6 +152,38 @@ def test_memory_is_that_of_the_teacher_that_takes_most() -> None:
     ]
     found = propose(shared(), 64_000, stages, tried, gpus=1, price=None, gpu_bytes=80 * GIB)
     assert sizes(found)["render_gpus"] == 1 and any("50.0 of 80 GiB" in note for note in found.notes)
+
+
+def test_scoring_goes_to_the_gpus_where_the_cores_do_not_reach() -> None:
+    """A picture takes 0.5 s of a GPU and 2 s of a core to score: eight GPUs want 36 scorers, there are 16 cores."""
+    stages = [stage("render", 0.5, 1.0, 20), stage("score", 2.0), stage("commit", 0.0001)]
+    keys = {"gpus": 8, "price": None, "gpu_bytes": 80 * GIB, "on_gpu": [stage("score", 0.04, 0.5, 4)]}
+    found = propose(recipe_of(), 64_000, stages, [], cores=2, **keys)
+    assert sizes(found) == {"render_workers": 8, "render_gpus": 0.9, "score_workers": 8, "score_gpus": 0.1}
+    assert found.limit == "render"
+    # A GPU has both to do: 0.5 s and half of 0.04.
+    assert found.steps[-1].hours == pytest.approx(64_000 * 0.52 / 8 / 3600)
+    assert found.tree()["factory"]["make"]["render_gpus"] == 0.9, "once, and the last word"
+    assert [step.key for step in found.steps].count("factory.make.render_gpus") == 1
+    many = propose(recipe_of(), 64_000, stages, [], cores=8, **keys)
+    assert sizes(many)["score_workers"] == 36 and "score_gpus" not in sizes(many)
+    again = recipe_of(render_workers=8, render_gpus=0.9, score_workers=8, score_gpus=0.1)
+    there = [stages[0], stage("score", 0.04, 0.5, 4), stages[2]]
+    assert propose(again, 64_000, there, [], 8, None, 80 * GIB, cores=2).steps == ()
+
+
+def test_crops_and_scores_share_gpus_where_nothing_else_wants_them() -> None:
+    crops = FactoryRecipe.model_validate(
+        {
+            "plan": {"kind": "pictures", "paths": ["here"], "limit": 64_000},
+            "make": {"scorer": {"model": "zoo:clip"}, "unit_images": 64},
+        }
+    )
+    stages = [stage("crop", 1.0), stage("score", 1.0), stage("commit", 0.0001)]
+    on_gpu = [stage("crop", 0.02, 0.5, 4), stage("score", 0.01, 0.5, 4)]
+    found = propose(crops, 64_000, stages, [], 2, None, 80 * GIB, on_gpu, cores=2)
+    assert sizes(found) == {"score_workers": 2, "score_gpus": 0.5, "crop_gpus": 0.5} and found.limit == "crop"
+    assert sizes(propose(crops, 64_000, stages, [], 2, None)) == {"score_workers": 2}
 
 
 def test_no_more_workers_than_units_and_the_one_that_commits_is_named() -> None:

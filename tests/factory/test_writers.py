@@ -82,6 +82,17 @@ def openai(**keys: Any) -> Make:
     return lambda echo, models, patch: open_writer(OpenAiWriter(model="any", base_url=echo.url, **keys))
 
 
+def here_json(echo: Echo, models: Path, patch: pytest.MonkeyPatch) -> PromptWriter:
+    """An untrained model answers no JSON: every prompt knows that."""
+    keys = {"max_new_tokens": 12, "answer": "json"}
+    return open_writer(TransformersWriter(model=str(models / "writer"), **keys))
+
+
+def served_vllm_json(echo: Echo, models: Path, patch: pytest.MonkeyPatch) -> PromptWriter:
+    patch.setattr(writers, "serve_vllm", lambda *given: Endpoint(echo.url, "own"))
+    return open_writer(VllmWriter(model=str(models / "writer"), environment="vllm", answer="json"))
+
+
 def served_vllm(echo: Echo, models: Path, patch: pytest.MonkeyPatch) -> PromptWriter:
     """vLLM's writer with the server that it starts replaced by ours; the real one is tests/factory/test_vllm.py."""
     patch.setattr(writers, "serve_vllm", lambda *given: Endpoint(echo.url, "own"))
@@ -98,6 +109,7 @@ WRITERS: dict[str, Make] = {
     "openai, completions, one at a time": openai(api="completions", concurrent=1),
     "openai, JSON": openai(answer="json"),
     "vllm, served": served_vllm,
+    "vllm, served, JSON": served_vllm_json,
 }
 
 
@@ -120,6 +132,15 @@ def test_every_writer(
         assert usage.answers == 3 * len(RECORDS) and usage.output_tokens == 30 * len(RECORDS) and not usage.uncounted
     assert journal.exists() == (name != "transformers")
     writer.close()
+
+
+def test_a_model_here_may_answer_json_too(echo: Echo, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = here_json(echo, tiny_models, monkeypatch).write(RECORDS[:2], seed=5)
+    assert all(isinstance(prompt, NoAnswer) and "no JSON object" in prompt.why for prompt in found)
+    said = ['Sure: {"prompt": "a red fox"}']
+    writer: Any = here_json(echo, tiny_models, monkeypatch)
+    monkeypatch.setattr(writer.tokenizer, "batch_decode", lambda *given, **keys: said)
+    assert writer.write(RECORDS[:1], seed=5) == ["a red fox"]
 
 
 def test_a_record_is_spelt_in_its_own_order() -> None:
