@@ -33,11 +33,12 @@ _LIMITS = (
         for model in (("plan", "writer"), ("make", "captioner"))
         for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
     ),
+    ("factory", "sources"),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     ("trainer", "max_corrupt_share"),
 )
-"""Keys that decide nothing but when to stop or how a server is asked, and whose errors say to change them and to run the same command again."""
+"""Keys that decide nothing but when to stop, how a server is asked or what a card says of licences, and whose errors say to change them and to run the same command again."""
 
 
 class Recipe(Settings):
