@@ -34,12 +34,13 @@ _LIMITS = (
         for model in (("plan", "writer"), ("make", "captioner"))
         for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
     ),
+    ("factory", "sources"),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     *(("trainer", *key) for key in IDLE),
 )
-"""Keys that decide nothing but where a run computes, how a server is asked, when it saves and when it stops; errors say to change some of them and to run the same
-command again."""
+"""Keys that decide nothing but where a run computes, how a server is asked, what a card says of licences, when it saves and when it stops;
+errors say to change some of them and to run the same command again."""
 
 
 class Recipe(Settings):

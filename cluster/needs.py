@@ -89,6 +89,8 @@ class RunView:
     unit_images: int = 1
     phases: tuple[Phase, ...] = ()
     vllm_model: str = ""
+    vllm_revision: str | None = None
+    """Commit of that model on the hub, if the recipe pins one."""
     """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""

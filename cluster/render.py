@@ -95,6 +95,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
             remedy="Start one (any that speaks OpenAI's chat completions) and give "
             + " ".join(f"--set '{s.format(url='URL')}'" for s in (*view.server_settings, *view.server_drops)),
         )
+    served = ["--model", view.vllm_model, *(["--revision", view.vllm_revision] if view.vllm_revision else [])]
     settings = [setting.format(url=url) for setting in view.server_settings]
     machines: dict[str, str] = {}
     if place in _MACHINES:
@@ -130,7 +131,8 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "max_workers": gpu.nodes + cpu.nodes,
         "machines": machines,
         "vllm_model": view.vllm_model,
-        "vllm_model_word": shlex.quote(view.vllm_model),
+        "vllm_words": served,
+        "vllm_line": shlex.join(served),
         "server_settings": shlex.join(more),
         # Relative paths of a recipe are those of the image.
         "entrypoint": "cd /app && " + shlex.join(run + more),

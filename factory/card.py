@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import digest_file, publish_bytes
-from factory.models import fingerprint
 from factory.pack import MANIFEST, manifest_shards, read_shard
-from factory.recipe import CaptionerKeys, FactoryRecipe, ScorerRecipe, ServerAccess, WriterKeys
+from factory.provenance import Part, licences, provenance
+from factory.recipe import FactoryRecipe
 from factory.select import SUMMARY
 from factory.stages import decode_picture
 
@@ -84,8 +84,8 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
 
 def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> str:
     count = len(facts.clip)
-    drawn = bool(recipe.make.painters())
-    parts = [
+    drawn, parts = bool(recipe.make.painters()), provenance(recipe, folder)
+    text = [
         "---",
         f"pretty_name: {name}",
         "task_categories: [text-to-image]",
@@ -115,11 +115,11 @@ def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, fun
         *_before_and_after(folder),
         "## Provenance",
         "",
-        "| part | model | revision or digest |",
-        "|---|---|---|",
-        *(f"| {part} | `{model}` | `{mark}` |" for part, model, mark in _provenance(recipe)),
+        "| part | model or source | revision or digest | licence |",
+        "|---|---|---|---|",
+        *(f"| {p.part} | `{p.name}` | {f'`{p.mark}`' if p.mark else ''} | {_linked(p)} |" for p in parts),
         "",
-        "Licences of the models and of the sources bind this data set too; this tool does not know them: state them here before you publish.",
+        _licences(parts),
         "",
         "## Load it",
         "",
@@ -134,42 +134,21 @@ def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, fun
         f"`{MANIFEST}` has a row a sample: id, shard, prompt, SHA-256 of the sample and of its shard. `edgefusion factory verify` proves it.",
         "",
     ]
-    return "\n".join(parts)
+    return "\n".join(text)
 
 
-def _provenance(recipe: FactoryRecipe) -> list[tuple[str, str, str]]:
-    """(part, model, digest of the folder or the hub revision)."""
-    make, plan = recipe.make, recipe.plan
-    found: list[tuple[str, str, str]] = []
-    if plan.kind == "written":
-        found.append(("prompts", plan.writer.model, _mark(plan.writer)))
-    shares = sum(teacher.share for teacher in make.teachers.values())
-    for name, teacher in make.painters().items():
-        part = f"pictures, {name} ({make.teachers[name].share / shares:.0%})" if name else "pictures"
-        found.append((part, teacher.model, _short(fingerprint(teacher.model, teacher.revision))))
-    if make.captioner is not None:
-        found.append(("captions", make.captioner.model, _mark(make.captioner)))
-    scorer = make.scorer
-    mark = scorer.pretrained or _short(fingerprint(scorer.model))
-    sources = [("source", path, "") for path in plan.paths] if plan.kind != "written" else []
-    further = [(f"scores {one.label()}", *_scorer_mark(one)) for one in make.scores]
-    return [*sources, *found, ("filter", scorer.model, mark), *further]
+def _licences(parts: list[Part]) -> str:
+    """What binds whoever uses the data set, and what nobody said."""
+    lacking = list(dict.fromkeys(one.name for one in parts if not one.licence))
+    bound = "These licences, of the models and of the sources, bind this data set too."
+    if not lacking:
+        return bound
+    names = ", ".join(f"`{name}`" for name in lacking)
+    return f"{bound} Not known is that of {names}: name it in `factory.sources` of the recipe before you publish."
 
 
-def _scorer_mark(scorer: ScorerRecipe) -> tuple[str, str]:
-    """(what it opens, its digest)."""
-    return (scorer.weights, _short(fingerprint(scorer.weights))) if scorer.kind == "aesthetic" else (scorer.label(), "")
-
-
-def _mark(model: WriterKeys | CaptionerKeys) -> str:
-    """A served model has no files to take a digest of."""
-    if isinstance(model, ServerAccess):
-        return "by a server"
-    return _short(fingerprint(model.model, getattr(model, "revision", None)))
-
-
-def _short(mark: str) -> str:
-    return mark if "@" in mark else f"sha256 {mark[:16]}"
+def _linked(one: Part) -> str:
+    return f"[{one.licence or 'its page'}]({one.url})" if one.url else one.licence or "not known"
 
 
 def _balance(counts: dict[str, Counter[str]]) -> list[str]:
@@ -233,7 +212,7 @@ def _size(count: int) -> str:
 
 def _croissant(folder: Path, shards: dict[str, str], count: int, name: str, recipe: FactoryRecipe) -> dict[str, Any]:
     """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set, the models that the samples come from."""
-    fields = ("id", "shard", "prompt", "picture_kind")
+    fields, parts = ("id", "shard", "prompt", "picture_kind"), provenance(recipe, folder)
     return {
         "@context": {
             "@language": "en",
@@ -247,9 +226,17 @@ def _croissant(folder: Path, shards: dict[str, str], count: int, name: str, reci
         "name": name,
         "description": f"{count} pictures with texts in WebDataset shards",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
+        **({"license": bound} if (bound := licences(parts)) else {}),
         "isBasedOn": [
-            {"@type": "sc:CreativeWork", "name": model, "version": mark, "description": part}
-            for part, model, mark in _provenance(recipe)
+            {
+                "@type": "sc:CreativeWork",
+                "name": one.name,
+                "version": one.mark,
+                "description": one.part,
+                **({"license": one.licence} if one.licence else {}),
+                **({"url": one.url} if one.url else {}),
+            }
+            for one in parts
         ],
         "distribution": [
             {

@@ -12,7 +12,8 @@ from pydantic import ConfigDict
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe, load_recipe
-from factory.recipe import FactoryRecipe
+from cluster.runner import ClusterRecipe
+from factory.recipe import FactoryRecipe, ScorerRecipe
 
 app = typer.Typer(no_args_is_help=True, help="Prompts to curated shards.")
 decisions_app = typer.Typer(no_args_is_help=True, help="What people decided about a data set, as a table.")
@@ -28,7 +29,14 @@ class _FactoryPart(Settings):
 
     name: str = "data set"
     seed: int = 0
+    cluster: ClusterRecipe = ClusterRecipe()
     factory: FactoryRecipe
+
+
+class _Given(Settings):
+    """A scorer of the command line."""
+
+    scorer: ScorerRecipe
 
 
 @app.command()
@@ -173,6 +181,45 @@ def plan_more(
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
 
 
+@app.command("score")
+def score_more(
+    folder: Annotated[Path, _FOLDER],
+    scorer: Annotated[
+        str, typer.Option(help="as in factory.make.scores: sharpness, or {kind: aesthetic, weights: ..., prefix: a_}")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe; without it the one that the run's own run.json recorded")
+    ] = None,
+) -> None:
+    """Add the scores of a further scorer to a made data set; no picture is made anew. Rerun the same command to go on; then select by it."""
+    import yaml
+
+    from cluster.progress import progress_bars
+    from cluster.runner import make_runner
+    from factory.rescore import add_scores
+
+    _refuse_under_a_run(folder)
+    part = _factory_part(folder, recipe, [])
+    try:
+        given = yaml.safe_load(scorer)
+    except yaml.YAMLError:
+        raise RecipeError(f"--scorer {scorer!r} is not valid YAML", remedy="For example --scorer sharpness") from None
+    tree = {"scorer": given if isinstance(given, dict) else {"kind": given}}
+    runner = make_runner(part.cluster)
+    try:
+        with progress_bars() as bars:
+            task = bars.add_task("score: units", total=None)
+            told = lambda done, of: bars.update(task, completed=done, total=of)  # noqa: E731
+            one, units = add_scores(
+                part.factory.make, folder, build_recipe(_Given, tree, "--scorer").scorer, runner, told
+            )
+    finally:
+        runner.close()
+    typer.echo(
+        f"{one.folder}: {', '.join(one.columns)} of {units} units scored now; select by `--rule scores.{one.columns[0]}.least=...`"
+    )
+
+
 @app.command("scorers")
 def scorers_() -> None:
     """List the scorers that `factory.make.scores` can name: columns, range, which way is better."""
@@ -204,7 +251,7 @@ def forecast(
     """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it."""
     from factory.forecast import lines, planned_samples, probe, scale
     from factory.plan import resolve_models
-    from factory.sizes import lines as size_lines
+    from factory.size_lines import lines as size_lines
     from factory.sizes import propose
 
     part = load_recipe(_FactoryPart, recipe, overrides or [])
@@ -213,7 +260,8 @@ def forecast(
     found = probe(part.factory, part.seed, samples, lambda stage: typer.echo(f"probing {stage} ...", err=True), sizes)
     told = lines(found, scale(part.factory, found, gpus, price), gpus)
     if sizes:
-        told += size_lines(propose(part.factory, planned, found.stages, found.batches, gpus, price, found.gpu_bytes))
+        sizes_of = (found.stages, found.batches, gpus, price, found.gpu_bytes, found.on_gpu, found.cores)
+        told += size_lines(propose(part.factory, planned, *sizes_of))
     for line in told:
         typer.echo(line)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, LedgerConflict, RecipeError
 from cluster.storage import publish_bytes
+from factory.added import Added, added_sets, added_to
 from factory.ledger import digest_pictures
 from factory.plan import table_bytes
 from factory.units import plan_units, read_table
@@ -123,12 +125,13 @@ def load_columns(folder: Path, unit_images: int) -> Columns:
     """The ledger of the data set in `folder`; raises CorruptShard if an entry is missing or damaged, LedgerConflict if one is of another plan."""
     units = plan_units(folder, unit_images)
     paths = [folder / "ledger" / f"{name}.parquet" for name, _ in units]
+    sets = [one for one in added_sets(folder) if one.covers([name for name, _ in units])]
     parts: list[pa.Table] = []
     seen: list[tuple[Path, int]] = []
     for start in range(0, len(paths), _PART_UNITS):
         place = folder / INDEX / f"part-{start // _PART_UNITS:05d}"
         some = paths[start : start + _PART_UNITS]
-        table = _part(folder, place, some)
+        table = _part(folder, place, some, sets)
         _refuse_strangers(table, units[start : start + _PART_UNITS], some)
         parts.append(table)
         seen.append((place.with_suffix(".npy"), table.num_rows))
@@ -185,8 +188,8 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
 
 
-def _part(folder: Path, place: Path, entries: list[Path]) -> pa.Table:
-    mark = _mark(entries)
+def _part(folder: Path, place: Path, entries: list[Path], sets: Sequence[Added] = ()) -> pa.Table:
+    mark = _mark([*entries, *(one.file(path.stem) for one in sets for path in entries)])
     path, seen = place.with_suffix(".parquet"), place.with_suffix(".npy")
     if path.exists() and seen.exists():
         try:
@@ -208,6 +211,7 @@ def _part(folder: Path, place: Path, entries: list[Path]) -> pa.Table:
         "hash": np.array([int(h, 16) for h in table["phash"].fill_null("0").to_pylist()], np.uint64),
         "colours": pa.array([c or bytes(12) for c in table["colours"].to_pylist()], pa.binary(12)),
         **{field.name: table[field.name] for field in table.schema if pa.types.is_floating(field.type)},
+        **added_to(sets, table),
     }
     table = pa.table(columns).replace_schema_metadata({_MARK: mark})
     publish_bytes(path, table_bytes(table))

@@ -36,6 +36,7 @@ def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
         samples=plan.prompts * plan.images_per_prompt,
         unit_images=recipe.make.unit_images,
         vllm_model=plan.writer.model if served else "",
+        vllm_revision=getattr(plan.writer, "revision", None) if served else None,
         server_settings=_ANOTHER_SERVER if served else (),
         server_drops=tuple(f"~factory.plan.writer.{name}" for name in own),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
+from factory.added import forget_units
 from factory.pack import MANIFEST
 from factory.plan import PLAN
 from factory.units import plan_files, read_table
@@ -35,6 +36,7 @@ def reopen_dead(folder: Path) -> tuple[int, int]:
     refuse_if_built(data)
     # The manifest goes first: a data set without one is unfinished, whatever else happens.
     (data / MANIFEST).unlink(missing_ok=True)
+    forget_units(data, [entry.stem for entry in found])
     for entry in found:
         entry.unlink()
     return sum(found.values()), len(found)

@@ -1,9 +1,15 @@
+import json
+import re
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 import edgefusion
 from cluster.errors import EdgeFusionError, RecipeError
 from edgefusion import app
+from trainer import zoo
+from trainer.zoo import ROAD, build_all
 
 
 def test_doctor_names_what_is_installed() -> None:
@@ -23,6 +29,45 @@ def test_an_unknown_zoo_model_is_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["zoo", "build", "unet", "--steps", "1"])
     assert result.exit_code == 2
     assert "'unet'" in result.output and "teacher" in result.output
+
+
+def test_the_whole_zoo_is_built_in_the_order_of_its_readme_and_goes_on_where_it_stopped(tmp_path) -> None:
+    """Of the order and the steps, not of the training."""
+    lines = re.findall(r"edgefusion zoo build (\w+) --steps (\d+)", Path("factory/pocket/README.md").read_text())
+    assert [(model, int(steps)) for model, steps in lines] == list(ROAD)
+    walked: list[tuple[str, int]] = []
+
+    def build_one(model: str, folder: Path, steps: int, go_on: bool) -> None:
+        assert folder == tmp_path and not go_on
+        walked.append((model, steps))
+        if model == "judge" and walked.count((model, steps)) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_all(tmp_path, build_one, lambda words: None)
+    build_all(tmp_path, build_one, lambda words: None)
+    assert walked == [*ROAD[:3], *ROAD[2:]], "what was interrupted is begun again, what was finished is not"
+    build_all(tmp_path, build_one, lambda words: None)
+    assert len(walked) == len(ROAD) + 1
+    (tmp_path / "built.json").write_text(json.dumps({**dict(ROAD), "decoder": 10}))
+    build_all(tmp_path, build_one, lambda words: None)
+    assert walked[-1] == ("decoder", 1500) and len(walked) == len(ROAD) + 2
+
+
+def test_shipping_and_measuring_are_done_on_request_only(tmp_path, monkeypatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(zoo, "_build_one", lambda model, *given: done.append(model))
+    monkeypatch.setattr(zoo, "zoo_ship", lambda folder: done.append("ship"))
+    monkeypatch.setattr(zoo, "zoo_report", lambda: done.append("report"))
+    words = ["zoo", "build", "all", "--folder", str(tmp_path)]
+    assert CliRunner().invoke(app, words).exit_code == 0 and len(done) == len(ROAD)
+    assert CliRunner().invoke(app, [*words, "--ship", "--report"]).exit_code == 0 and done[len(ROAD) :] == [
+        "ship",
+        "report",
+    ]
+    for wrong in (["all", "--steps", "5"], ["vae"], ["vae", "--steps", "5", "--ship"]):
+        said = CliRunner().invoke(app, ["zoo", "build", *wrong])
+        assert isinstance(said.exception, EdgeFusionError) and len(done) == len(ROAD) + 2
 
 
 def test_generate_refuses_an_empty_prompt_and_an_unknown_model(tiny_models, tmp_path) -> None:

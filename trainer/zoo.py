@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cluster.errors import EdgeFusionError
 from cluster.progress import progress_bars
-from cluster.storage import publish_folder
+from cluster.storage import publish_bytes, publish_folder
 from trainer.progress import follow_training
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 
@@ -23,16 +26,16 @@ def zoo_build(
         str,
         typer.Argument(
             help="wild, evalset, vae, clip, judge, captioner (needs clip), writer, teacher (needs vae and clip), "
-            "student (needs teacher) or decoder (a sharper one for the same latents; needs vae and student)"
+            "student (needs teacher), decoder (a sharper one for the same latents; needs vae and student), or all in their order"
         ),
     ],
     steps: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            help="optimiser steps in all, earlier runs included; a student's of the second phase, half as many in the first",
+            help="optimiser steps in all, earlier runs included; a student's of the second phase, half as many in the first; `all` knows them",
         ),
-    ],
+    ] = None,
     folder: Annotated[Path, typer.Option(help="packages, checkpoints and finished models")] = Path("runs/zoo"),
     go_on: Annotated[
         bool,
@@ -41,8 +44,63 @@ def zoo_build(
             help="begin with the finished teacher, captioner or few-step student in FOLDER (zoo unpack puts the shipped ones there)",
         ),
     ] = False,
+    ship: Annotated[bool, typer.Option("--ship", help="all: put what was built into the package at the end")] = False,
+    report: Annotated[bool, typer.Option("--report", help="all: then measure it, as zoo report does")] = False,
 ) -> None:
-    """Train one of the zoo's models from public packages. Rerun the same command to resume; hours on two cores."""
+    """Train one of the zoo's models from public packages, or all of them. Rerun the same command to resume; hours on two cores."""
+    if model == "all":
+        if steps is not None or go_on:
+            raise EdgeFusionError(
+                "zoo build all takes neither --steps nor --go-on", remedy="Build that one model by its name"
+            )
+        build_all(folder, _build_one, typer.echo)
+        if ship:
+            zoo_ship(folder)
+        if report:
+            zoo_report()
+        return
+    if steps is None or ship or report:
+        what = "needs --steps" if steps is None else "takes no --ship or --report: they are for `all`"
+        raise EdgeFusionError(
+            f"zoo build {model} {what}", remedy="factory/pocket/README.md has the line of every model"
+        )
+    _build_one(model, folder, steps, go_on)
+
+
+ROAD = (
+    ("vae", 10500),
+    ("clip", 800),
+    ("judge", 2400),
+    ("captioner", 1500),
+    ("writer", 700),
+    ("teacher", 9800),
+    ("student", 2400),
+    ("decoder", 1500),
+    ("wild", 1),
+    ("evalset", 1),
+)
+"""Every model and its steps, each after those that it needs."""
+BUILT = "built.json"
+"""In the building place: which of ROAD are finished, and with how many steps."""
+
+
+def build_all(folder: Path, build_one: Callable[[str, Path, int, bool], None], tell: Callable[[str], None]) -> None:
+    """Walk ROAD below `folder`. What is finished is not touched again: the decoder's line changes what earlier lines left."""
+    try:
+        built: dict[str, int] = json.loads((folder / BUILT).read_text())
+    except FileNotFoundError:
+        built = {}
+    for model, steps in ROAD:
+        if built.get(model) == steps:
+            tell(f"{model}: built")
+            continue
+        tell(f"edgefusion zoo build {model} --steps {steps} --folder {folder}")
+        build_one(model, folder, steps, False)
+        built[model] = steps
+        publish_bytes(folder / BUILT, (json.dumps(built, indent=2) + "\n").encode())
+
+
+def _build_one(model: str, folder: Path, steps: int, go_on: bool) -> None:
     from factory.pocket.build import MODELS, build
 
     if model == "student":
@@ -50,7 +108,7 @@ def zoo_build(
     elif model in MODELS:
         build(model, folder, steps, go_on)
     else:
-        typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student'))}.", err=True)
+        typer.echo(f"No zoo model is called {model!r}; there are {', '.join((*MODELS, 'student', 'all'))}.", err=True)
         raise typer.Exit(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ from factory.models.memory import BatchSize
 from factory.recipe import OpenClipScorer
 
 
+def _folder(recipe: OpenClipScorer) -> str:
+    """Where its files lie, fetched if it is a hub's. Raises OSError or ValueError if they cannot be."""
+    place = resolve(recipe.model)
+    if Path(place).exists():
+        return place
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(place, revision=recipe.revision, allow_patterns=["open_clip_*", "*.json", "*.txt"])
+
+
 class Clip:
     """An opened open_clip model with its tokenizer and preprocessing."""
 
@@ -20,9 +31,8 @@ class Clip:
         import open_clip
 
         quiet()
-        local = recipe.pretrained is None
-        name = f"local-dir:{resolve(recipe.model)}" if local else recipe.model
         try:
+            name = f"local-dir:{_folder(recipe)}" if recipe.pretrained is None else recipe.model
             opened: Any = open_clip.create_model_from_pretrained(name, pretrained=recipe.pretrained)
             model, self.preprocess = opened
             self.tokenizer: Any = open_clip.get_tokenizer(name)

@@ -68,6 +68,7 @@ __all__ = [
     "SelectRecipe",
     "ServerAccess",
     "SharingTeacher",
+    "SourceRecipe",
     "TransformersCaptioner",
     "TransformersWriter",
     "VllmCaptioner",
@@ -94,6 +95,16 @@ class PackRecipe(Settings):
         return self
 
 
+class SourceRecipe(Settings):
+    """What the data set comes from, and its licence, for the card and for Croissant."""
+
+    name: str = Field(
+        description="as the recipe names it: the model, the path, or the scorer's class; or whatever else had a part"
+    )
+    licence: str = Field(min_length=1, description="its licence, SPDX where there is one")
+    url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="where that can be read")
+
+
 class FactoryRecipe(Settings):
     """prompts -> pictures -> scores -> selection -> shards."""
 
@@ -105,6 +116,9 @@ class FactoryRecipe(Settings):
         description="more selections of the same ledger by name: what differs from `select`; packed in dataset/views/NAME",
     )
     pack: PackRecipe = PackRecipe()
+    sources: list[SourceRecipe] = Field(
+        default=[], description="licences of models and sources; those of the zoo are known"
+    )
 
     def view(self, name: str) -> SelectRecipe:
         """The rules of a selection: `select` itself for an empty name. Raises KeyError."""

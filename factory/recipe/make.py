@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
@@ -39,9 +39,18 @@ class OpenClipScorer(Settings):
     """How well a picture fits its prompt, by open_clip."""
 
     kind: Literal["open_clip"] = "open_clip"
-    model: str = Field(description="open_clip folder, zoo:NAME, or a model name of open_clip such as ViT-B-32")
+    model: str = Field(
+        description="open_clip folder, zoo:NAME, hub name of such a folder, or a model name of open_clip such as ViT-B-32"
+    )
+    revision: str | None = Field(default=None, description="commit of a hub name; pin it")
     pretrained: str | None = Field(default=None, description="open_clip's weight tag when `model` is a model name")
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
+
+    @model_validator(mode="after")
+    def _pinned_once(self) -> OpenClipScorer:
+        if self.revision is not None and self.pretrained is not None:
+            raise ValueError("revision pins a hub name; weights that `pretrained` names are open_clip's own")
+        return self
 
 
 class _Scorer(Settings):

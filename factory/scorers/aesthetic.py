@@ -25,9 +25,14 @@ class Aesthetic:
     scores = (Score("aesthetic", None, None, "higher", "the head's rating; LAION's heads were fitted to 1 ... 10"),)
 
     def __init__(
-        self, weights: str, file: str = "model.safetensors", activation: str = "none", clip: Any = None
+        self,
+        weights: str,
+        file: str = "model.safetensors",
+        activation: str = "none",
+        clip: Any = None,
+        revision: str | None = None,
     ) -> None:
-        self.layers, self.activation = read_head(weights, file), activation
+        self.layers, self.activation = read_head(weights, file, revision), activation
         self.clip = None
         if clip is not None:
             from factory.models.clip import Clip
@@ -51,12 +56,12 @@ class Aesthetic:
         return {"aesthetic": state[:, 0].tolist()}
 
 
-def read_head(weights: str, file: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_head(weights: str, file: str, revision: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
     """(weight O x I, bias O) float64 of each layer, from a safetensors file, a folder or a hub name. Raises StageError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = _place(weights, file)
+    path = _place(weights, file, revision)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, TypeError, KeyError) as error:
@@ -79,7 +84,7 @@ def read_head(weights: str, file: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def _place(weights: str, file: str) -> Path:
+def _place(weights: str, file: str, revision: str | None) -> Path:
     place = Path(resolve(weights))
     if place.is_dir():
         return place / file
@@ -88,7 +93,7 @@ def _place(weights: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(weights, file))
+        return Path(hf_hub_download(weights, file, revision=revision))
     except Exception as error:  # the hub's errors are many
         raise StageError(
             f"{weights} cannot be fetched ({type(error).__name__})",

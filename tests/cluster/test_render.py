@@ -62,7 +62,15 @@ def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) ->
     recipe = load_recipe(Recipe, tmp_path / "again.yaml", settings)
     assert recipe.cluster.address == "auto" and recipe.factory.plan.writer.kind == "openai"
     assert found["Service"]["metadata"]["name"] in recipe.factory.plan.writer.base_url
+    assert recipe.factory.plan.writer.key_variable == "OPENAI_API_KEY"
     assert found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"] == ["--model", paper.vllm_model]
+    pinned = cluster_view(PAPER, ["factory.plan.writer.revision=0123abc"])
+    assert pinned.launch_tree is not None and "revision" not in pinned.launch_tree["factory"]["plan"]["writer"]
+    render(pinned, "kuberay", Options(), tmp_path / "pinned")
+    container = documents(tmp_path / "pinned")["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["args"] == ["--model", paper.vllm_model, "--revision", "0123abc"]
+    render(pinned, "slurm", NFS, tmp_path / "slurm")
+    assert f"--model {paper.vllm_model} --revision 0123abc" in (tmp_path / "slurm" / "slurm.sbatch").read_text()
 
 
 @pytest.mark.parametrize("place", [["spec", "backofLimit"], ["spec", "rayClusterSpec", "autoscaling"]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runner import InProcess
+from cluster.storage import digest_file
 from factory.card import CARD, CROISSANT, GRID, write_card
 from factory.make import make, select_and_pack
 from factory.pack import MANIFEST
@@ -66,6 +67,48 @@ def test_the_card_counts_what_is_there(data: Path, tiny_models: Path) -> None:
     recipe = recipe_of(tiny_models)
     write_card(data, recipe, select_and_pack(recipe, data), "tiny")
     assert (data / CARD).read_bytes() == before
+
+
+def test_licences_are_the_recipes_or_the_zoos_or_said_to_lack(data: Path, tiny_models: Path) -> None:
+    tree = recipe_of(tiny_models).model_dump(mode="json")
+    tree["make"]["scorer"]["model"] = "zoo:clip"
+    page = "https://example.org/licence"
+    tree["sources"] = [
+        {"name": str(tiny_models / "teacher"), "licence": "CC-BY-4.0", "url": page},
+        {"name": "emoji pictures", "licence": "MIT"},
+    ]
+    recipe = FactoryRecipe.model_validate(tree)
+    funnel = select_and_pack(recipe, data)
+    text = write_card(data, recipe, funnel, "tiny").read_text()
+    assert f"[CC-BY-4.0]({page})" in text and "| emoji pictures" not in text and "| `emoji pictures` |  | MIT |" in text
+    assert "| filter | `zoo:clip` | `sha256 " in text and "` | Apache-2.0 |" in text
+    assert f"Not known is that of `{tiny_models / 'writer'}`: name it in `factory.sources`" in text
+    croissant = json.loads((data / CROISSANT).read_text())
+    assert croissant["license"] == ["CC-BY-4.0", "Apache-2.0", "MIT"]
+    based = {one["name"]: one for one in croissant["isBasedOn"]}
+    assert based[str(tiny_models / "teacher")]["url"] == page and "license" not in based[str(tiny_models / "writer")]
+    tree["sources"].append({"name": str(tiny_models / "writer"), "licence": "MIT"})
+    assert "Not known" not in write_card(data, FactoryRecipe.model_validate(tree), funnel, "tiny").read_text()
+
+
+def test_croissant_is_what_its_own_library_takes(data: Path) -> None:
+    """Checks by hand hold everywhere; MLCommons' library, where it is installed, checks all of the format."""
+    tree = json.loads((data / CROISSANT).read_text())
+    assert tree["conformsTo"] == "http://mlcommons.org/croissant/1.0" and tree["@type"] == "sc:Dataset"
+    objects = {one["@id"]: one for one in tree["distribution"]}
+    for one in objects.values():
+        assert one["sha256"] == digest_file(data / one["contentUrl"])
+        assert {"@type", "@id", "name", "encodingFormat"} <= set(one)
+    for record in tree["recordSet"]:
+        for field in record["field"]:
+            assert field["source"]["fileObject"]["@id"] in objects and field["@id"].startswith(f"{record['@id']}/")
+    mlcroissant = pytest.importorskip("mlcroissant", reason="pip install mlcroissant")
+    found = mlcroissant.Dataset(str(data / CROISSANT))
+    assert not found.metadata.ctx.issues.errors
+    ids = [row["samples/id"].decode() for row in found.records("samples")]
+    import pyarrow.parquet as pq
+
+    assert ids == pq.read_table(data / MANIFEST)["id"].to_pylist()
 
 
 def test_webdataset_reads_the_shards(data: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 
 from cluster.errors import StageError
 from cluster.stage import Stage, gpus_granted, open_stage
-from factory.card import _mark
 from factory.models import pick_device
 from factory.models.caption import open_captioner
+from factory.models.clip import Clip
 from factory.models.image import Painter
 from factory.models.memory import BatchSize, is_out_of_memory
 from factory.models.text import open_writer
-from factory.recipe import DiffusersTeacher, MakeRecipe, TransformersCaptioner, TransformersWriter
+from factory.provenance import mark_of
+from factory.recipe import DiffusersTeacher, MakeRecipe, OpenClipScorer, TransformersCaptioner, TransformersWriter
 from factory.stages import make_stages
 
 
@@ -120,7 +121,23 @@ def test_a_revision_goes_to_the_hub_and_into_the_card(monkeypatch: pytest.Monkey
         with pytest.raises(StageError, match="cannot be opened: no network here"):
             open_it()
     assert asked == [("owner/model", "0123abc")] * 2
-    assert _mark(TransformersWriter(**pinned)) == "owner/model@0123abc"
+    assert mark_of(TransformersWriter(**pinned)) == "owner/model@0123abc"
+
+
+def test_a_clip_of_the_hub_is_fetched_at_its_revision(tiny_models, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def fetched(place: str, **keys: Any) -> str:
+        asked.append((place, keys["revision"]))
+        return str(tiny_models / "clip")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    clip = Clip(OpenClipScorer(model="owner/clip", revision="0123abc"))
+    assert clip.texts(["a fox"]).shape == (1, 16) and asked == [("owner/clip", "0123abc")]
+    with pytest.raises(ValueError, match="revision pins a hub name"):
+        OpenClipScorer(model="ViT-B-32", pretrained="openai", revision="0123abc")
 
 
 @pytest.mark.parametrize(

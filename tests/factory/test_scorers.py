@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from cluster.errors import RecipeError, StageError
 from cluster.stage import Unit, apply
+from factory.cli import app
 from factory.curate.catalogue import Catalogue, Filter
 from factory.index import load_columns
 from factory.make import packed_samples, select_and_pack
@@ -142,6 +144,31 @@ def test_one_bad_picture_costs_only_its_own_scores() -> None:
 def test_what_is_no_scorer_is_named(scorer: ImportedScorer | PluginScorer, message: str) -> None:
     with pytest.raises((RecipeError, StageError), match=message):
         load_scorer(scorer)
+
+
+def test_a_plugin_is_found_by_its_entry_point_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package is a module and a .dist-info folder on the path; here by hand."""
+    (tmp_path / "redness_plugin.py").write_text(
+        "from factory.scorers import Score\n\n"
+        "class Redness:\n"
+        "    scores = (Score('redness', 0, 255, 'neither', 'mean of the red channel'),)\n"
+        "    def __init__(self, times=1.0):\n"
+        "        self.times = times\n"
+        "    def __call__(self, batch):\n"
+        "        return {'redness': [float(p[..., 0].mean()) * self.times for p in batch.pictures]}\n"
+    )
+    info = tmp_path / "redness_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: redness-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgefusion.scorers]\nredness = redness_plugin:Redness\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make = make_of({"kind": "plugin", "name": "redness", "options": {"times": 2.0}, "prefix": "my_"})
+    assert list(scores_of(make)) == ["my_redness"]
+    assert OpenedScorers(make)(batch(FLAT)) == [{"my_redness": 180.0}]
+    said = CliRunner().invoke(app, ["scorers"])
+    assert "plugin redness" in said.output and "mean of the red channel" in said.output
+    with pytest.raises(RecipeError, match=r"brings a scorer blueness\. There are: redness"):
+        load_scorer(PluginScorer(name="blueness"))
 
 
 def test_a_scorer_that_breaks_the_contract_or_does_not_open_stops_the_run() -> None:

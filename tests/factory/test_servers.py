@@ -17,11 +17,11 @@ from cluster.errors import StageError
 from cluster.stage import Unit, apply
 from cluster.usage import JOURNAL, Usage, read_usage
 from factory import stages
-from factory.card import _mark
 from factory.models import server as model_server
 from factory.models.answers import NoAnswer
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
+from factory.provenance import mark_of
 from factory.recipe import MakeRecipe, OpenAiCaptioner, OpenAiWriter, VllmCaptioner
 from factory.stages import encode_picture, make_stages
 
@@ -218,4 +218,4 @@ def test_a_pinned_revision_goes_to_the_captioners_vllm_and_into_the_card(
     open_captioner(recipe)
     words = " ".join(started[0].command(8000))
     assert "--model owner/llava" in words and "--revision 0123abc" in words
-    assert _mark(recipe) == "owner/llava@0123abc"
+    assert mark_of(recipe) == "owner/llava@0123abc"
