@@ -188,6 +188,10 @@ class Chain:
         publish_bytes(self.out / RUN, (json.dumps(self.facts, indent=2) + "\n").encode())
 
     def _is_done(self, step: str) -> bool:
+        if step == "plan":
+            from factory.download import wants_again
+
+            return not wants_again(self.data) and (self.data / "plan.parquet").exists()
         if step == "select":
             return "funnel" in self.facts and self._holds_decisions()
         if step == "export":
@@ -197,7 +201,6 @@ class Chain:
 
             return has_pages(self.out, self.recipe.export)
         proof = {
-            "plan": self.data / "plan.parquet",
             "make": self.data / "manifest.parquet",
             "train": self.student,
             "student": self.student,

@@ -64,10 +64,13 @@ def added_sets(data: Path) -> list[Added]:
     return found
 
 
-def added_to(sets: Sequence[Added], table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    """Columns of finished sets for the ledger rows in `table` (id, unit, pictures_sha256). Raises LedgerConflict if they are of others."""
+def added_to(sets: Sequence[Added], table: pa.Table) -> list[tuple[pa.Field, pa.ChunkedArray]]:
+    """Fields, with what their scorer says of them, and columns of finished sets for the ledger rows in `table` (id, unit, pictures_sha256).
+
+    Raises LedgerConflict if they are of others.
+    """
     units = dict(zip(table["unit"].to_pylist(), table["pictures_sha256"].to_pylist(), strict=True))
-    found: dict[str, pa.ChunkedArray] = {}
+    found: list[tuple[pa.Field, pa.ChunkedArray]] = []
     for one in sets:
         parts = [read_table(one.file(unit)) for unit in units]
         for unit, part, sha256 in zip(units, parts, units.values(), strict=True):
@@ -76,7 +79,7 @@ def added_to(sets: Sequence[Added], table: pa.Table) -> dict[str, pa.ChunkedArra
         scores = pa.concat_tables(part.replace_schema_metadata(None) for part in parts)
         if not scores["id"].combine_chunks().equals(table["id"].combine_chunks()):
             raise _of_others(one.folder)
-        found |= {name: scores[name] for name in one.columns}
+        found += [(scores.schema.field(name), scores[name]) for name in one.columns]
     return found
 
 

@@ -104,15 +104,22 @@ def repair(
 
 @app.command("retry-failed")
 def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output folder, or its data set")]) -> None:
-    """Give samples that died while they were made another try: their units are made anew by the next run."""
-    from factory.retry import reopen_dead
+    """Give samples that died while they were made, and URLs that failed and may yet answer, another try by the next run."""
+    from factory.retry import is_planned, reopen_dead, reopen_urls
 
     _refuse_under_a_run(folder)
-    samples, units = reopen_dead(folder)
-    if not samples:
-        typer.echo(f"{folder}: no sample died while it was made, so there is nothing to try again")
-        return
-    typer.echo(f"{folder}: {samples} dead samples in {units} units are to be made anew; now run the recipe again")
+    urls = reopen_urls(folder)
+    samples, units = reopen_dead(folder) if not urls or is_planned(folder) else (0, 0)
+    if urls:
+        typer.echo(f"{folder}: {urls} URLs that failed are to be asked again")
+    if samples:
+        typer.echo(f"{folder}: {samples} dead samples in {units} units are to be made anew")
+    if urls or samples:
+        typer.echo("Now run the recipe again")
+    else:
+        typer.echo(
+            f"{folder}: no sample died while it was made, and no URL that failed may yet answer: nothing to try again"
+        )
 
 
 @app.command("select")
@@ -295,6 +302,9 @@ def curate(
     folder: Annotated[Path, _FOLDER],
     port: Annotated[int, typer.Option(min=0, max=65535, help="port on the loopback; 0 takes a free one")] = 0,
     who: Annotated[str, typer.Option(help="name that goes with decisions until the page is told another")] = "",
+    view: Annotated[
+        str, typer.Option(help="show what this selection of several keeps and rejects; decisions are for all of them")
+    ] = "",
     show: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the default browser")] = False,
 ) -> None:
     """Serve the page on which people keep, reject and re-caption, on this machine only. Stop it with Ctrl-C; all is saved."""
@@ -302,7 +312,7 @@ def curate(
 
     from factory.curate.server import Server
 
-    with Server(folder, port, who or getpass.getuser()) as server:
+    with Server(folder, port, who or getpass.getuser(), view) as server:
         typer.echo(
             "{folder}: {alive} pictures; people so far: {kept} keep, {rejected} reject, {captions} captions".format(
                 folder=folder, alive=server.catalogue.alive, **server.overlay.counts()

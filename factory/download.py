@@ -4,6 +4,9 @@
 download goes on after the last whole part, and a rerun reads the disk, not the net. The plan then points into these files as into any
 Parquet source. What the server calls its answer counts for nothing; decoding decides later.
 
+A run of failures that looks like an outage stops the download, and the parts of it are not kept. What failed for a reason that may pass is
+asked once more after `ask_again`; a part changes only where an answer came.
+
 Guards: http and https only; addresses that are not public are refused at connect time, whatever name led there (redirects, DNS answers that
 change); bounded time, size, redirects and connections a host.
 """
@@ -14,7 +17,9 @@ import asyncio
 import csv
 import ipaddress
 import random
+import re
 import socket
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +29,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError, StageError, TargetUnavailable
+from cluster.status import reason_kind
 from cluster.storage import publish_bytes
+from factory.ingest import attributes_of, url_key
 from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
 
 FOLDER = "downloads"
 PART_URLS = 256
 _SCHEMA = pa.schema([("url", pa.string()), ("text", pa.string()), ("picture", pa.binary()), ("wrong", pa.string())])
+AGAIN = "again"
+"""A file beside the parts: failures that may pass are to be asked again by the next plan."""
+_PASSING = re.compile(r"HTTP (408|425|429|500|502|503|504)\b|no whole answer within |\w+Error(:|,|$)")
+"""Reasons that an outage or a busy server gives, as `_fetch` words them."""
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECT = {301, 302, 303, 307, 308}
 _LONGEST_WAIT_S = 60.0
@@ -46,60 +57,155 @@ def download_all(
     """The parts of all URLs in `paths`, in order, fetched where they are not there yet. Raises RecipeError for a bad list."""
     assert recipe.download is not None
     parts: list[Path] = []
-    some: list[tuple[str, str]] = []
-    left = recipe.limit
-    for pair in (pair for path in paths for pair in read_list(path, recipe)):
+    some: list[_Listed] = []
+    left, again, latest = recipe.limit, wants_again(folder), _Latest(recipe.download)
+
+    def take() -> None:
+        parts.append(_part(recipe, some, folder, len(parts), again, latest))
+        progress(len(some))
+        some.clear()
+
+    for one in (one for path in paths for one in _listed(path, recipe)):
         if left is not None and left == 0:
             break
         left = None if left is None else left - 1
-        some.append(pair)
+        some.append(one)
         if len(some) == PART_URLS:
-            parts.append(_part(recipe.download, some, folder, len(parts)))
-            progress(len(some))
-            some = []
+            take()
     if some:
-        parts.append(_part(recipe.download, some, folder, len(parts)))
-        progress(len(some))
+        take()
     return parts
 
 
-def _part(recipe: DownloadRecipe, some: list[tuple[str, str]], folder: Path, number: int) -> Path:
+_Listed = tuple[str, str, str]
+"""URL, text, attributes as JSON."""
+
+
+class _Latest:
+    """The parts that were fetched last, as many as mean something: are they the work of an outage?"""
+
+    def __init__(self, recipe: DownloadRecipe) -> None:
+        self._recipe = recipe
+        self._parts: deque[tuple[Path, list[str]]] = deque()
+
+    def add(self, part: Path, wrong: list[str]) -> None:
+        """Raises StageError if most failed of late; the parts where most did are then removed, and the next run fetches them anew."""
+        self._parts.append((part, wrong))
+        total = sum(len(one) for _, one in self._parts)
+        while total - len(self._parts[0][1]) >= self._recipe.failed_after:
+            total -= len(self._parts.popleft()[1])
+        failed = [why for _, one in self._parts for why in one if why]
+        most = self._recipe.max_failed_share
+        if total < self._recipe.failed_after or len(failed) <= most * total:
+            return
+        for path, one in self._parts:
+            if sum(map(bool, one)) > most * len(one):
+                path.unlink(missing_ok=True)
+        (why, _), *_ = Counter(map(reason_kind, failed)).most_common(1)
+        raise StageError(
+            f"{len(failed)} of the last {total} URLs failed, more than factory.plan.download.max_failed_share ({most:g}); most often: {why}",
+            where=str(part.parent),
+            remedy="See whether the network is there, then run the same command again: it asks for these anew; or raise that key",
+        )
+
+
+def _part(recipe: PicturePlan, some: list[_Listed], folder: Path, number: int, again: bool, latest: _Latest) -> Path:
+    assert recipe.download is not None
     final = folder / FOLDER / f"part-{number:05d}.parquet"
     if final.exists():
         table = pq.read_table(final, columns=["url", "text"])
-        if list(zip(table["url"].to_pylist(), table["text"].to_pylist(), strict=True)) != some:
+        if list(zip(table["url"].to_pylist(), table["text"].to_pylist(), strict=True)) != [one[:2] for one in some]:
             raise StageError(
                 "was downloaded from another list of URLs", where=str(final), remedy="Start in a new output folder"
             )
+        if again:
+            _ask_part_again(recipe.download, final)
         return final
-    answers = asyncio.run(_fetch_all(recipe, [url for url, _ in some]))
+    answers = asyncio.run(_fetch_all(recipe.download, [url for url, *_ in some]))
     rows = [
-        {"url": url, "text": text, "picture": data, "wrong": wrong}
-        for (url, text), (data, wrong) in zip(some, answers, strict=True)
+        {"url": url, "text": text, "picture": data, "wrong": wrong, "attributes": attributes}
+        for (url, text, attributes), (data, wrong) in zip(some, answers, strict=True)
     ]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
-    publish_bytes(final, sink.getvalue().to_pybytes())
+    more = [pa.field("attributes", pa.string())] if recipe.attribute_columns else []
+    _publish(final, pa.Table.from_pylist(rows, schema=pa.schema([*_SCHEMA, *more])))
+    latest.add(final, [wrong for _, wrong in answers])
     return final
+
+
+def _publish(final: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    publish_bytes(final, sink.getvalue().to_pybytes())
+
+
+def may_pass(wrong: str) -> bool:
+    """Whether a URL that failed for this reason may answer another time."""
+    return _PASSING.match(wrong) is not None
+
+
+def failed_urls(folder: Path) -> list[tuple[str, str]]:
+    """(id of its row, reason) of the URLs that failed for reasons that may pass, of the data set in `folder`; doubles come once."""
+    found: dict[str, str] = {}
+    for part in _parts(folder):
+        for row in pq.read_table(part, columns=["url", "text", "wrong"]).to_pylist():
+            if may_pass(row["wrong"]):
+                found[url_key(row["url"], b"", row["text"])[0]] = row["wrong"]
+    return list(found.items())
+
+
+def ask_again(folder: Path) -> None:
+    """Let the next plan ask for those once more."""
+    publish_bytes(folder / FOLDER / AGAIN, b"")
+
+
+def wants_again(folder: Path) -> bool:
+    """Whether the plan in `folder` is yet to ask for what failed."""
+    return (folder / FOLDER / AGAIN).exists()
+
+
+def asked_again(folder: Path) -> None:
+    """The plan has what came of it."""
+    (folder / FOLDER / AGAIN).unlink(missing_ok=True)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("part-*.parquet"))
+
+
+def _ask_part_again(recipe: DownloadRecipe, final: Path) -> None:
+    table = pq.read_table(final)
+    rows = table.to_pylist()
+    failed = [row for row in rows if may_pass(row["wrong"])]
+    if not failed:
+        return
+    answers = asyncio.run(_fetch_all(recipe, [row["url"] for row in failed]))
+    for row, (data, wrong) in zip(failed, answers, strict=True):
+        row["picture"], row["wrong"] = data, wrong
+    _publish(final, pa.Table.from_pylist(rows, schema=table.schema))
 
 
 def read_list(path: Path, recipe: PicturePlan) -> Iterator[tuple[str, str]]:
     """(url, text) of a .txt (a URL a line, then perhaps a tab and the text), .csv or .parquet file. Raises RecipeError."""
+    return ((url, text) for url, text, _ in _listed(path, recipe))
+
+
+def _listed(path: Path, recipe: PicturePlan) -> Iterator[_Listed]:
     assert recipe.download is not None
-    columns = [recipe.download.url_column, recipe.text_column]
+    columns = [recipe.download.url_column, recipe.text_column, *recipe.attribute_columns]
+    needed = [columns[0], *recipe.attribute_columns]
     if path.suffix == ".txt":
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in read_lines(file):
                 url, _, text = line.strip().partition("\t")
                 if url:
-                    yield url.strip(), text.strip()
+                    yield url.strip(), text.strip(), "{}"
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             reader = csv.DictReader(read_lines(file))
             try:
-                _refuse_lacking(path, columns[0], list(reader.fieldnames or []))
+                _refuse_lacking(path, needed, list(reader.fieldnames or []))
                 for row in reader:
-                    yield (row[columns[0]] or "").strip(), row.get(columns[1]) or ""
+                    yield (row[columns[0]] or "").strip(), row.get(columns[1]) or "", attributes_of(row, recipe)
             except csv.Error as error:
                 raise RecipeError(
                     f"cannot be read ({error})",
@@ -112,23 +218,25 @@ def read_list(path: Path, recipe: PicturePlan) -> Iterator[tuple[str, str]]:
         except (pa.ArrowInvalid, OSError) as error:
             raise StageError(f"cannot be read ({error})", where=str(path), remedy="Copy it again") from error
         names = parquet.schema_arrow.names
-        _refuse_lacking(path, columns[0], names)
+        _refuse_lacking(path, needed, names)
         for batch in parquet.iter_batches(columns=[name for name in columns if name in names]):
             for row in batch.to_pylist():
-                yield str(row[columns[0]] or "").strip(), str(row.get(columns[1]) or "")
+                url, text = str(row[columns[0]] or "").strip(), str(row.get(columns[1]) or "")
+                yield url, text, attributes_of(row, recipe)
     else:
         raise RecipeError(
             "is no list of URLs (.txt, .csv or .parquet)", where=str(path), remedy="Check factory.plan.paths"
         )
 
 
-def _refuse_lacking(path: Path, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise RecipeError(
-            f"has no column {column}; there are {names}",
-            where=str(path),
-            remedy="Set factory.plan.download.url_column",
-        )
+def _refuse_lacking(path: Path, needed: list[str], names: list[str]) -> None:
+    for column in needed:
+        if column not in names:
+            raise RecipeError(
+                f"has no column {column}; there are {names}",
+                where=str(path),
+                remedy="Set factory.plan.download.url_column and factory.plan.attribute_columns",
+            )
 
 
 async def _fetch_all(recipe: DownloadRecipe, urls: list[str]) -> list[tuple[bytes | None, str]]:

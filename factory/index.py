@@ -34,7 +34,7 @@ INDEX = "index"
 pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 _PART_UNITS = 512
 _MARK = b"units"
-_VERSION = b"2"
+_VERSION = b"3"
 _LARGE = 1 << 30
 """Stands for the size of a drawn picture: it is what the recipe asked for."""
 
@@ -71,6 +71,8 @@ class Columns:
     """Code of the picture file's digest: rows with the same file share it; -1 without a picture."""
     scores: dict[str, np.ndarray]
     """Every number with a fraction that the ledger holds, by its name; NaN where there is none."""
+    lower_is_better: frozenset[str] = frozenset()
+    """Scores of which their scorer says so, as the ledger notes it beside the column."""
     parts: tuple[tuple[Path, int], ...] = ()
     """Files of embeddings (n x D float16) in the order of the rows, and how many rows each has."""
 
@@ -164,6 +166,9 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
         ].reshape(-1, 12),
         made=codes,
         scores={name: _numbers(table[name]) for name in floats},
+        lower_is_better=frozenset(
+            name for name in floats if (table.schema.field(name).metadata or {}).get(b"better") == b"lower"
+        ),
         parts=parts,
     )
 
@@ -210,12 +215,13 @@ def _part(folder: Path, place: Path, entries: list[Path], sets: Sequence[Added] 
         "edge_px": _edge(table),
         "hash": np.array([int(h, 16) for h in table["phash"].fill_null("0").to_pylist()], np.uint64),
         "colours": pa.array([c or bytes(12) for c in table["colours"].to_pylist()], pa.binary(12)),
-        **{field.name: table[field.name] for field in table.schema if pa.types.is_floating(field.type)},
-        **added_to(sets, table),
     }
-    table = pa.table(columns).replace_schema_metadata({_MARK: mark})
-    publish_bytes(path, table_bytes(table))
-    return table
+    floats = [(field, table[field.name]) for field in table.schema if pa.types.is_floating(field.type)]
+    found = pa.table(columns).replace_schema_metadata({_MARK: mark})
+    for field, values in [*floats, *added_to(sets, table)]:  # as they are, with what their scorer said of them
+        found = found.append_column(field, values)
+    publish_bytes(path, table_bytes(found))
+    return found
 
 
 def _mark(entries: list[Path]) -> bytes:

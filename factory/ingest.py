@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.cache import is_url
 from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD, PENDING
-from factory.models import ZOO
 from factory.recipe import PicturePlan
+from factory.seen import Seen
+from factory.sources import SHARDS, is_shard, open_source, open_table, read_cell, read_range, source_files, walk
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_PICTURE_BYTES = 64 << 20
@@ -29,6 +31,7 @@ MAX_PICTURE_BYTES = 64 << 20
 MAX_TEXT_CHARACTERS = 2000
 MAX_NAME_CHARACTERS = 4096
 """A member of a shard with a longer name is none."""
+MAX_ATTRIBUTE_CHARACTERS = 200
 _CELLS = 16
 """Rows of a Parquet file that are in memory at once."""
 MAX_BESIDE_BYTES = 64 << 10
@@ -37,71 +40,69 @@ MAX_BESIDE_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Found:
-    """A picture of a source: where it lies, its bytes, the text beside it, and why it will not do (empty if it will)."""
+    """A picture of a source: where it lies, its bytes, the text beside it, why it will not do (empty if it will), its attributes as JSON."""
 
     source: dict[str, Any]
     data: bytes
     text: str
     wrong: str = ""
-
-
-def source_path(name: str) -> Path:
-    """`zoo:NAME` or a path; raises RecipeError if there is nothing."""
-    path = ZOO / name.removeprefix("zoo:") if name.startswith("zoo:") else Path(name)
-    if not path.exists():
-        raise RecipeError(
-            f"there is no source {name}",
-            where="factory.plan.paths",
-            remedy="Give a folder, a .tar shard, a .parquet file or zoo:wild.parquet",
-        )
-    return path.resolve()
+    attributes: str = "{}"
 
 
 def planned_rows(recipe: PicturePlan) -> Iterator[dict[str, Any]]:
     """A plan row a picture, in the order of the sources; the same bytes from the same place come once."""
-    seen: set[str] = set()
-    for name in recipe.paths:
-        for found in _read(source_path(name), recipe):
+    seen = Seen()
+    for file in (file for name in recipe.paths for file in source_files(name)):
+        for found in _read(file, recipe):
             sha = hashlib.sha256(found.data).hexdigest()
             key = hashlib.sha256(f"{Path(found.source['file']).name}/{found.source['at']}/{sha}/{found.text}".encode())
-            if key.hexdigest() in seen:
+            if not seen.add(key.digest()):
                 continue
-            seen.add(key.hexdigest())
-            yield _row(key.hexdigest(), found.text, found.source, sha, found.wrong)
+            yield _row(key.hexdigest(), found.text, found.source, sha, found.wrong, found.attributes)
             if recipe.limit and len(seen) >= recipe.limit:
                 return
 
 
 def downloaded_rows(parts: list[Path]) -> Iterator[dict[str, Any]]:
     """A plan row a URL and text of what factory/download.py fetched; the same answer of the same URL comes once."""
-    seen: set[str] = set()
+    seen = Seen()
     for path in parts:
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            for row, got in enumerate(file.read_row_group(group).to_pylist()):
-                text, wrong = _text(got["text"].encode("utf-8", "surrogatepass"))
-                data, wrong = got["picture"] or b"", got["wrong"] or wrong
-                sha = hashlib.sha256(data).hexdigest()
-                key = hashlib.sha256(json.dumps([got["url"], sha, text]).encode()).hexdigest()
-                if key in seen:
-                    continue
-                seen.add(key)
-                # Relative to the data set: the same URLs give the same plan in any folder.
-                source = {
-                    "file": f"{path.parent.name}/{path.name}",
-                    "at": [group, row],
-                    "column": "picture",
-                    "url": got["url"],
-                }
-                yield _row(key, text, source, sha, wrong)
+        for row in read_part(path):
+            if seen.add(bytes.fromhex(row["id"])):
+                yield row
 
 
-def _row(key: str, text: str, source: dict[str, Any], sha: str, wrong: str) -> dict[str, Any]:
+def read_part(path: Path) -> Iterator[dict[str, Any]]:
+    """The plan row of each URL of a part, doubles too."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        for row, got in enumerate(file.read_row_group(group).to_pylist()):
+            text, wrong = _text(got["text"].encode("utf-8", "surrogatepass"))
+            wrong = got["wrong"] or wrong
+            key, sha = url_key(got["url"], got["picture"] or b"", got["text"])
+            # Relative to the data set: the same URLs give the same plan in any folder.
+            source = {
+                "file": f"{path.parent.name}/{path.name}",
+                "at": [group, row],
+                "column": "picture",
+                "url": got["url"],
+            }
+            yield _row(key, text, source, sha, wrong, got.get("attributes") or "{}")
+
+
+def url_key(url: str, answer: bytes, text: str) -> tuple[str, str]:
+    """(id of the plan row, SHA-256 of the answer) of a URL, what it answered (nothing if it failed) and the text beside it in the list."""
+    sha = hashlib.sha256(answer).hexdigest()
+    words, _ = _text(text.encode("utf-8", "surrogatepass"))
+    return hashlib.sha256(json.dumps([url, sha, words]).encode()).hexdigest(), sha
+
+
+def _row(key: str, text: str, source: dict[str, Any], sha: str, wrong: str, attributes: str = "{}") -> dict[str, Any]:
     return {
         "id": key,
         "prompt": text,
         "group": "pictures",
-        "attributes": "{}",
+        "attributes": attributes,
         "seed": 0,
         "outcome": DEAD if wrong else PENDING,
         "reason": f"plan: {wrong}" if wrong else "",
@@ -114,8 +115,12 @@ def fetch(place: str, sha256: str, folder: Path = Path()) -> bytes:
     """The picture file that the plan of the data set in `folder` names. Raises StageError if the source changed since (all its rows would be wrong)."""
     source = json.loads(place)
     try:
-        data = _fetch({**source, "file": str(folder / source["file"])})
-    except (OSError, KeyError, pa.ArrowInvalid, IndexError) as error:
+        file = source["file"] if is_url(source["file"]) else str(folder / source["file"])
+        if "column" in source:
+            data = read_cell(file, *source["at"], source["column"])
+        else:
+            data = read_range(file, source["at"], source["size"])
+    except (OSError, EOFError, zlib.error, KeyError, pa.ArrowInvalid, IndexError) as error:
         raise StageError(
             f"a source is gone or damaged ({error})", where=source["file"], remedy="Put it back and run again"
         ) from error
@@ -126,64 +131,32 @@ def fetch(place: str, sha256: str, folder: Path = Path()) -> bytes:
     return data
 
 
-def _fetch(source: dict[str, Any]) -> bytes:
-    if "column" in source:
-        group, row = source["at"]
-        return _cells(source["file"], group, source["column"]).get(row)
-    with Path(source["file"]).open("rb") as file:
-        file.seek(source["at"])
-        return file.read(source["size"])
-
-
-class _Cells:
-    """A column of a row group, read forwards in small batches: one large value in a million rows must not be in memory a million times."""
-
-    def __init__(self, file: pq.ParquetFile, group: int, column: str) -> None:
-        self._file, self._group, self._column = file, group, column
-        self._begin()
-
-    def get(self, row: int) -> Any:
-        """Raises IndexError beyond the end."""
-        if row < self._start:
-            self._begin()
-        while row >= self._start + len(self._batch):
-            following = next(self._left, None)
-            if following is None:
-                raise IndexError(f"there is no row {row}")
-            self._start, self._batch = self._start + len(self._batch), following
-        return self._batch[row - self._start].as_py()
-
-    def _begin(self) -> None:
-        self._start = 0
-        self._batch: Any = ()
-        batches = self._file.iter_batches(_CELLS, row_groups=[self._group], columns=[self._column])
-        self._left = (batch.column(0) for batch in batches)
-
-
-@lru_cache(maxsize=2)
-def _cells(file: str, group: int, column: str) -> _Cells:
-    return _Cells(pq.ParquetFile(file), group, column)
-
-
-def _read(path: Path, recipe: PicturePlan) -> Iterator[Found]:
-    if path.is_dir():
+def _read(file: str, recipe: PicturePlan) -> Iterator[Found]:
+    path = Path(file)
+    if not is_url(file) and path.is_dir():
         yield from _read_folder(path, recipe)
-    elif path.suffix == ".tar":
-        yield from _read_shard(path, recipe)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, recipe)
+    elif is_shard(file):
+        yield from _read_shard(file, recipe)
+    elif file.endswith(".parquet"):
+        yield from _read_parquet(file, recipe)
     else:
         raise RecipeError(
-            "is neither a folder nor a .tar or .parquet file",
-            where=str(path),
+            f"is neither a folder nor a {', '.join(SHARDS)} or .parquet file",
+            where=file,
             remedy="Check factory.plan.paths; for a list of URLs give factory.plan.download, {} for its defaults",
         )
 
 
 def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
-    """Picture files at any depth with NAME.txt and NAME.json beside them; links that lead out of the folder are left alone."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file() or not path.resolve().is_relative_to(folder):
+    """Picture files at any depth with NAME.txt and NAME.json beside them, and shards; links that lead out of the folder are left alone."""
+    for path in walk(folder):
+        shard = is_shard(path.name)
+        if not (shard or path.suffix.lower() in SUFFIXES) or not path.is_file():
+            continue
+        if not path.resolve().is_relative_to(folder):
+            continue
+        if shard:
+            yield from _read_shard(str(path), recipe)
             continue
         name = path.relative_to(folder).as_posix()
         try:
@@ -196,7 +169,7 @@ def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
             continue
         text, wrong, more = _told(words, facts, recipe)
         source = {"file": str(path), "at": 0, "size": size, **_origin(name, more)}
-        yield _judged(source, data, size, text, wrong)
+        yield _judged(source, data, size, text, wrong, attributes_of(more, recipe))
 
 
 def _beside(path: Path, folder: Path) -> bytes | None:
@@ -233,42 +206,54 @@ def _origin(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     return {**known, "metadata": metadata} if metadata else known
 
 
-def _read_shard(path: Path, recipe: PicturePlan) -> Iterator[Found]:
-    """Members of one key stand together, as in any WebDataset; links and folders are no members."""
+def _read_shard(file: str, recipe: PicturePlan) -> Iterator[Found]:
+    """Members of one key stand together, as in any WebDataset; links and folders are no members.
+
+    Each is read when it is passed: of a zipped or a remote shard going back would mean to begin anew.
+    """
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_source(file) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             key, picture, text, facts = "", None, None, None
             for entry in archive:
                 own, _, kind = entry.name.rpartition("/")[2].partition(".")
                 own = f"{entry.name.rpartition('/')[0]}/{own}"
                 if own != key:
                     if picture:
-                        yield _member(path, archive, picture, _told(text, facts, recipe))
+                        yield _member(file, *picture, _told(text, facts, recipe), recipe)
                     key, picture, text, facts = own, None, None, None
                 if not entry.isfile() or len(entry.name) > MAX_NAME_CHARACTERS:
                     continue
                 if f".{kind.lower()}" in SUFFIXES and picture is None:
-                    picture = entry
+                    fits = entry.size <= MAX_PICTURE_BYTES
+                    picture = entry, _content(archive, entry, entry.size) if fits else b""
                 elif kind.lower() == "txt":
                     text = _content(archive, entry, MAX_BESIDE_BYTES + 1)
                 elif kind.lower() == "json":
                     facts = _content(archive, entry, MAX_BESIDE_BYTES + 1)
             if picture:
-                yield _member(path, archive, picture, _told(text, facts, recipe))
+                yield _member(file, *picture, _told(text, facts, recipe), recipe)
     # MemoryError: a header may say that terabytes of name follow.
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, ValueError, OverflowError, MemoryError) as error:
+    except (
+        tarfile.TarError,
+        EOFError,
+        OSError,
+        zlib.error,
+        UnicodeDecodeError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise StageError(
-            f"the shard cannot be read to its end ({error})", where=str(path), remedy="Copy it again or leave it out"
+            f"the shard cannot be read to its end ({error})", where=file, remedy="Copy it again or leave it out"
         ) from error
 
 
 def _member(
-    path: Path, archive: tarfile.TarFile, entry: tarfile.TarInfo, told: tuple[str, str, dict[str, Any]]
+    file: str, entry: tarfile.TarInfo, data: bytes, told: tuple[str, str, dict[str, Any]], recipe: PicturePlan
 ) -> Found:
     text, wrong, more = told
-    source = {"file": str(path), "at": entry.offset_data, "size": entry.size, **_origin(entry.name, more)}
-    data = _content(archive, entry, entry.size) if entry.size <= MAX_PICTURE_BYTES else b""
-    return _judged(source, data, entry.size, text, wrong)
+    source = {"file": file, "at": entry.offset_data, "size": entry.size, **_origin(entry.name, more)}
+    return _judged(source, data, entry.size, text, wrong, attributes_of(more, recipe))
 
 
 def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> bytes:
@@ -276,21 +261,21 @@ def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, most: int) -> byt
     return content.read(most) if content else b""
 
 
-def _read_parquet(path: Path, recipe: PicturePlan) -> Iterator[Found]:
+def _read_parquet(path: str, recipe: PicturePlan) -> Iterator[Found]:
     try:
-        file = pq.ParquetFile(path)
+        file = open_table(path)
         names = file.schema_arrow.names
     except (pa.ArrowInvalid, OSError) as error:
         raise StageError(
             f"cannot be read ({error})", where=str(path), remedy="Copy it again or leave it out"
         ) from error
-    wanted = [recipe.picture_column, recipe.text_column, *recipe.metadata_columns]
+    wanted = [recipe.picture_column, recipe.text_column, *recipe.metadata_columns, *recipe.attribute_columns]
     lacking = [name for name in wanted if name not in names]
     if lacking:
         raise RecipeError(
             f"has no column {lacking[0]}; there are {names}",
             where=str(path),
-            remedy="Set factory.plan.picture_column, text_column and metadata_columns",
+            remedy="Set factory.plan.picture_column, text_column, metadata_columns and attribute_columns",
         )
     columns = list(dict.fromkeys(wanted))
     try:
@@ -318,13 +303,25 @@ def _cells_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _cell(path: Path, at: list[int], cells: dict[str, Any], recipe: PicturePlan) -> Found:
+def _cell(path: str, at: list[int], cells: dict[str, Any], recipe: PicturePlan) -> Found:
     data, text = cells[recipe.picture_column], cells[recipe.text_column]
-    source: dict[str, Any] = {"file": str(path), "at": at, "column": recipe.picture_column}
+    source: dict[str, Any] = {"file": path, "at": at, "column": recipe.picture_column}
     if recipe.metadata_columns:
         source["metadata"] = _plain({name: cells[name] for name in recipe.metadata_columns})
     data = data if isinstance(data, bytes) else b""
-    return _judged(source, data, len(data), *_text(text if isinstance(text, bytes) else b""))
+    attributes = attributes_of(_plain({name: cells[name] for name in recipe.attribute_columns}), recipe)
+    return _judged(source, data, len(data), *_text(text if isinstance(text, bytes) else b""), attributes)
+
+
+def attributes_of(known: Mapping[str, Any], recipe: PicturePlan) -> str:
+    """The recipe's `attribute_columns` of what is known of a picture, as JSON; what is missing, a list or an object is left out."""
+    found = {name: known.get(name) for name in recipe.attribute_columns}
+    words = {
+        name: str(json.dumps(value) if isinstance(value, bool) else value)[:MAX_ATTRIBUTE_CHARACTERS]
+        for name, value in found.items()
+        if isinstance(value, str | int | float)
+    }
+    return json.dumps(words, ensure_ascii=False).encode("utf-8", "replace").decode() if words else "{}"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -347,9 +344,9 @@ def _text(data: bytes) -> tuple[str, str]:
     return text[:MAX_TEXT_CHARACTERS], ""
 
 
-def _judged(source: dict[str, Any], data: bytes, size: int, text: str, wrong: str) -> Found:
+def _judged(source: dict[str, Any], data: bytes, size: int, text: str, wrong: str, attributes: str) -> Found:
     if size > MAX_PICTURE_BYTES:
         wrong = f"the file has {size} bytes, over the limit"
     elif not data:
         wrong = "the picture is empty"
-    return Found(source, data, text, wrong)
+    return Found(source, data, text, wrong, attributes)

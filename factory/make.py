@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from cluster.runner import Runner
 from cluster.stage import DEAD, Unit
 from cluster.storage import sweep_partials
 from factory.budget import forget_set_aside
+from factory.dead import all_through, write_letters
 from factory.decisions import Decision, digest_decisions, read_decisions
 from factory.index import load_columns
+from factory.ingest import fetch
 from factory.ledger import further_scores, read_entry, read_pictures
 from factory.live import Show, following
 from factory.pack import Sample, pack, packed_decisions
+from factory.pixels import open_crops
 from factory.plan import Progress
-from factory.recipe import FactoryRecipe, SelectRecipe
+from factory.recipe import CropRecipe, FactoryRecipe, SelectRecipe
 from factory.select import select, summarise, write_selection
-from factory.stages import CAPTIONS, make_stages
+from factory.stages import CAPTIONS, CROPS, encode_picture, make_stages
 from factory.teachers import teacher_of
 from factory.units import plan_files, plan_units, read_table, read_units, units_left
 
@@ -47,6 +51,7 @@ def make(
         for unit in _made(recipe, folder, runner, todo):
             live.add(unit)
             progress(len(unit.rows))
+    all_through(folder)
     return len(todo)
 
 
@@ -91,6 +96,8 @@ def select_and_pack(
     summary = summarise(columns, selection, rules)
     mark = digest_decisions(decisions)
     write_selection(target, selection, {**summary, "decisions_sha256": mark})
+    if target == folder:
+        write_letters(folder, selection)
     samples = _samples(recipe, folder, selection.kept, decisions, rules)
     pack(samples, target, recipe.pack.samples_per_shard, mark)
     return summary["funnel"]
@@ -113,23 +120,43 @@ def _samples(
     recipe: FactoryRecipe, folder: Path, kept: np.ndarray, decisions: Mapping[str, Decision], rules: SelectRecipe
 ) -> Iterator[Sample]:
     """`kept`: a bool for each row of the plan. One unit's pictures lie in memory."""
-    start = 0
-    for unit, ids in plan_units(folder, recipe.make.unit_images):
+    units, start, wanted = plan_units(folder, recipe.make.unit_images), 0, dict[int, np.ndarray]()
+    for number, (_, ids) in enumerate(units):
         some = kept[start : start + len(ids)]
         start += len(ids)
-        if not some.any():
-            continue
+        if some.any():
+            wanted[number] = some
+    centre = rules.crop == "centre" and not recipe.make.painters()
+    planned = read_units(folder, recipe.make.unit_images, wanted) if centre else None
+    for number, some in wanted.items():
+        unit = units[number][0]
         rows = {row["id"]: row for row, keep in zip(read_entry(folder, unit), some.tolist(), strict=True) if keep}
+        digests = {row["id"]: row["picture_sha256"] for row in next(planned).rows} if planned else {}
         sha256 = next(iter(rows.values()))["pictures_sha256"]
         for key, data in read_pictures(folder, unit, sha256):
-            if key in rows:
-                yield _sample(recipe, rows[key], data, decisions, rules.text == "raw")
+            if key in rows and key in digests and rows[key]["crop"] != CROPS[0]:
+                yield _centred(recipe, folder, _sample(recipe, rows[key], data, decisions, rules), rows[key], digests)
+            elif key in rows:
+                yield _sample(recipe, rows[key], data, decisions, rules)
+
+
+def _centred(
+    recipe: FactoryRecipe, folder: Path, sample: Sample, row: dict[str, Any], digests: Mapping[str, str]
+) -> Sample:
+    """The centre of a taken-in picture in place of the crop that was made; its scores are of that one, so they go."""
+    crop = recipe.make.crop or CropRecipe()
+    whole = fetch(row["source"], digests[row["id"]], folder)
+    centre = open_crops(whole, crop.size_px, False, crop.max_pixels)[0][0]
+    facts = {name: value for name, value in sample.facts.items() if name != "scores"}
+    facts |= {"crop": CROPS[0], "clip_score": None, "raw_clip_score": None}
+    return replace(sample, picture=encode_picture(centre, recipe.make.picture_kind), facts=facts)
 
 
 def _sample(
-    recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: Mapping[str, Decision], raw: bool
+    recipe: FactoryRecipe, row: dict[str, Any], data: bytes, decisions: Mapping[str, Decision], rules: SelectRecipe
 ) -> Sample:
-    """`raw`: the text that came with the picture, and how well it fits, take the place of the new caption."""
+    """By the rule `text: raw` the text that came with the picture, and how well it fits, take the place of the new caption."""
+    raw = rules.text == "raw"
     text, score = (row["raw_caption"], row["raw_clip_score"]) if raw else (row["prompt"], row["clip_score"])
     facts = {"attributes": json.loads(row["attributes"]), "clip_score": score, "group": row["group"]}
     if painters := recipe.make.painters():
@@ -137,7 +164,8 @@ def _sample(
     else:
         place = json.loads(row["source"])
         facts |= {name: row[name] for name in ("raw_caption", "raw_clip_score", "crop", "width_px", "height_px")}
-        facts["source"] = place.get("url") or f"{Path(place['file']).name}#{place['at']}"
+        name = Path(place["file"].partition("?")[0]).name  # what follows in a URL may be a key
+        facts["source"] = place.get("url") or f"{name}#{place['at']}"
         facts |= {
             key: place[name] for name, key in (("name", "original_path"), ("metadata", "metadata")) if name in place
         }

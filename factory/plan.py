@@ -23,15 +23,14 @@ from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD, PENDING
 from cluster.storage import publish_bytes
 from cluster.usage import JOURNAL, files_of_usage, read_usage
-from factory.download import download_all
 from factory.draw import draw_records, off_quota
-from factory.ingest import downloaded_rows, planned_rows, source_path
 from factory.models import fingerprint, resolve
 from factory.models.answers import NoAnswer
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
-from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, PicturePlan, PromptFilePlan, PromptPlan
-from factory.taxonomy import Group, load_taxonomy
+from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, PromptFilePlan, PromptPlan
+from factory.sources import source_files
+from factory.taxonomy import Group, Taxonomy, digest_taxonomy, load_taxonomy
 from factory.teachers import TEACHER, by_teacher, refuse_taken_name, share_out
 
 _log = logging.getLogger("edgefusion")
@@ -41,6 +40,8 @@ _ATTRIBUTES_LETTERS = 200
 """Allowed for a record in the template, where a price has to be reckoned before anything was asked."""
 _TOLD = 5
 """Missed quotas that are told one by one."""
+TAXONOMY_MARK = "taxonomy.sha256"
+"""Beside the parts of the plan: what they were drawn from."""
 WRITER_LOG = "writer.log"
 """Beside the parts of the plan: what a server says that the writer starts for itself."""
 PLAN_SCHEMA = pa.schema(
@@ -69,13 +70,16 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
     A prompt that fails its check in every try is planned as dead: planned = kept + rejected + dead holds from here on.
     """
     final = folder / PLAN
+    if recipe.plan.kind == "pictures":
+        from factory.picture_plan import plan_pictures  # it knows this module
+
+        return plan_pictures(recipe.plan, recipe.make.unit_images, final, progress)
     if final.exists():
         return final
-    if recipe.plan.kind == "pictures":
-        return _plan_pictures(recipe.plan, final, progress)
     if recipe.plan.kind == "file":
         return _plan_file(recipe, recipe.plan, seed, final, progress)
     taxonomy = load_taxonomy(recipe.plan.taxonomy)
+    _refuse_other_taxonomy(folder / "plan", taxonomy, recipe.plan.taxonomy)
     records = draw_records(taxonomy, recipe.plan.prompts, seed)
     if missed := off_quota(taxonomy, records):
         more = f" and {len(missed) - _TOLD} more" if len(missed) > _TOLD else ""
@@ -96,6 +100,21 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         )
     publish_bytes(final, table_bytes(table))
     return final
+
+
+def _refuse_other_taxonomy(parts: Path, taxonomy: Taxonomy, name: str) -> None:
+    """Raises RecipeError if earlier parts of the plan were drawn from a taxonomy that says something else: one plan is of one taxonomy."""
+    noted, mark = parts / TAXONOMY_MARK, digest_taxonomy(taxonomy)
+    if not noted.exists():  # the first time, or a plan that an earlier version began
+        publish_bytes(noted, mark.encode())
+    elif noted.read_text() != mark and any(parts.glob("part-*.parquet")):
+        raise RecipeError(
+            "was changed since the plan was begun, and a part of the plan is drawn from what it said then",
+            where=name,
+            remedy="Put it back as it was and run the same command again, or start in a new output folder",
+        )
+    elif noted.read_text() != mark:
+        publish_bytes(noted, mark.encode())
 
 
 def written_part(
@@ -187,19 +206,6 @@ def remember(alike: Alike, part: pa.Table) -> None:
     there = zip(part["prompt"].to_pylist(), part["outcome"].to_pylist(), strict=True)
     for prompt in dict.fromkeys(prompt for prompt, outcome in there if outcome != DEAD):
         alike.add(prompt)
-
-
-def _plan_pictures(plan: PicturePlan, final: Path, progress: Progress) -> Path:
-    if plan.download is None:
-        rows = list(planned_rows(plan))
-    else:
-        lists = [source_path(name) for name in plan.paths]
-        rows = list(downloaded_rows(download_all(plan, lists, final.parent, progress)))
-    if all(row["outcome"] == DEAD for row in rows):
-        raise StageError("the sources hold no picture", where=", ".join(plan.paths), remedy="Check factory.plan.paths")
-    progress(len(rows) if plan.download is None else 0)
-    publish_bytes(final, table_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)))
-    return final
 
 
 def sample_id(teacher: DiffusersTeacher, prompt: str, seed: int) -> str:
@@ -311,8 +317,8 @@ def resolve_models(recipe: FactoryRecipe) -> None:
     attributes = {"group", *([TEACHER] if recipe.make.teachers else [])}
     if recipe.plan.kind == "pictures":
         for name in recipe.plan.paths:
-            source_path(name)
-        _refuse_unknown_attributes(recipe, attributes)
+            source_files(name)
+        _refuse_unknown_attributes(recipe, attributes | set(recipe.plan.attribute_columns))
         return
     if recipe.plan.kind == "file":
         for name in recipe.plan.paths:

@@ -1,4 +1,4 @@
-"""Another try for samples that died while they were made: what vouches for their units is taken back."""
+"""Another try for samples that died while they were made, and for URLs that failed: what vouches for their units is taken back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
 from factory.added import forget_units
+from factory.dead import note_tried, reopen_unit
+from factory.download import ask_again, failed_urls
 from factory.pack import MANIFEST
 from factory.plan import PLAN
 from factory.units import plan_files, read_table
@@ -21,15 +23,15 @@ def reopen_dead(folder: Path) -> tuple[int, int]:
     The next `make` makes those units anew; their living pictures come out the same. Raises EdgeFusionError if there is no data
     set, and LedgerConflict if something was already built on it as it is.
     """
-    data = folder / "dataset" if (folder / "dataset" / PLAN).exists() else folder
+    data = _data_set(folder, PLAN)
     if not (data / PLAN).exists():
         raise EdgeFusionError("holds no data set", where=str(folder), remedy="Give the --out folder of edgefusion run")
     planned = [row for path in plan_files(data) for row in read_table(path, ["id", "outcome"]).to_pylist()]
     hopeless = {row["id"] for row in planned if row["outcome"] == DEAD}
-    found: dict[Path, int] = {}
+    found: dict[Path, list[dict[str, str]]] = {}
     for entry in sorted((data / "ledger").glob("unit-*.parquet")):
-        rows = read_table(entry, ["id", "outcome"]).to_pylist()
-        dead = sum(row["outcome"] == DEAD and row["id"] not in hopeless for row in rows)
+        rows = read_table(entry, ["id", "outcome", "reason"]).to_pylist()
+        dead = [row for row in rows if row["outcome"] == DEAD and row["id"] not in hopeless]
         found |= {entry: dead} if dead else {}
     if not found:
         return 0, 0
@@ -37,9 +39,35 @@ def reopen_dead(folder: Path) -> tuple[int, int]:
     # The manifest goes first: a data set without one is unfinished, whatever else happens.
     (data / MANIFEST).unlink(missing_ok=True)
     forget_units(data, [entry.stem for entry in found])
+    note_tried(data, (row for rows in found.values() for row in rows))
     for entry in found:
-        entry.unlink()
-    return sum(found.values()), len(found)
+        reopen_unit(data, entry.stem)
+    return sum(map(len, found.values())), len(found)
+
+
+def reopen_urls(folder: Path) -> int:
+    """Let the next run ask once more for URLs that failed for reasons that may pass (time-outs, broken answers, busy servers), and take
+    back the manifest; returns how many.
+
+    `folder` as of `reopen_dead`, but it may have no plan yet. Raises LedgerConflict as that does.
+    """
+    data = _data_set(folder, "downloads")
+    failed = failed_urls(data)
+    if failed:
+        refuse_if_built(data)
+        (data / MANIFEST).unlink(missing_ok=True)
+        note_tried(data, ({"id": key, "reason": f"plan: {wrong}"} for key, wrong in failed))
+        ask_again(data)
+    return len(failed)
+
+
+def is_planned(folder: Path) -> bool:
+    """Whether there is a plan; a download that never came to an end leaves none."""
+    return (_data_set(folder, PLAN) / PLAN).exists()
+
+
+def _data_set(folder: Path, proof: str) -> Path:
+    return folder / "dataset" if (folder / "dataset" / proof).exists() else folder
 
 
 def refuse_if_built(data: Path) -> None:

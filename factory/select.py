@@ -168,10 +168,11 @@ def _apply_scores(
     judged = verdicts.open & ~wanted
     for name, rule in recipe.scores.items():
         if rule.best_share is not None:
-            verdicts.reject(_lowest(columns, name, rule, judged, attributes), f"{name} among the lowest")
+            worst = "highest" if name in columns.lower_is_better else "lowest"
+            verdicts.reject(_worst(columns, name, rule, judged, attributes), f"{name} among the {worst}")
 
 
-def _lowest(columns: Columns, name: str, rule: ScoreRule, judged: np.ndarray, attributes: Attributes) -> np.ndarray:
+def _worst(columns: Columns, name: str, rule: ScoreRule, judged: np.ndarray, attributes: Attributes) -> np.ndarray:
     """The `judged` rows outside of the best share of their combination."""
     rows = _best_first(columns, name)
     rows = rows[judged[rows]]
@@ -184,24 +185,26 @@ def _lowest(columns: Columns, name: str, rule: ScoreRule, judged: np.ndarray, at
 def _apply_duplicates(
     columns: Columns, recipe: SelectRecipe, verdicts: _Verdicts, wanted: np.ndarray, order: np.ndarray
 ) -> np.ndarray:
-    """Exact, then perceptual, then semantic; returns what `Selection.stands_for` holds."""
+    """Exact, then perceptual, then semantic, each unless its key is null; returns what `Selection.stands_for` holds."""
     parent = np.full(len(columns), -1, np.int64)
-    rows = _wanted_first(order, verdicts.open, wanted)
-    _, first, which = np.unique(columns.made[rows], return_index=True, return_inverse=True)
-    keeper = rows[first][which.reshape(-1)]
-    parent[rows[keeper != rows]] = keeper[keeper != rows]
-    verdicts.reject(rows[keeper != rows], "exact duplicate")
+    if recipe.same_file:
+        rows = _wanted_first(order, verdicts.open, wanted)
+        _, first, which = np.unique(columns.made[rows], return_index=True, return_inverse=True)
+        keeper = rows[first][which.reshape(-1)]
+        parent[rows[keeper != rows]] = keeper[keeper != rows]
+        verdicts.reject(rows[keeper != rows], "exact duplicate")
 
-    rows = order[verdicts.open[order]]
-    near = same_drawing(
-        columns.hashes[rows],
-        columns.colours[rows],
-        wanted[rows],
-        recipe.max_hamming_bits,
-        recipe.max_colour_difference,
-    )
-    parent[rows[near >= 0]] = rows[near[near >= 0]]
-    verdicts.reject(rows[near >= 0], "near duplicate")
+    if recipe.max_hamming_bits is not None:
+        rows = order[verdicts.open[order]]
+        near = same_drawing(
+            columns.hashes[rows],
+            columns.colours[rows],
+            wanted[rows],
+            recipe.max_hamming_bits,
+            recipe.max_colour_difference,
+        )
+        parent[rows[near >= 0]] = rows[near[near >= 0]]
+        verdicts.reject(rows[near >= 0], "near duplicate")
 
     if recipe.same_meaning is not None:
         rows = order[verdicts.open[order]]
@@ -225,9 +228,10 @@ def _apply_duplicates(
 
 
 def _best_first(columns: Columns, name: str) -> np.ndarray:
-    """All row numbers by descending score, then by id; rows without the score come last."""
+    """All row numbers, the best score first, then by id; rows without the score come last."""
     values = _score(columns, name)
-    return columns.by_id[np.argsort(-values[columns.by_id], kind="stable")]
+    values = values if name in columns.lower_is_better else -values
+    return columns.by_id[np.argsort(values[columns.by_id], kind="stable")]
 
 
 def _wanted_first(order: np.ndarray, open_rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image
 from cluster.stage import DEAD, Row, Stage
 from cluster.usage import JOURNAL
 from factory.budget import budget_of
+from factory.dead import captions_before
 from factory.ingest import fetch
 from factory.ledger import commit_unit
 from factory.models import pick_device, set_threads
@@ -163,21 +164,25 @@ class _Caption:
 
         set_threads(recipe.threads)
         assert recipe.captioner is not None
-        self.asked, self.model = folder / CAPTIONS, open_captioner(recipe.captioner)
+        self.folder, self.asked, self.model = folder, folder / CAPTIONS, open_captioner(recipe.captioner)
         self.budget = budget_of(recipe.captioner, self.asked)
         self.device_s = 0.0
         """Seconds in the model."""
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        pictures, began = [decode_picture(row["picture"]) for row in rows], time.perf_counter()
-        self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
-        with self.budget.set_aside(journal, len(rows)) if self.budget else nullcontext():
-            captions = self.model.describe(pictures)
-        self.device_s += time.perf_counter() - began
-        return [_captioned(row, caption) for row, caption in zip(rows, captions, strict=True)]
+        # What lived in this unit before it was reopened for those that died is not asked, nor paid, for again.
+        captions: dict[str, str | NoAnswer] = {**captions_before(self.folder, rows[0]["unit"])}
+        if todo := [row for row in rows if row["id"] not in captions]:
+            pictures, began = [decode_picture(row["picture"]) for row in todo], time.perf_counter()
+            self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
+            with self.budget.set_aside(journal, len(todo)) if self.budget else nullcontext():
+                written = self.model.describe(pictures)
+            self.device_s += time.perf_counter() - began
+            captions |= {row["id"]: caption for row, caption in zip(todo, written, strict=True)}
+        return [_captioned(row, captions[row["id"]]) for row in rows]
 
 
-def _captioned(row: Row, caption: str) -> Row:
+def _captioned(row: Row, caption: str | NoAnswer) -> Row:
     """Dead where a server would not describe this one picture: others are no worse for it."""
     if isinstance(caption, NoAnswer):
         return {**row, "outcome": DEAD, "reason": f"caption: {caption.why}"[:300]}

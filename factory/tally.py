@@ -26,7 +26,7 @@ from factory.units import read_table
 
 ROW_RULES = ("text", "min_clip", "min_size_px", "scores")
 """Keys of select that judge a row by itself; of `scores` only `least` and `most`."""
-_ASIDE = ("rank_by", "wanted", "best")
+_ASIDE = ("crop", "rank_by", "wanted", "best")
 """Keys that reject nothing by themselves, or that the forecast names on its own."""
 _UNSEEN = {"embedding", "phash", "colours", "source", "crop", "made_sha256", "pictures_sha256", "seed"}
 """Columns of the ledger that no count looks at."""
@@ -65,9 +65,9 @@ def verdict(row: Mapping[str, Any], rules: SelectRecipe) -> str:
 
 def later_rules(rules: SelectRecipe) -> list[str]:
     """What else select will take away by these rules, in words."""
-    found = ["duplicates"]
+    found = ["duplicates"] if rules.same_file or rules.max_hamming_bits is not None else []
     found += [f"the best share of {name}" for name, rule in rules.scores.items() if rule.best_share is not None]
-    known = {*ROW_RULES, *_ASIDE, "max_hamming_bits", "max_colour_difference"}
+    known = {*ROW_RULES, *_ASIDE, "same_file", "max_hamming_bits", "max_colour_difference"}
     usual = SelectRecipe()
     for name in SelectRecipe.model_fields:
         if name not in known and getattr(rules, name) != getattr(usual, name):

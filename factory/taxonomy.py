@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,11 @@ def load_taxonomy(name: str) -> Taxonomy:
     for wrong in _faults(taxonomy):
         raise RecipeError(wrong, where=str(path), remedy="Correct the group")
     return taxonomy
+
+
+def digest_taxonomy(taxonomy: Taxonomy) -> str:
+    """SHA-256 of what it says, in its order; comments and spaces do not count."""
+    return hashlib.sha256(taxonomy.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 def _faults(taxonomy: Taxonomy) -> Iterable[str]:

@@ -7,6 +7,7 @@ schema and are renamed s0, s1, ... before anything is asked.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import threading
@@ -38,7 +39,9 @@ class Filter(Settings):
     """What to show, and in which order. Empty parts do not filter."""
 
     text: str = Field(
-        default="", max_length=500, description="words that prompt or caption hold, or the start of an id"
+        default="",
+        max_length=500,
+        description="words that prompt, caption, the text a picture came with or its path hold, or the start of an id",
     )
     scores: dict[str, tuple[float | None, float | None]] = Field(default={}, description="least and most of a score")
     attributes: dict[str, list[str]] = Field(default={}, description="values of an attribute, any of which will do")
@@ -47,6 +50,7 @@ class Filter(Settings):
         default="", max_length=500, description="what the rules said: kept, rejected, dead or made; empty: any but dead"
     )
     reason: str = Field(default="", max_length=500, description="why the rules said so")
+    crop: str = Field(default="", max_length=20, description="which crop of a taken-in picture: centre, start or end")
     people: Literal["", "open", "keep", "reject", "caption"] = Field(default="", description="what people said")
     sort: str = Field(default="plan", max_length=100, description="plan, shuffle or a score")
     descending: bool = False
@@ -62,8 +66,16 @@ class View:
 class Catalogue:
     """The ledger of one data set folder in memory (without embeddings and pictures). Safe for threads."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises EdgeFusionError if nothing is made yet, CorruptShard if a file cannot be read."""
+    def __init__(self, folder: Path, view: str = "") -> None:
+        """With the verdicts of the selection `view`. Raises EdgeFusionError if nothing is made yet or there is no such selection,
+        CorruptShard if a file cannot be read."""
+        self._folder, selection = folder, _selection(folder, view)
+        if view and not selection.exists():
+            raise EdgeFusionError(
+                f"there is no selection {view}",
+                where=str(selection.parent),
+                remedy=f"edgefusion factory views {folder} lists those that are there",
+            )
         files = sorted((folder / "ledger").glob("unit-*.parquet"))
         if not files:
             raise EdgeFusionError(
@@ -73,7 +85,8 @@ class Catalogue:
         try:
             schema = pq.read_schema(files[0])
             self.scores = [field.name for field in schema if pa.types.is_floating(field.type)]
-            self._load([str(f) for f in files], folder / SELECTION)
+            self._known = set(schema.names)
+            self._load([str(f) for f in files], selection)
         except (duckdb.Error, pa.ArrowInvalid, OSError) as error:
             raise CorruptShard(
                 f"the ledger cannot be read ({str(error).splitlines()[0]})", where=str(folder), remedy="Run make again"
@@ -81,6 +94,8 @@ class Catalogue:
         # From here on nothing but the tables can be reached, whatever a query says.
         self._base.execute("SET enable_external_access = false")
         self.total = int(self._rows("SELECT count(*) FROM e")[0][0])
+        self.taken_in = bool(self._rows("SELECT raw IS NOT NULL FROM e WHERE raw IS NOT NULL LIMIT 1"))
+        """Pictures that came with texts of their own."""
         self.alive = int(self._rows("SELECT count(*) FROM e WHERE outcome <> ?", [DEAD])[0][0])
         """Rows that a person can decide about; a dead row has no picture."""
         # Sixty thumbnails ask for sixty ids: a sorted list of hashes finds each at once, where a query would read every id.
@@ -95,7 +110,10 @@ class Catalogue:
 
     def _load(self, files: list[str], selection: Path) -> None:
         scores = "".join(f', e."{_quoted(name)}" AS s{i}' for i, name in enumerate(self.scores))
-        columns = f'e.id, e.unit, e.prompt, e."group" AS grp, e.attributes, e.seed{scores}'
+        origin = "coalesce(json_extract_string(e.source, '$.name'), json_extract_string(e.source, '$.url'))"
+        further = [("raw_caption", "e.raw_caption", "raw"), ("crop", "e.crop", "crop"), ("source", origin, "origin")]
+        more = "".join(f", {what if own in self._known else 'NULL::VARCHAR'} AS {name}" for own, what, name in further)
+        columns = f'e.id, e.unit, e.prompt, e."group" AS grp, e.attributes, e.seed{more}{scores}'
         source = "read_parquet($files)"
         if not selection.exists():
             self._base.execute(
@@ -141,6 +159,7 @@ class Catalogue:
         return {
             "attributes": attributes,
             "groups": self._rows("SELECT grp, count(*) FROM e GROUP BY 1 ORDER BY 2 DESC LIMIT 300"),
+            "crops": self._rows("SELECT crop, count(*) FROM e WHERE crop IS NOT NULL GROUP BY 1 ORDER BY 2 DESC"),
             "outcomes": self._rows("SELECT outcome, count(*) FROM e GROUP BY 1 ORDER BY 2 DESC"),
             "reasons": self._rows(
                 "SELECT reason, count(*) FROM e WHERE reason <> '' GROUP BY 1 ORDER BY 2 DESC LIMIT 100"
@@ -219,6 +238,22 @@ class Catalogue:
         place = self._place(key)
         return None if place is None else self._fetch("rowid = ?", [place])[0]
 
+    def more(self, key: str) -> dict[str, Any] | None:
+        """What else is known of a taken-in picture, read from its unit: size before the crop, where it lies, metadata."""
+        unit = self.unit(key)
+        names = [name for name in ("id", "width_px", "height_px", "source") if name in self._known]
+        if unit is None:
+            return None
+        table = pq.read_table(self._folder / "ledger" / f"{unit}.parquet", columns=names)
+        found = next((row for row in table.to_pylist() if row["id"] == key), {})
+        source = json.loads(found.get("source") or "{}")
+        file = str(source.get("file", "")).partition("?")[0]  # what follows in a URL may be a key
+        return {
+            "size": [found.get("width_px"), found.get("height_px")],
+            "source": source.get("url") or (f"{file}#{source['at']}" if file else ""),
+            "metadata": source.get("metadata", {}),
+        }
+
     def _place(self, key: str) -> int | None:
         wanted = np.uint64(self._rows("SELECT hash(?)", [key])[0][0])
         first, last = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
@@ -230,10 +265,11 @@ class Catalogue:
     def _fetch(self, where: str, given: list[Any]) -> list[dict[str, Any]]:
         scores = "".join(f", s{i}" for i in range(len(self.scores)))
         rows = self._rows(
-            f"SELECT rowid, id, unit, prompt, grp, attributes, outcome, reason, seed{scores} FROM e WHERE {where}",
+            f"SELECT rowid, id, unit, prompt, grp, attributes, outcome, reason, seed, raw, crop, origin{scores} FROM e WHERE {where}",
             given,
         )
-        names = ("place", "id", "unit", "prompt", "group", "attributes", "outcome", "reason", "seed")
+        names = ("place", "id", "unit", "prompt", "group", "attributes", "outcome", "reason", "seed", "raw_caption")
+        names += ("crop", "original_path")
         return [
             {
                 **dict(zip(names, row, strict=False)),
@@ -278,7 +314,8 @@ class Catalogue:
             if values:
                 parts.append("attributes IN (SELECT attributes FROM a WHERE name = ? AND value IN (SELECT unnest(?)))")
                 given += [name, values]
-        for column, value in (("grp", wanted.group), ("outcome", wanted.outcome), ("reason", wanted.reason)):
+        given_once = {"grp": wanted.group, "outcome": wanted.outcome, "reason": wanted.reason, "crop": wanted.crop}
+        for column, value in given_once.items():
             if value:
                 parts.append(f"{column} = ?")
                 given.append(value)
@@ -287,6 +324,8 @@ class Catalogue:
             given.append(DEAD)
         for word in wanted.text.lower().split():
             either = ["contains(lower(prompt), ?)"]
+            if self.taken_in:
+                either += ["contains(lower(raw), ?)", "contains(lower(origin), ?)"]
             if _ID_START.fullmatch(word):
                 either.append("starts_with(id, ?)")
             if self._captions:
@@ -301,6 +340,14 @@ class Catalogue:
             parts.append("rowid IN (SELECT place FROM p WHERE verdict = ?)")
             given.append(wanted.people)
         return " AND ".join(parts), given
+
+
+def _selection(folder: Path, view: str) -> Path:
+    if not view:
+        return folder / SELECTION
+    from factory.views import view_folder  # it knows packing and cards, for which the page need not wait
+
+    return view_folder(folder, view) / SELECTION
 
 
 def _quoted(name: str) -> str:

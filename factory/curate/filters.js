@@ -11,7 +11,7 @@ export function make(tag, facts = {}, ...inside) {
 }
 
 export const byId = (id) => document.getElementById(id);
-const SIMPLE = ["text", "people", "outcome", "reason", "group"];
+const SIMPLE = ["text", "people", "outcome", "reason", "group", "crop"];
 
 export class Filters {
   constructor(about, changed) {
@@ -21,6 +21,7 @@ export class Filters {
     this.choose("outcome", about.outcomes);
     this.choose("reason", about.reasons);
     this.choose("group", about.groups);
+    this.choose("crop", about.crops);
     for (const [name, range] of Object.entries(about.scores)) byId("scores").append(this.score(name, range));
     for (const [name, values] of Object.entries(about.attributes)) byId("attributes").append(this.attribute(name, values));
     byId("scores").hidden = !Object.keys(about.scores).length;

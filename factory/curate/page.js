@@ -165,8 +165,24 @@ function drawSingle() {
   if (document.activeElement !== byId("caption")) byId("caption").value = decision?.caption || row.prompt;
   byId("original").hidden = !decision?.caption;
   byId("original").textContent = `The prompt was: ${row.prompt}`;
-  const facts = [["the rules said", row.reason ? `${row.outcome}: ${row.reason}` : row.outcome], ...Object.entries(row.scores).map(([name, score]) => [words(name), score == null ? "none" : score.toFixed(4)]), ["group", row.group], ...Object.entries(parsed(row.attributes)).map(([name, value]) => [words(name), String(value)]), ["seed", String(row.seed)], ["unit", row.unit], ["id", row.id]];
+  const facts = [["the rules said", row.reason ? `${row.outcome}: ${row.reason}` : row.outcome], ...Object.entries(row.scores).map(([name, score]) => [words(name), score == null ? "none" : score.toFixed(4)]), ["group", row.group], ...Object.entries(parsed(row.attributes)).map(([name, value]) => [words(name), String(value)]), ...cameWith(row), ["seed", String(row.seed)], ["unit", row.unit], ["id", row.id]];
   byId("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value ?? "")]));
+}
+
+// What a taken-in picture came with; its metadata is asked for when the picture is looked at.
+function cameWith(row) {
+  if (row.raw_caption == null) return [];
+  if (!row.more) {
+    row.more = {};
+    ask(`api/more?id=${row.id}`).then((more) => {
+      row.more = more;
+      if (state.single && current()?.id === row.id) drawSingle();
+    }, () => {});
+  }
+  const { size = [], source, metadata = {} } = row.more;
+  const known = [["came with the text", row.raw_caption], ["crop", row.crop], ["original path", row.original_path], ["original size", size[0] ? `${size[0]} × ${size[1]}` : ""], ["source", source]];
+  const more = Object.entries(metadata).map(([name, value]) => [words(name), typeof value === "string" ? value : JSON.stringify(value)]);
+  return [...known, ...more].filter(([, value]) => value != null && value !== "");
 }
 
 function parsed(text) {

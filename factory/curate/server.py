@@ -41,10 +41,11 @@ class Server(PageServer):
 
     pictures_at = ("thumb", "picture")
 
-    def __init__(self, folder: Path, port: int = 0, who: str = "") -> None:
-        """Raises EdgeFusionError if the folder holds nothing to show or the port is taken."""
-        self.folder, self.who = folder, who
-        self.catalogue, self.pictures, self.overlay = Catalogue(folder), Pictures(folder), Overlay(folder)
+    def __init__(self, folder: Path, port: int = 0, who: str = "", view: str = "") -> None:
+        """`view`: whose verdicts are shown; what people decide is of the pictures, so of all selections. Raises EdgeFusionError if the
+        folder holds nothing to show or the port is taken."""
+        self.folder, self.who, self.view = folder, who, view
+        self.catalogue, self.pictures, self.overlay = Catalogue(folder, view), Pictures(folder), Overlay(folder)
         self._noted, self._lock = 0, threading.Lock()
         self._choices = self.catalogue.choices()  # Fixed from here on, and nobody should wait for it at the page.
         self.catch_up()
@@ -66,7 +67,7 @@ class Server(PageServer):
         if what == "about":
             number = self.catch_up()
             return {
-                "name": f"{self.folder.resolve().parent.name}/{self.folder.resolve().name}",
+                "name": "/".join([*self.folder.resolve().parts[-2:], *([self.view] if self.view else [])]),
                 "who": self.who,
                 "total": self.catalogue.alive,
                 "number": number,
@@ -79,6 +80,12 @@ class Server(PageServer):
                 raise Refused(HTTPStatus.GONE, "the view is gone: ask for it again")
             start, count = _number(query, "start", 1 << 40), _number(query, "count", MAX_PAGE_ROWS)
             return {"rows": [self._with_decision(row) for row in self.catalogue.page(view, start, count)]}
+        if what == "more":
+            key = query.get("id", "")
+            found = self.catalogue.more(key) if _ID.fullmatch(key) else None
+            if found is None:
+                raise Refused(HTTPStatus.NOT_FOUND, "there is no such picture")
+            return found
         if what == "since":
             after, number = _number(query, "number", 1 << 40), self.catch_up()
             found = self.overlay.since(after if after <= number else 0)

@@ -187,6 +187,13 @@ class DownloadRecipe(Settings):
     back_off_s: float = Field(default=1.0, ge=0, le=60, description="wait before the second try, doubled for each more")
     max_bytes: int = Field(default=16 << 20, ge=1, le=64 << 20, description="larger answers are broken off")
     redirects: int = Field(default=5, ge=0, le=20, description="most redirects followed")
+    max_failed_share: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="stop when more than this share of the last `failed_after` URLs failed, as in a network outage; 1 never stops",
+    )
+    failed_after: int = Field(default=1024, ge=1, description="URLs fetched before max_failed_share means something")
     allow_private: bool = Field(
         default=False, description="also fetch from addresses that are not public: loopback, your own network"
     )
@@ -199,12 +206,17 @@ class PicturePlan(Settings):
     kind: Literal["pictures"] = "pictures"
     paths: list[str] = Field(
         min_length=1,
-        description="folders (picture files with .txt or .json beside them), WebDataset shards (.tar), Parquet files, or zoo:wild.parquet",
+        description="folders (picture files with .txt or .json beside them, or shards), WebDataset shards (.tar, .tar.gz), Parquet files, or "
+        "zoo:wild.parquet; with braces ({000..099}.tar), patterns (*.tar) and URLs (s3://bucket/*.tar)",
     )
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
     text_column: str = Field(default="text", description="Parquet column with the text")
     metadata_columns: list[str] = Field(
         default=[], description="further Parquet columns that are kept as each sample's `metadata`"
+    )
+    attribute_columns: list[str] = Field(
+        default=[],
+        description="columns of Parquet files or lists of URLs, or keys of the .json, that are kept as attributes, for balance, caps and the page",
     )
     limit: int | None = Field(default=None, ge=1, description="take the first so many pictures; all if left out")
     download: DownloadRecipe | None = Field(

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.errors import EdgeFusionError
+from cluster.storage import publish_bytes
 from factory.curate.catalogue import Catalogue, Filter
 from factory.curate.pictures import _Bounded
 from factory.curate.server import MAX_BODY_BYTES, Server
 from factory.decisions import Decision, Overlay, read_decisions
+from factory.ledger import commit_unit
+from factory.plan import table_bytes
 
 
 @pytest.fixture
@@ -245,3 +249,91 @@ def test_the_cache_stays_within_its_bytes() -> None:
     assert cache.used_bytes <= 100 and cache.get("0") is None and cache.get("49") == 49 and cache.get("47") == 47
     cache.put("huge", 0, 101)
     assert cache.get("huge") is None
+
+
+@pytest.fixture
+def taken_in(tmp_path: Path) -> Path:
+    """Three taken-in pictures, one unit; a view `l-pp` that keeps the second alone."""
+    folder, rows = tmp_path / "run" / "dataset", []
+    for i, name in enumerate(["a/Holiday.jpg", "b/2.jpg", None]):
+        source = {"file": "s3://bucket/x.tar?key=secret", "at": 512 * i, "size": 9}
+        source |= {"name": name, "metadata": {"site": f"site {i}"}} if name else {"url": "http://x.org/3.jpg"}
+        row = {
+            "id": f"{i:064x}",
+            "unit": "unit-00000",
+            "prompt": f"caption {i}",
+            "group": "pictures",
+            "attributes": "{}",
+        }
+        row |= {
+            "seed": 0,
+            "outcome": "pending",
+            "reason": "",
+            "source": json.dumps(source),
+            "raw_caption": f"Raw words {i}",
+        }
+        rows.append(
+            row
+            | {
+                "crop": ("centre", "end", "end")[i],
+                "width_px": 640,
+                "height_px": 480,
+                "picture": b"x",
+                "clip_score": 0.5,
+            }
+        )
+    commit_unit(folder, rows)
+    view = {
+        "id": [row["id"] for row in rows],
+        "outcome": ["rejected", "kept", "rejected"],
+        "reason": ["too small", "", "too small"],
+    }
+    publish_bytes(folder / "views" / "l-pp" / "selection.parquet", table_bytes(pa.table(view)))
+    return folder
+
+
+def test_what_a_picture_came_with_is_shown_and_found(taken_in: Path) -> None:
+    found = Catalogue(taken_in)
+
+    def ids_of(**wanted: Any) -> list[int]:
+        view = found.view(Filter.model_validate(wanted))
+        return [int(row["id"], 16) for row in found.page(view, 0, 10)]
+
+    assert ids_of() == [0, 1, 2]
+    assert ids_of(text="raw words 1") == [1] and ids_of(text="holiday") == [0] and ids_of(text="x.org") == [2]
+    assert ids_of(crop="end") == [1, 2] and ids_of(crop="end", text="b/2") == [1]
+    row = found.row(f"{0:064x}")
+    assert row is not None and (row["raw_caption"], row["crop"], row["original_path"]) == (
+        "Raw words 0",
+        "centre",
+        "a/Holiday.jpg",
+    )
+    assert found.more(f"{0:064x}") == {
+        "size": [640, 480],
+        "source": "s3://bucket/x.tar#0",
+        "metadata": {"site": "site 0"},
+    }
+    assert found.more(f"{2:064x}") == {"size": [640, 480], "source": "http://x.org/3.jpg", "metadata": {}}
+    assert found.more("f" * 64) is None
+    assert found.choices()["crops"] == [("end", 2), ("centre", 1)]
+
+
+def test_a_view_is_curated_by_its_own_verdicts(taken_in: Path) -> None:
+    with Server(taken_in, view="l-pp") as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        assert [row["outcome"] for row in first_rows(server)] == ["rejected", "kept", "rejected"]
+        assert ask(server, "api/about")[1]["name"] == "run/dataset/l-pp"
+        assert ask(server, f"api/more?id={1:064x}")[1]["metadata"] == {"site": "site 1"}
+        assert ask(server, "api/more?id=..")[0] == 404
+        server.close()
+        thread.join()
+    assert {row["outcome"] for row in Catalogue(taken_in)._fetch("true", [])} == {"made"}
+    with pytest.raises(EdgeFusionError, match="there is no selection l-pq"):
+        Catalogue(taken_in, "l-pq")
+
+
+def test_drawn_pictures_came_with_nothing(server: Server, ids: list[str]) -> None:
+    about = ask(server, "api/about")[1]
+    assert about["crops"] == [] and not server.catalogue.taken_in
+    assert ask(server, f"api/more?id={ids[0]}")[1] == {"size": [None, None], "source": "", "metadata": {}}

@@ -20,11 +20,14 @@ from PIL import Image
 
 from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
-from factory.download import download_all, is_public, read_list
+from factory.dead import attempts
+from factory.download import download_all, is_public, may_pass, read_list, wants_again
 from factory.ingest import downloaded_rows, fetch
 from factory.make import make, select_and_pack
+from factory.picture_plan import plan_pictures
 from factory.plan import make_plan
 from factory.recipe import DownloadRecipe, FactoryRecipe, PicturePlan
+from factory.retry import reopen_urls
 
 pytest.importorskip("aiohttp", reason="extra urls is not installed")
 
@@ -53,6 +56,7 @@ class Site(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: Counter[str] = Counter()
         self.here = self.most = 0
+        self.down = False
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.root = f"http://127.0.0.1:{self.server_address[1]}"
@@ -100,6 +104,11 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while not site.stop.is_set():
                 self.wfile.write(b"x" * 65536)
+        elif path.startswith("down/"):
+            if site.down:
+                self.send(b"", 503)
+            else:
+                self.send(drawing(int(path.removeprefix("down/").removesuffix(".png"))))
         elif path == "busy":
             self.send(drawing(2), 200 if count > 2 else 503)
         elif path.endswith(".png"):
@@ -273,3 +282,108 @@ def test_a_name_whose_answer_turns_private_is_refused(tmp_path: Path, monkeypatc
     (tmp_path / "u.txt").write_text("http://pictures.example.org/1.png")
     rows = rows_of(plan_of(tmp_path / "u.txt", allow_private=False), tmp_path / "data")
     assert [row["reason"] for row in rows] == ["plan: the address is not public"]
+
+
+def outage_names() -> list[str]:
+    return ["0.png", *(f"down/{i}.png" for i in range(1, 6)), "nowhere", "7.png"]
+
+
+def test_urls_that_failed_in_an_outage_are_asked_again_and_the_plan_is_as_without_it(
+    site: Site, tmp_path: Path
+) -> None:
+    plan = plan_of(write_list(tmp_path / "u.txt", site, *outage_names()), tries=1)
+    calm, out = tmp_path / "calm" / "plan.parquet", tmp_path / "out" / "dataset" / "plan.parquet"
+    plan_pictures(plan, 4, calm)
+    assert reopen_urls(tmp_path / "calm") == 0, "404 is final"
+    site.down = True
+    plan_pictures(plan, 4, out)
+    before = pq.read_table(out).to_pylist()
+    assert [row["outcome"] for row in before].count("dead") == 6
+    data = out.parent
+    (data / "ledger").mkdir()
+    for unit in range(2):
+        (data / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"a unit of four rows")
+    (data / "manifest.parquet").write_bytes(b"any")
+
+    assert reopen_urls(data.parent) == 5 and wants_again(data) and not (data / "manifest.parquet").exists()
+    asked = site.asked.copy()
+    plan_pictures(plan, 4, out)  # the net is still away: nothing changes, and only what failed is asked
+    assert pq.read_table(out).to_pylist() == before and not wants_again(data)
+    assert set(site.asked - asked) == {f"down/{i}.png" for i in range(1, 6)}
+    assert len(list((data / "ledger").iterdir())) == 2
+
+    site.down = False
+    assert reopen_urls(data) == 5
+    plan_pictures(plan, 4, out)
+    assert out.read_bytes() == calm.read_bytes()
+    parts = [sorted((place.parent / "downloads").iterdir()) for place in (out, calm)]
+    assert [p.read_bytes() for p in parts[0]] == [p.read_bytes() for p in parts[1]]
+    assert not list((data / "ledger").iterdir()) and len(list((data / "reopened").iterdir())) == 2
+    assert attempts(data)[before[1]["id"]] == 2
+    plan_pictures(plan, 4, out)
+    assert reopen_urls(data) == 0
+
+
+def test_only_units_whose_urls_answered_now_are_made_anew(site: Site, tmp_path: Path) -> None:
+    names = ["0.png", "1.png", "down/2.png", "down/0.png", "4.png", "nowhere"]
+    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), tries=1), tmp_path / "plan.parquet"
+    site.down = True
+    plan_pictures(plan, 2, out)
+    (tmp_path / "ledger").mkdir()
+    for unit in range(3):
+        (tmp_path / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"x")
+    site.down = False
+    reopen_urls(tmp_path)
+    plan_pictures(plan, 2, out)
+    assert sorted(p.name for p in (tmp_path / "ledger").iterdir()) == ["unit-00000.parquet", "unit-00002.parquet"]
+
+
+def test_an_outage_stops_the_download_and_what_it_spoilt_is_fetched_anew(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 2)
+    names = ["0.png", "nowhere", *(f"down/{i}.png" for i in range(1, 9))]
+    keys = {"tries": 1, "max_failed_share": 0.7, "failed_after": 4}
+    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), **keys), tmp_path / "data"
+    site.down = True
+    with pytest.raises(
+        StageError, match=r"3 of the last 4 URLs failed.*max_failed_share \(0.7\); most often: HTTP 503"
+    ):
+        rows_of(plan, out)
+    assert [p.name for p in (out / "downloads").iterdir()] == ["part-00000.parquet"]
+    site.down = False
+    rows = rows_of(plan, out)
+    assert [bool(row["reason"]) for row in rows] == [name == "nowhere" for name in names]
+    assert site.asked["0.png"] == 1 and site.asked["down/1.png"] == 2
+    few = plan_of(write_list(tmp_path / "f.txt", site, "nowhere", "none"), **keys)
+    assert len(rows_of(few, tmp_path / "few")) == 2, "two URLs mean nothing"
+
+
+def test_reasons_that_may_pass() -> None:
+    passing = [
+        "HTTP 503, 3 tries",
+        "HTTP 429",
+        "no whole answer within 20 s, 3 tries",
+        "ClientConnectorDNSError: x, 3 tries",
+    ]
+    final = [
+        "HTTP 404",
+        "HTTP 403",
+        "the answer is empty",
+        "more than 5 redirects",
+        "the address is not public",
+        "9 bytes, over the limit",
+        "",
+    ]
+    assert all(map(may_pass, passing)) and not any(map(may_pass, final))
+
+
+def test_columns_of_a_list_become_attributes(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "u.csv").write_text(f"url,text,tone\n{site.root}/1.png,one,warm\n{site.root}/nowhere,two,\n")
+    plan = plan_of(tmp_path / "u.csv").model_copy(update={"attribute_columns": ["tone"]})
+    rows = rows_of(plan, tmp_path / "data")
+    assert [json.loads(row["attributes"]) for row in rows] == [{"tone": "warm"}, {"tone": ""}]
+    plain = rows_of(plan_of(tmp_path / "u.csv"), tmp_path / "plain")
+    assert [row["id"] for row in rows] == [row["id"] for row in plain] and plain[0]["attributes"] == "{}"
+    with pytest.raises(RecipeError, match="has no column mood"):
+        list(read_list(tmp_path / "u.csv", plan.model_copy(update={"attribute_columns": ["mood"]})))

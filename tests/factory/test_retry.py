@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -23,11 +25,15 @@ from cluster.runner import ClusterRecipe, InProcess, OnRay
 from cluster.stage import DEAD, PENDING, Row, Stage
 from cluster.storage import publish_bytes
 from factory.cli import app
+from factory.dead import all_through, captions_before, write_letters
+from factory.index import Columns, to_columns
 from factory.ledger import commit_unit, read_entry
 from factory.make import make as factory_make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import SelectRecipe
 from factory.retry import reopen_dead
+from factory.select import select
+from factory.stages import _Caption, encode_picture
 from factory.units import plan_units, planned_units
 
 UNIT_IMAGES = 8
@@ -100,9 +106,9 @@ def test_a_deadly_sample_is_a_dead_letter_until_it_is_tried_again(planned: Path,
     entries = make(planned, deadly=None)
     assert [row["seed"] for row in entries if row["outcome"] == DEAD] == [20]
     after = files(planned)
-    changed = {name for name in after if after[name] != before[name]}
-    assert set(after) == set(before)
-    assert changed == {"ledger/unit-00001.parquet", "pictures/unit-00001.parquet"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert set(after) - set(before) == {"tried.jsonl"}
+    assert {name for name in changed if name in before} == {"ledger/unit-00001.parquet", "pictures/unit-00001.parquet"}
     assert reopen_dead(planned) == (0, 0)
 
 
@@ -115,6 +121,71 @@ def test_nothing_is_taken_back_under_a_trained_student(planned: Path) -> None:
     assert (planned / "ledger" / "unit-00000.parquet").exists()
     (planned.parent / "training").rmdir()
     assert reopen_dead(planned.parent) == (8, 1)
+
+
+def columns_of(rows: list[dict[str, Any]]) -> Columns:
+    texts = {name: [row[name] for row in rows] for name in ("id", "outcome", "reason", "group", "attributes")}
+    count = len(rows)
+    more = {
+        "has_text": [True] * count,
+        "has_raw_text": [False] * count,
+        "edge_px": [9] * count,
+        "hash": pa.array(range(count), pa.uint64()),
+        "colours": pa.array([bytes(12)] * count, pa.binary(12)),
+        "made_sha256": pa.array([None if row["outcome"] == DEAD else row["id"] for row in rows], pa.string()),
+    }
+    return to_columns(pa.table({**texts, **more, "clip_score": [0.5] * count}))
+
+
+def test_dead_letters_say_stage_error_and_attempt(planned: Path) -> None:
+    units = planned_units(planned, UNIT_IMAGES)
+    for unit in units:
+        died = {"outcome": DEAD, "reason": "render: ValueError: no: luck"}
+        commit_unit(planned, [{**row, **(died if row["seed"] == 11 else {})} for row in unit.rows])
+
+    def letters() -> list[dict[str, Any]]:
+        entries = [row for path in sorted((planned / "ledger").iterdir()) for row in pq.read_table(path).to_pylist()]
+        write_letters(planned, select(columns_of(entries), SelectRecipe(max_hamming_bits=None, min_clip=-1)))
+        return pq.read_table(planned / "dead.parquet").to_pylist()
+
+    first = {"id": f"{11:064x}", "stage": "render", "error": "ValueError: no: luck", "attempt": 1}
+    bad = {"id": f"{20:064x}", "stage": "plan", "error": "bad", "attempt": 1}
+    assert letters() == [first, bad]
+    for attempt in (2, 3):
+        assert reopen_dead(planned) == (1, 1)
+        assert captions_before(planned, "unit-00001") == {f"{i:064x}": f"p{i}" for i in range(8, 16) if i != 11}
+        commit_unit(planned, [{**row, **(died if row["seed"] == 11 else {})} for row in units[1].rows])
+        assert letters() == [{**first, "attempt": attempt}, bad]
+    all_through(planned)
+    assert captions_before(planned, "unit-00001") == {}
+
+
+def test_captions_of_the_living_are_not_asked_for_again(planned: Path) -> None:
+    """A unit is reopened for its dead; the captioner sees those alone, and the captions of the others stay."""
+    unit = planned_units(planned, UNIT_IMAGES)[0]
+    rows = [{**row, "prompt": f"old {row['seed']}"} for row in unit.rows]
+    rows[2] |= {"outcome": DEAD, "reason": "caption: TimeoutError: x"}
+    commit_unit(planned, rows)
+    reopen_dead(planned)
+    stage, asked = _Caption.__new__(_Caption), []
+    stage.folder, stage.asked, stage.budget, stage.device_s = planned, planned / "captions", None, 0.0
+
+    class Model:
+        def note_usage(self, place: Path) -> None:
+            """Nothing is charged here."""
+
+        def describe(self, pictures: list) -> list[str]:
+            asked.append(len(pictures))
+            return [f"new {i}" for i in range(len(pictures))]
+
+    stage.model = Model()  # pyright: ignore[reportAttributeAccessIssue]
+    picture = encode_picture(np.zeros((8, 8, 3), np.uint8), "png")
+    given = [{**row, "prompt": "raw", "picture": picture} for row in unit.rows]
+    found = [row["prompt"] for row in stage(given)]
+    assert asked == [1] and found == ["old 0", "old 1", "new 0", *(f"old {i}" for i in range(3, 8))]
+    assert [row["prompt"] for row in stage(given[:2])] == ["old 0", "old 1"] and asked == [1]
+    all_through(planned)
+    assert [row["prompt"] for row in stage(given)] == [f"new {i}" for i in range(8)]
 
 
 @pytest.mark.parametrize("words", [["retry-failed"], ["repair"], ["select"], ["plan", "--refill", "lacks.jsonl"]])

@@ -308,3 +308,54 @@ def test_the_summary_shows_balance_and_what_lacks() -> None:
         {"group": "things", "attributes": {"tone": "dark"}, "lacking": 4, "plan": 8},
         {"group": "things", "attributes": {"tone": "light"}, "lacking": 1, "plan": 2},
     ]
+
+
+def scored(better: str | None) -> Columns:
+    """Ten pictures; `nsfw` of the first is 0.0, of the last 0.9, and its scorer says which way is better."""
+    rows = [{**entry(f"{i:064x}", 0.5, f"{i * 0x0101010101010101:016x}"), "nsfw": i / 10} for i in range(10)]
+    columns = columns_of(rows, {row["id"]: row["id"] for row in rows})
+    return replace(columns, lower_is_better=frozenset({"nsfw"} if better == "lower" else ()))
+
+
+@pytest.mark.parametrize("better", ["lower", "higher", None])
+def test_the_best_share_and_the_best_go_by_the_scorer_s_own_direction(better: str | None) -> None:
+    columns, low = scored(better), better == "lower"
+    rules = SelectRecipe.model_validate({"max_hamming_bits": None, "scores": {"nsfw": {"best_share": 0.8}}})
+    found = [row["reason"] for row in select_columns(columns, rules).table().to_pylist()]
+    fallen = f"nsfw among the {'highest' if low else 'lowest'}"
+    assert found == ([""] * 8 + [fallen] * 2 if low else [fallen] * 2 + [""] * 8)
+    rules = SelectRecipe(max_hamming_bits=None, rank_by="nsfw", best=1)
+    kept = select_columns(columns, rules).kept
+    assert np.flatnonzero(kept).tolist() == [0 if low else 9]
+
+
+def test_the_direction_comes_from_the_ledger_s_own_column() -> None:
+    columns = {name: ["x"] for name in ("outcome", "reason", "group", "attributes", "made_sha256")}
+    table = pa.table({**columns, "id": ["a"], "has_text": [True], "has_raw_text": [False], "edge_px": [9]})
+    table = table.append_column("hash", pa.array([1], pa.uint64())).append_column(
+        "colours", pa.array([bytes(12)], pa.binary(12))
+    )
+    for better in ("lower", "higher"):
+        field = pa.field("nsfw", pa.float64(), metadata={"better": better})
+        found = to_columns(table.append_column(field, pa.array([0.5])))
+        assert found.lower_is_better == ({"nsfw"} if better == "lower" else set())
+
+
+def test_null_switches_each_level_of_duplicates_off() -> None:
+    rows = [
+        entry("a", 0.9, "00000000000000ff"),
+        entry("b", 0.8, "00000000000000ff"),  # the same hash, another file
+        entry("c", 0.7, "ff00ff00ff00ff00"),
+        entry("d", 0.6, "ff00ff00ff00ff00"),  # the very file of c
+    ]
+    files = {"a": "1", "b": "2", "c": "3", "d": "3"}
+
+    def reasons(**rules: Any) -> dict[str, str]:
+        return {row["id"]: row["reason"] for row in select(rows, files, SelectRecipe(**rules)) if row["reason"]}
+
+    assert reasons() == {"b": "near duplicate", "d": "exact duplicate"}
+    assert reasons(max_hamming_bits=0) == {"b": "near duplicate", "d": "exact duplicate"}
+    assert reasons(max_hamming_bits=None) == {"d": "exact duplicate"}
+    assert reasons(same_file=None) == {"b": "near duplicate", "d": "near duplicate"}
+    assert reasons(same_file=None, max_hamming_bits=None, same_meaning=None) == {}
+    assert reasons(same_file=False, max_hamming_bits=None) == {}

@@ -7,14 +7,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import RecipeError
+from cluster.storage import publish_bytes
 from factory.draw import draw_records, keep_apart, off_quota
-from factory.taxonomy import Group, Taxonomy, is_excluded, load_taxonomy
+from factory.plan import PLAN_SCHEMA, make_plan, table_bytes
+from factory.recipe import FactoryRecipe
+from factory.taxonomy import Group, Taxonomy, digest_taxonomy, is_excluded, load_taxonomy
 
 TAXONOMY = Taxonomy(
     groups=[
@@ -202,3 +206,39 @@ def test_what_cannot_be_meant_is_named(tmp_path: Path, change: dict, words: str)
     path.write_text(yaml.safe_dump({**GOOD, **change}))
     with pytest.raises(RecipeError, match=words):
         load_taxonomy(str(path))
+
+
+def test_a_taxonomy_that_changes_under_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after its first part and gone on with other words in the file, a plan would be of both."""
+    place, out = tmp_path / "taxonomy.yaml", tmp_path / "data"
+    tree = {"groups": [{"name": "things", "share": 1, "attributes": {"subject": ["fox", "owl"]}}]}
+    place.write_text(yaml.safe_dump(tree))
+    recipe = FactoryRecipe.model_validate(
+        {
+            "plan": {"taxonomy": str(place), "prompts": 600, "writer": {"kind": "transformers", "model": "none"}},
+            "make": {
+                "teacher": {"kind": "diffusers", "model": "none"},
+                "scorer": {"kind": "open_clip", "model": "none"},
+            },
+        }
+    )
+    written: list[str] = []
+
+    def part(recipe: object, path: Path, writer: object, some: list, start: int, *_: object) -> pa.Table:
+        if start and not written:
+            raise KeyboardInterrupt
+        row = {"id": f"{start}", "prompt": "p", "outcome": "pending", "reason": ""}
+        publish_bytes(path, table_bytes(table := pa.Table.from_pylist([row], schema=PLAN_SCHEMA)))
+        return table
+
+    monkeypatch.setattr("factory.plan.written_part", part)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(recipe, 0, out)
+    written.append("on")
+    place.write_text(yaml.safe_dump(tree).replace("owl", "cat"))
+    with pytest.raises(RecipeError, match="was changed since the plan was begun"):
+        make_plan(recipe, 0, out)
+    assert not (out / "plan.parquet").exists()
+    place.write_text("# only a remark\n" + yaml.safe_dump(tree))
+    assert make_plan(recipe, 0, out).exists()
+    assert digest_taxonomy(load_taxonomy(str(place))) == (out / "plan" / "taxonomy.sha256").read_text()

@@ -73,7 +73,7 @@ def _protocol(recipe: TablesRecipe, facts: Mapping[str, Any]) -> list[str]:
 
 def _data(recipe: TablesRecipe, data: Mapping[str, Mapping[str, Any]]) -> list[str]:
     how = {
-        "L-orig": "raw pictures, centre crop, raw texts; only a file that is there twice is left out",
+        "L-orig": "raw pictures, centre crop, raw texts; only the same file or the same drawing in the same colours, there twice, is left out",
         "L-pp": "duplicates and small pictures out, crop chosen of three by CLIP, raw texts (no text: left out); no manual removal",
         "L-pps": "the same with captions written anew after the crop (pictures without a text stay; which of two duplicates stays may differ)",
         "synt": "prompts by the pocket writer, pictures by the teacher, duplicates out",

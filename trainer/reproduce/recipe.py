@@ -17,7 +17,8 @@ from factory.taxonomy import load_taxonomy
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
-# L-orig keeps what a crawl keeps: no rule removes anything but a file that is there twice (the factory never packs one file twice).
+# L-orig keeps what a crawl keeps: no rule removes anything but the same file and the same drawing (equal hashes and colours). The tables were
+# measured so, before a level of duplicates could be switched off by null.
 _NO_RULES = ["factory.select.min_clip=-1", "factory.select.min_size_px=0"]
 _NO_DEDUP = ["factory.select.max_hamming_bits=0", "factory.select.max_colour_difference=0"]
 OVERRIDES: dict[str, list[str]] = {

@@ -1,0 +1,183 @@
+"""What the names in `factory.plan.paths` stand for, and pictures read where they lie: patterns, folders of shards, stores, zipped shards."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.errors import EdgeFusionError, RecipeError, StageError
+from factory.ingest import fetch, planned_rows
+from factory.picture_plan import GROUP_ROWS, plan_pictures, write_rows
+from factory.plan import PLAN_SCHEMA, table_bytes
+from factory.recipe import PicturePlan
+from factory.seen import Seen
+from factory.sources import source_files
+
+
+def drawing(seed: int) -> bytes:
+    sink = io.BytesIO()
+    cells = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(cells).save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def shard(*seeds: int) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for seed in seeds:
+            facts = json.dumps({"site": f"s{seed % 2}", "size": seed, "list": [1], "no": None}).encode()
+            for kind, data in (("png", drawing(seed)), ("txt", f"text {seed}".encode()), ("json", facts)):
+                entry = tarfile.TarInfo(f"{seed}.{kind}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def rows_of(*names: object, **keys) -> list[dict]:
+    return list(planned_rows(PicturePlan(paths=[str(name) for name in names], **keys)))
+
+
+def texts(rows: list[dict]) -> list[str]:
+    return [row["prompt"] for row in rows]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    (folder / "more").mkdir(parents=True)
+    for i in range(3):
+        (folder / f"00{i}.tar").write_bytes(shard(2 * i, 2 * i + 1))
+    (folder / "more" / "9.tar.gz").write_bytes(gzip.compress(shard(8, 9)))
+    (folder / "stats.json").write_text("{}")
+    return folder
+
+
+def test_braces_patterns_and_a_folder_of_shards(shards: Path) -> None:
+    six = [f"text {i}" for i in range(6)]
+    assert texts(rows_of(shards / "{000..002}.tar")) == six
+    assert texts(rows_of(shards / "*.tar")) == six
+    assert texts(rows_of(shards / "{000,002}.tar")) == [six[i] for i in (0, 1, 4, 5)]
+    everything = rows_of(shards)
+    assert texts(everything) == [*six, "text 8", "text 9"]
+    for row, seed in zip(everything, (0, 1, 2, 3, 4, 5, 8, 9), strict=True):
+        assert fetch(row["source"], row["picture_sha256"]) == drawing(seed)
+    (shards / "{odd}.tar").write_bytes(shard(7))
+    assert texts(rows_of(shards / "{odd}.tar")) == ["text 7"], "a file of that very name goes first"
+
+
+def test_a_zipped_shard_is_read_in_any_order_and_a_damaged_one_is_named(shards: Path) -> None:
+    zipped = shards / "more" / "9.tar.gz"
+    rows = rows_of(zipped)
+    for row, seed in [(rows[1], 9), (rows[0], 8), (rows[1], 9)]:
+        assert fetch(row["source"], row["picture_sha256"]) == drawing(seed)
+    whole = zipped.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + bytes(40) + whole[240:], b"no gzip"):
+        (shards / "bad.tgz").write_bytes(damaged)
+        with pytest.raises(StageError, match="cannot be read to its end"):
+            rows_of(shards / "bad.tgz")
+
+
+def test_shards_and_tables_in_a_store() -> None:
+    store = fsspec.filesystem("memory")
+    for i in range(2):
+        store.pipe_file(f"/bucket/00{i}.tar", shard(i))
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"picture": [drawing(5)], "text": ["five"]}), sink)
+    store.pipe_file("/bucket/a.parquet", sink.getvalue())
+    try:
+        rows = rows_of("memory://bucket/{000..001}.tar", "memory://bucket/*.parquet")
+        assert texts(rows) == ["text 0", "text 1", "five"]
+        assert texts(rows_of("memory://bucket/*.tar")) == ["text 0", "text 1"]
+        for row, seed in zip(rows, (0, 1, 5), strict=True):
+            assert json.loads(row["source"])["file"].startswith("memory://")
+            assert fetch(row["source"], row["picture_sha256"], Path("/anywhere")) == drawing(seed)
+        with pytest.raises(EdgeFusionError, match="is missing"):
+            rows_of("memory://bucket/none.tar")
+        with pytest.raises(RecipeError, match="there is no source"):
+            source_files("memory://bucket/*.zip")
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
+def test_names_that_stand_for_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "000.tar").write_bytes(shard(1))
+    for name, what in [
+        ("*.png", "there is no source"),
+        ("{000..002}.tar", "001.tar"),
+        ("{000..002.tar", "do not close"),
+        ("{0..99999999}.tar", "over a million"),
+    ]:
+        with pytest.raises(RecipeError, match=what):
+            source_files(str(tmp_path / name))
+
+
+def test_keys_and_columns_become_attributes(shards: Path, tmp_path: Path) -> None:
+    rows = rows_of(shards / "000.tar", attribute_columns=["site", "size", "list", "no", "nowhere"])
+    assert [json.loads(row["attributes"]) for row in rows] == [{"site": "s0", "size": "0"}, {"site": "s1", "size": "1"}]
+    assert [row["id"] for row in rows] == [row["id"] for row in rows_of(shards / "000.tar")]
+    assert rows_of(shards / "000.tar")[0]["attributes"] == "{}"
+    table = pa.table(
+        {"picture": [drawing(1)] * 2, "text": ["a", "b"], "tone": ["x" * 300, None], "good": [True, False]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet", attribute_columns=["tone", "good"])
+    assert [json.loads(row["attributes"]) for row in rows] == [{"tone": "x" * 200, "good": "true"}, {"good": "false"}]
+    with pytest.raises(RecipeError, match="has no column mood"):
+        rows_of(tmp_path / "a.parquet", attribute_columns=["mood"])
+
+
+def planned(number: int) -> dict:
+    key = f"{number:064x}"
+    return {
+        "id": key,
+        "prompt": f"p{number}",
+        "group": "pictures",
+        "attributes": "{}",
+        "seed": 0,
+        "outcome": "pending",
+    } | {
+        "reason": "",
+        "source": json.dumps({"file": "x", "at": number}),
+        "picture_sha256": key,
+    }
+
+
+def test_a_plan_is_written_as_it_comes_and_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [planned(i) for i in range(9001)]
+    write_rows(tmp_path / "a", iter(some))
+    assert (tmp_path / "a").read_bytes() == table_bytes(pa.Table.from_pylist(some, schema=PLAN_SCHEMA))
+    assert GROUP_ROWS >= 1 << 16
+    monkeypatch.setattr("factory.picture_plan.GROUP_ROWS", 4096)
+    told: list[int] = []
+    write_rows(tmp_path / "b", iter(some), told.append)
+    assert pq.read_table(tmp_path / "b").to_pylist() == some and sum(told) == 9001
+    assert pq.ParquetFile(tmp_path / "b").num_row_groups == 3
+
+
+def test_no_plan_is_left_of_sources_without_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(StageError, match="the sources hold no picture"):
+        plan_pictures(PicturePlan(paths=[str(tmp_path / "in")]), 8, tmp_path / "out" / "plan.parquet")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_what_was_seen_is_known_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.seen._FRESH", 50)
+    rng = np.random.default_rng(0)
+    keys = [rng.bytes(15) + bytes([i % 3 and 7]) + b"rest" for i in range(1000)]
+    seen = Seen()
+    for key in keys:
+        assert seen.add(key) and not seen.add(key)
+    assert not any(seen.add(key) for key in keys) and len(seen) == 1000
+    assert len(seen._sorted) < 8
