@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import StageError
-from factory.models import quiet, resolve
+from factory.models import first_line, quiet, resolve, weights_of
 from factory.models.answers import read_answer
 from factory.models.server import Endpoint, ask, serve_vllm
 from factory.recipe import OpenAiCaptioner, TransformersCaptioner, VllmCaptioner
@@ -51,10 +51,12 @@ class _Transformers:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.processor: Any = AutoProcessor.from_pretrained(place, revision=recipe.revision)
-            model: Any = AutoModelForImageTextToText.from_pretrained(place, revision=recipe.revision, dtype="float32")
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                place, revision=recipe.revision, dtype="float32", **weights_of(recipe.allow_pickle)
+            )
         except (OSError, ValueError) as error:
             raise StageError(
-                f"the captioner {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                f"the captioner {recipe.model} cannot be opened: {first_line(error, 'factory.make.captioner.allow_pickle')}",
                 remedy="Check factory.make.captioner.model; hub names need a network or a filled cache",
             ) from error
         self.model: Any = model.eval().to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ class Clip:
         local = recipe.pretrained is None
         name = f"local-dir:{resolve(recipe.model)}" if local else recipe.model
         try:
+            if not recipe.allow_pickle:
+                _refuse_pickle(recipe)
             opened: Any = open_clip.create_model_from_pretrained(name, pretrained=recipe.pretrained)
             model, self.preprocess = opened
             self.tokenizer: Any = open_clip.get_tokenizer(name)
@@ -60,3 +63,26 @@ class Clip:
                 return list(encode(part).cpu().numpy())
 
         return np.stack(self._size.map(things, run)).astype(np.float32)
+
+
+def _refuse_pickle(recipe: OpenClipScorer) -> None:
+    """open_clip takes pickled weights where it finds no others. Raises StageError for those, before they are opened."""
+    if recipe.pretrained is None:
+        found = {path.name for path in Path(resolve(recipe.model)).glob("*") if path.suffix in (".bin", ".pt", ".pth")}
+        named = {f"open_clip{middle}_model.safetensors" for middle in ("", "_pytorch")}
+        safe = [path for path in Path(resolve(recipe.model)).glob("*.safetensors") if not found or path.name in named]
+        name = "" if safe else ", ".join(sorted(found))
+    else:
+        import open_clip
+
+        path = Path(recipe.pretrained)
+        if not path.exists():
+            path = Path(
+                open_clip.download_pretrained(open_clip.get_pretrained_cfg(recipe.model, recipe.pretrained)) or ""
+            )
+        name = path.name if path.suffix in (".bin", ".pt", ".pth") else ""
+    if name:
+        raise StageError(
+            f"the scorer {recipe.model} has pickled weights ({name}), which may run code of their maker",
+            remedy="Give weights in safetensors, or say allow_pickle: true beside the scorer's model",
+        )

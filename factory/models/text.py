@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
-from factory.models import quiet, resolve
+from factory.models import first_line, quiet, resolve, weights_of
 from factory.models.answers import Answer, read_answer
 from factory.models.server import Endpoint, ask, serve_vllm
 from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter
@@ -87,10 +87,12 @@ class _Transformers(_Here):
         self.recipe, place = recipe, resolve(recipe.model)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place, padding_side="left")
-            self.model: Any = AutoModelForCausalLM.from_pretrained(place, dtype="float32").eval()
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype="float32", **weights_of(recipe.allow_pickle)
+            ).eval()
         except (OSError, ValueError) as error:
             raise StageError(
-                f"the prompt writer {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                f"the prompt writer {recipe.model} cannot be opened: {first_line(error, 'factory.plan.writer.allow_pickle')}",
                 remedy="Check factory.plan.writer.model; hub names need a network or a filled cache",
             ) from error
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token

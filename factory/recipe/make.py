@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
-from factory.recipe.names import VIEW_NAME
+from factory.recipe.names import VIEW_NAME, AllowPickle
 from factory.recipe.plan import ENVIRONMENT, Priced
 
 
@@ -18,6 +18,7 @@ class DiffusersTeacher(Settings):
     kind: Literal["diffusers"] = "diffusers"
     model: str = Field(description="diffusers folder, hub name or zoo:NAME")
     revision: str | None = Field(default=None, description="commit of a hub model; pin it")
+    allow_pickle: AllowPickle = False
     sampler: Literal["dpm++", "ddim", "euler", "lcm"] = Field(default="dpm++", description="scheduler")
     steps: int = Field(default=25, ge=1, le=1000, description="denoising steps")
     guidance: float = Field(default=7.5, ge=0, description="classifier-free guidance scale; 1 is none")
@@ -41,6 +42,7 @@ class OpenClipScorer(Settings):
     kind: Literal["open_clip"] = "open_clip"
     model: str = Field(description="open_clip folder, zoo:NAME, or a model name of open_clip such as ViT-B-32")
     pretrained: str | None = Field(default=None, description="open_clip's weight tag when `model` is a model name")
+    allow_pickle: AllowPickle = False
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
 
 
@@ -135,6 +137,7 @@ class TransformersCaptioner(Settings):
     kind: Literal["transformers"] = "transformers"
     model: str = Field(description="folder, hub name or zoo:NAME of an image-text-to-text model, such as a LLaVA")
     revision: str | None = Field(default=None, description="commit of a hub model; pin it")
+    allow_pickle: AllowPickle = False
     template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
     max_new_tokens: int = Field(default=48, ge=4, le=512, description="longest caption, tokens")
     batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from cluster.usage import Prices
+from factory.recipe.names import AllowPickle
 
 
 class TransformersWriter(Settings):
@@ -16,6 +17,7 @@ class TransformersWriter(Settings):
 
     kind: Literal["transformers"] = "transformers"
     model: str = Field(description="folder, hub name or zoo:NAME of a causal language model")
+    allow_pickle: AllowPickle = False
     template: str = Field(
         default="{attributes} =>", description="what the model reads; {attributes} is `subject: fox; style: flat`"
     )
