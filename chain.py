@@ -326,6 +326,7 @@ class Chain:
             recipe.trainer.judge or recipe.factory.make.scorer,
             recipe.trainer.threads,
             self.out / "samples",
+            recipe.trainer.allow_pickle,
         )
         bars.advance(task)
 
@@ -335,7 +336,7 @@ class Chain:
         task = bars.add_task("export", total=None)
         export_student(
             self.student,
-            self._prompts(16),
+            self._prompts(max(16, self.recipe.export.calibration_prompts + self.recipe.export.parity_prompts)),
             self.recipe.export,
             self.out / "export",
             lambda what: bars.update(task, description=f"export: {what}"),

@@ -14,15 +14,17 @@ import numpy as np
 from cluster.errors import ParityError
 from cluster.storage import digest_file
 from export import parity
-from export.card import CARD, provenance, write_card
+from export.card import CARD, SHOWN, provenance, write_card
 from export.clip_gate import scores
 from export.graph import Graph
+from export.inside import block_snr_db, unet_blocks
 from export.noise import GENERATOR
 from export.proof import BUNDLE, write_reference, write_sample, write_sums
 from export.recipe import ExportRecipe
 from export.runtime import Build, Call
 from export.solve import Plan
 from export.targets.contract import EdgeTarget, Source, bytes_of
+from export.targets.registry import find_target
 from export.tiled_build import SOURCE, TILED, tiling_facts
 from export.tiling import check_tiles
 from factory.models.clip import Clip
@@ -47,6 +49,8 @@ class Work:
     plan: Plan | None
     compiled: dict[str, Any] | None
     decoder_tiles: dict[str, Any] | None
+    vae: dict[str, Any] | None
+    """Whose decoder draws, where it is not the student's own."""
     keep: Sequence[str]
     student: Path
 
@@ -62,6 +66,7 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
     # A plan that leaves every block untiled would only repeat the untiled builds.
     tiles = plan is not None and bool(plan.tiled) and target.from_onnx
     clip = None if recipe.gates.judge is None else Clip(recipe.gates.judge)
+    blocks = unet_blocks(work.sources / "unet.onnx")
     for mix, variant in [(mix, variant) for mix in recipe.builds(target.name) for variant in ["", TILED][: 1 + tiles]]:
         name, precisions = mix.name + variant, mix.graphs()
         names = _lower(target, precisions, place, work, variant)
@@ -81,15 +86,17 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         if facts["not_run"]:
             continue
         build = Build(target.open(place, names, recipe.threads), work.reference.scheduler, work.reference.shape)
-        pictures = [build.picture(row, i) for i, row in enumerate(work.tokens)]
+        pictures = build.pictures(work.tokens, range(len(work.tokens)))
         facts["parity"] = _prove(target, name, precisions, build, pictures, work, clip)
+        if precisions["unet"] != "fp32" and not variant:
+            facts["parity"]["block_snr_db"] = _blocks(target, place / names["unet"], work, blocks)
         ms = parity.latency_ms(build, work.tokens[0], arrays_of(work.graphs), recipe.latency_runs)
         kind = f"{target.times_kind(precisions)}_ms"
         facts[kind] = ms
         if plan is not None and variant == TILED:
             facts["tiling"] = tiling_facts(plan, ms["unet"], builds[mix.name][kind]["unet"], work.compiled)
         sheet.append(pictures)
-    _describe(target, place, work, builds, sheet)
+    _describe(target, place, work, builds, sheet, blocks)
 
 
 def prove_tiles(
@@ -97,9 +104,10 @@ def prove_tiles(
 ) -> dict[str, Any]:
     """How near pictures that are decoded in tiles come to the whole decoder's. Raises ParityError for one that misses its gate."""
     assert recipe.decoder is not None
-    latents = [whole.denoise(row, seed) for seed, row in enumerate(tokens)]
-    drawn = [np.clip(tiled({"latent": latent})[0].transpose(1, 2, 0) * 255, 0, 255).round() for latent in latents]
-    found = parity.picture_parity(wanted, [picture.astype(np.uint8) for picture in drawn])
+    drawn = Build({**whole.calls, "vae_decoder": tiled}, whole.scheduler, whole.shape).pictures(
+        tokens, range(len(tokens))
+    )
+    found = parity.picture_parity(wanted, drawn)
     least = recipe.gates.decoder_psnr_db
     if found["psnr_db"] < least:
         raise ParityError(
@@ -159,21 +167,36 @@ def _prove(
     return proof
 
 
+def _blocks(target: EdgeTarget, path: Path, work: Work, blocks: dict[str, str]) -> dict[str, float] | None:
+    """Each UNet block's SNR against the float32 ONNX file; None where the target shows no tensors."""
+    row, names, threads = arrays_of(work.graphs)["unet"], list(blocks.values()), work.recipe.threads
+    inside = target.tensors(path, names, row, threads)
+    # Only now, for a full-size UNet is not opened for nothing.
+    plain = find_target("onnx").tensors(work.sources / "unet.onnx", names, row, threads) if inside else {}
+    return block_snr_db(blocks, plain, inside)
+
+
 def _describe(
-    target: EdgeTarget, place: Path, work: Work, builds: dict[str, Any], sheet: list[list[np.ndarray]]
+    target: EdgeTarget,
+    place: Path,
+    work: Work,
+    builds: dict[str, Any],
+    sheet: list[list[np.ndarray]],
+    blocks: dict[str, str],
 ) -> None:
     """Tokenizer, references, sample, card, digests and bundle.json beside the builds."""
     from PIL import Image
 
     recipe, tokenizer = work.recipe, work.pipeline.tokenizer
-    Image.fromarray(contact_sheet(sheet)).save(place / "parity.png")
+    Image.fromarray(contact_sheet([row[:SHOWN] for row in sheet])).save(place / "parity.png")
     tokenizer.save_pretrained(place / "tokenizer")
     write_reference(place, work.reference.calls, arrays_of(work.graphs), work.tokens, work.wanted)
     write_sample(place, target.sample or target.name)
     facts = {
         "target": target.name,
+        **({} if target.device in ("", "CPU") else {"device": target.device}),
         "runtime": target.runtime(),
-        "measured_on": f"{platform.machine()} CPU, {recipe.threads} threads",
+        "measured_on": f"{platform.machine()} {target.where()}, {recipe.threads} threads",
         "steps": recipe.steps,
         "latent_shape": list(work.reference.shape),
         "scheduler": work.reference.scheduler,
@@ -186,6 +209,8 @@ def _describe(
         "pytorch_fp32_ms": work.torch_ms,
         "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},
         "decoder_tiles": work.decoder_tiles,
+        **({} if work.vae is None else {"vae": work.vae}),
+        "unet_blocks": blocks,
         "builds": builds,
         "files": {
             str(f.relative_to(place)): digest_file(f)

@@ -27,8 +27,9 @@ from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
 from export.student import open_student
 from export.targets.judge import compile_plan
-from export.targets.registry import find_target
+from export.targets.registry import find_target, target_of
 from export.tiled_build import lower_tiled, plan_unet
+from export.vae import open_decoder, vae_facts
 from factory.models import fingerprint
 
 Progress = Callable[[str], None]
@@ -46,12 +47,15 @@ def export_student(
     if not todo:
         return
     for name in todo:
-        find_target(name).require()
+        find_target(name, recipe.openvino_device).require()
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = open_student(student, recipe.guidance_scale)
-    graphs = graphs_of(pipeline)
+    pipeline = open_student(student, recipe)
+    own_vae = pipeline.vae
+    if recipe.vae is not None:
+        pipeline.vae = open_decoder(recipe.vae, pipeline, recipe.allow_pickle)
+    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images)
     lines = [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
     tokens = _tokenize(pipeline, lines)
     reference = Build(
@@ -61,7 +65,8 @@ def export_student(
     )
     calibration = _calibrate(reference, tokens[: recipe.calibration_prompts])
     judged = tokens[recipe.calibration_prompts :]
-    wanted = [reference.picture(row, i) for i, row in enumerate(judged)]
+    wanted = reference.pictures(judged, range(len(judged)))
+    vae = None if recipe.vae is None else vae_facts(recipe.vae, own_vae, reference, judged, wanted)
     tiles = None
     if recipe.decoder is not None:
         cut = (recipe.decoder.tile, recipe.decoder.overlap)
@@ -75,7 +80,8 @@ def export_student(
             to_onnx(graph, sources / f"{graph.name}.onnx")
     plan, compiled = None, None
     if recipe.tiling is not None:
-        plan = plan_unet(pipeline.unet, recipe.tiling.profile, pipeline.tokenizer.model_max_length)
+        side, length = reference.shape[-1], pipeline.tokenizer.model_max_length
+        plan = plan_unet(pipeline.unet, side, recipe.tiling.profile, length)
         if recipe.tiling.compile:
             compiled = compile_plan(plan.tiled, load_profile(recipe.tiling.profile))
         if plan.tiled:
@@ -97,20 +103,22 @@ def export_student(
         plan=plan,
         compiled=compiled,
         decoder_tiles=tiles,
+        vae=vae,
         keep=keep,
         student=student,
     )
     for name in todo:
         progress(f"building {name}")
-        target = find_target(name)
+        target = find_target(name, recipe.openvino_device)
         publish_folder(folder / name, lambda place, target=target: build_target(target, place, work))
     shutil.rmtree(folder / LOWERED)
 
 
 def _mark_of(student: Path, recipe: ExportRecipe) -> str:
     """What the lowered graphs hang on: those that an interrupted export left are used again for the very same ones only."""
-    keys = recipe.model_dump(mode="json", include={"guidance_scale", "decoder", "tiling"})
-    return hashlib.sha256(json.dumps([fingerprint(str(student)), keys], sort_keys=True).encode()).hexdigest()[:16]
+    keys = recipe.model_dump(mode="json", include={"guidance_scale", "decoder", "tiling", "size_px", "batch_images"})
+    vae = None if recipe.vae is None else fingerprint(recipe.vae)
+    return hashlib.sha256(json.dumps([fingerprint(str(student)), vae, keys], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def scan_student(
@@ -126,8 +134,8 @@ def scan_student(
     import torch
 
     torch.set_num_threads(recipe.threads)
-    pipeline = open_student(student, recipe.guidance_scale)
-    graphs = graphs_of(pipeline)
+    pipeline = open_student(student, recipe)
+    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images)
     tokens = _tokenize(pipeline, [prompts[i % len(prompts)] for i in range(max(count, recipe.calibration_prompts))])
     shape = tuple(graphs[1].inputs["latent"].shape)
     reference = Build(parity.torch_calls(graphs), scheduler_constants(pipeline, recipe.steps), shape)
@@ -148,7 +156,7 @@ def open_bundle(folder: Path, precision: str, threads: int = 2) -> tuple[Build, 
         )
     if broken := broken_files(folder):
         raise CorruptShard("; ".join(broken), where=str(folder), remedy="Export again")
-    calls = find_target(facts["target"]).open(folder, facts["builds"][precision]["graphs"], threads)
+    calls = target_of(facts).open(folder, facts["builds"][precision]["graphs"], threads)
     return Build(calls, facts["scheduler"], facts["latent_shape"]), facts
 
 
@@ -166,7 +174,7 @@ def _calibrate(reference: Build, tokens: Sequence[np.ndarray]) -> dict[str, list
     """What each graph is shown while PyTorch draws `tokens` in the few steps of the build; seeds from 1000."""
     found: dict[str, list[dict[str, np.ndarray]]] = {graph: [] for graph in GRAPHS}
     for i, row in enumerate(tokens):
-        found["text_encoder"].append({"input_ids": row})
+        found["text_encoder"].append({"input_ids": np.repeat(row, reference.shape[0], axis=0)})
         found["vae_decoder"].append({"latent": reference.denoise(row, 1000 + i, found["unet"].append)})
     return found
 

@@ -12,6 +12,8 @@ from export.targets.registry import find_target
 from factory.models import ZOO
 
 CARD = "README.md"
+SHOWN = 8
+"""Pictures a row of parity.png."""
 
 _ZOO_SOURCES = (
     SourceRecipe(
@@ -51,11 +53,12 @@ def _text(facts: dict[str, Any]) -> str:
         f"# {facts['student']['name']} for {facts['target']}",
         "",
         f"A text-to-image model for the edge: text to a picture in {facts['steps']} steps without guidance, as three static graphs (text encoder, UNet, VAE decoder) "
-        f"with latents of {side} x {side}. Distilled after EdgeFusion (arXiv 2404.11925); built and proven by `edgefusion export`.",
+        f"with latents of {side} x {side}. Distilled after EdgeFusion (arXiv 2404.11925); built and proven by `edgefusion export`."
+        + _other_decoder(facts.get("vae")),
         "",
         f"![Rows: PyTorch in float32, then {', '.join(facts['builds'])}. Columns: the prompts below, seeds 0, 1, ...](parity.png)",
         "",
-        f"Rows: PyTorch in float32, then {', '.join(facts['builds'])}. Columns, seeds 0, 1, ...: {'; '.join(facts['prompts'])}.",
+        f"Rows: PyTorch in float32, then {', '.join(facts['builds'])}. Columns, seeds 0, 1, ...: {'; '.join(facts['prompts'][:SHOWN])}.",
         "",
         "## Run it",
         "",
@@ -106,6 +109,12 @@ def _text(facts: dict[str, Any]) -> str:
             f"PyTorch's own pictures by the same judge ({judge}): {judged['clip_mean']}, {judged['recall_at_1']}.",
         ]
     return "\n".join([*parts, "", *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _other_decoder(vae: dict[str, Any] | None) -> str:
+    if vae is None:
+        return ""
+    return f" The decoder is that of {vae['folder']}, whose pictures are {vae['against_own_decoder']['psnr_db']} dB from those of the student's own."
 
 
 def _licences(sources: Sequence[dict[str, str]]) -> list[str]:

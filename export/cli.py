@@ -42,18 +42,21 @@ def student(
     model: Annotated[str, typer.Argument(help="a student folder, or zoo:NAME")] = "zoo:student-fewstep",
     out: Annotated[Path, typer.Option(help="folder of the bundles; finished ones are left alone")] = Path("bundles"),
     prompts: Annotated[Path | None, typer.Option(help="text file, a prompt a line, to calibrate and prove on")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="a VAE whose decoder to take instead: OUT/model of `edgefusion trainer decoder`")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="a key of the recipe's export part: --set steps=4 (repeatable)")
     ] = None,
 ) -> None:
     """Build and prove bundles of a finished student, without a run."""
-    from cluster.recipe import load_recipe
+    from cluster.recipe import as_overrides, load_recipe
     from export.bundle import export_student
     from export.prompts import read_prompts
     from export.recipe import ExportRecipe
     from factory.models import quiet, resolve
 
-    recipe = load_recipe(ExportRecipe, None, overrides or [])
+    recipe = load_recipe(ExportRecipe, None, [*as_overrides({"vae": vae}), *(overrides or [])])
     quiet()
     export_student(Path(resolve(model)), read_prompts(prompts), recipe, out, typer.echo)
     for target in recipe.targets:
@@ -138,13 +141,15 @@ def verify(
 
     from cluster.storage import publish_bytes
     from export.verify import raise_failed, verify_bundle
-    from export.verify_view import gates_table, speed_table
+    from export.verify_view import block_lines, gates_table, speed_table
 
     found = verify_bundle(folder, build or (), prompts, runs, threads, lambda what: typer.echo(what, err=True))
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
     if found["builds"]:
         Console().print(gates_table(found), speed_table(found))
+        for line in block_lines(found):
+            typer.echo(line)
     raise_failed(found)
     typer.echo(f"{folder}: every file and every gate holds")
 

@@ -141,6 +141,6 @@ def _pictures(
         tokens = tokenize(folder, fact["tokenizer"], lines)
         for name in fact["builds"]:
             build, _ = open_bundle(folder, name, threads)
-            drawn = [png_url(build.picture(row, seed)) for seed, row in enumerate(tokens)]
+            drawn = [png_url(picture) for picture in build.pictures(tokens, range(len(tokens)))]
             columns.append({"title": name, "under": label, "pictures": drawn})
     return columns

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.errors import EdgeFusionError, StageError
+from cluster.errors import EdgeFusionError, RecipeError, StageError
 from cluster.storage import publish_file
 from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
 
 
 class _TextEncoder(nn.Module):
-    """Token ids 1 T (int64) to text states 1 T D."""
+    """Token ids B T (int64) to text states B T D."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _TextEncoder(nn.Module):
 
 
 class _Unet(nn.Module):
-    """Latents 1 C H W, timestep 1 (float) and text states 1 T D to the prediction 1 C H W."""
+    """Latents B C H W, timestep 1 (float) and text states B T D to the prediction B C H W."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Unet(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Scaled latents 1 C H W to a picture 1 3 H W in [0, 1]; `tiles`: latents of a tile and of what two share."""
+    """Scaled latents B C H W to pictures B 3 H W in [0, 1]; `tiles`: latents of a tile and of what two share."""
 
     def __init__(self, vae: Any, tiles: tuple[int, int] | None) -> None:
         super().__init__()
@@ -66,16 +66,17 @@ class Graph:
     output: str
 
 
-def graphs_of(pipeline: Any) -> list[Graph]:
-    """The three graphs of a float32 student pipeline, batch 1."""
+def graphs_of(pipeline: Any, size_px: int | None = None, batch_images: int = 1) -> list[Graph]:
+    """The three graphs of a float32 student pipeline, for `batch_images` pictures of `size_px` (the student's own size if left out)."""
     unet, tokenizer = pipeline.unet, pipeline.tokenizer
-    side, channels = unet.config.sample_size, unet.config.in_channels
+    side, channels = latent_side(pipeline, size_px), unet.config.in_channels
     width = pipeline.text_encoder.config.hidden_size
     length = tokenizer.model_max_length
     draw = torch.Generator().manual_seed(0)
-    latent = torch.randn(1, channels, side, side, generator=draw)
-    text = torch.randn(1, length, width, generator=draw)
-    tokens = torch.tensor(tokenizer(["a picture"], padding="max_length", max_length=length)["input_ids"])
+    latent = torch.randn(batch_images, channels, side, side, generator=draw)
+    text = torch.randn(batch_images, length, width, generator=draw)
+    words = ["a picture"] * batch_images
+    tokens = torch.tensor(tokenizer(words, padding="max_length", max_length=length)["input_ids"])
     return [
         Graph("text_encoder", _TextEncoder(pipeline.text_encoder).eval(), {"input_ids": tokens}, "text"),
         Graph(
@@ -86,6 +87,22 @@ def graphs_of(pipeline: Any) -> list[Graph]:
         ),
         decoder_graph(pipeline.vae, latent),
     ]
+
+
+def latent_side(pipeline: Any, size_px: int | None) -> int:
+    """Side of the latents of pictures of `size_px`. Raises RecipeError for a size that the VAE or the UNet cannot halve as often as it must."""
+    if size_px is None:
+        return pipeline.unet.config.sample_size
+    vae, unet = (2 ** (len(part.config.block_out_channels) - 1) for part in (pipeline.vae, pipeline.unet))
+    multiple = vae * unet
+    if size_px % multiple:
+        near = max(multiple, round(size_px / multiple) * multiple)
+        raise RecipeError(
+            f"export.size_px is {size_px}, and this student draws multiples of {multiple} pixels: a latent is {vae} pixels wide, and its "
+            f"UNet halves latents {unet.bit_length() - 1} times",
+            remedy=f"Set export.size_px={near}, or leave it out for {pipeline.unet.config.sample_size * vae}",
+        )
+    return size_px // vae
 
 
 def decoder_graph(vae: Any, latent: torch.Tensor, tiles: tuple[int, int] | None = None) -> Graph:

@@ -13,7 +13,7 @@ from export.bundle import read_bundle
 from export.compare import write_compare
 from export.demo import write_demo
 from export.recipe import ExportRecipe
-from export.targets.registry import find_target
+from export.targets.registry import find_target, target_of
 
 COMPARE, DEMO = "compare.html", "demo"
 
@@ -36,7 +36,7 @@ def has_pages(out: Path, recipe: ExportRecipe) -> bool:
     """Whether nothing is left to write: no page wanted, compare.html there, or no bundle that this machine could measure."""
     if not recipe.pages or (out / COMPARE).exists():
         return True
-    return all(find_target(name).not_here() for name in recipe.targets)
+    return all(find_target(name, recipe.openvino_device).not_here() for name in recipe.targets)
 
 
 def doors(out: Path) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def _bundles(out: Path) -> list[Path]:
 
 
 def _runs_here(out: Path) -> list[Path]:
-    return [place for place in _bundles(out) if not find_target(place.name).not_here()]
+    return [place for place in _bundles(out) if not target_of(read_bundle(place)).not_here()]
 
 
 def _first_build(bundle: Path) -> str:

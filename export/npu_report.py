@@ -121,5 +121,7 @@ def _unet(model: str, config: dict[str, Any]) -> Any:
         drawn: Any = UNet2DConditionModel.from_config(config)
         return drawn.eval()
     place: Any = Path(resolve(model))
-    unet: Any = UNet2DConditionModel.from_pretrained(place / "unet" if (place / "unet").is_dir() else place)
+    unet: Any = UNet2DConditionModel.from_pretrained(
+        place / "unet" if (place / "unet").is_dir() else place, use_safetensors=True
+    )
     return unet.eval()

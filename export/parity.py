@@ -87,7 +87,7 @@ def failures(
             found.append(f"{name}: SNR {db} dB is under {least[precisions[name]]}")
     if set(precisions.values()) != {"fp32"} and not parity["psnr_db"] >= gates.quantised_psnr_db:
         found.append(f"pictures: PSNR {parity['psnr_db']} dB is under {gates.quantised_psnr_db}")
-    return found + judge_failures(parity.get("judge"), gates)
+    return found + judge_failures(parity.get("judge"), gates, len(pictures))
 
 
 def latency_ms(

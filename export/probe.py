@@ -25,14 +25,14 @@ def peak_bytes() -> int:
 def main() -> None:
     began = time.perf_counter()
     from export.runtime import Build
-    from export.targets.registry import find_target
+    from export.targets.registry import target_of
     from export.words import tokenize
 
     folder, name, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     facts = json.loads((folder / "bundle.json").read_text())
     row = tokenize(folder, facts["tokenizer"], facts["prompts"][:1])[0]
     libraries = time.perf_counter()
-    calls = find_target(facts["target"]).open(folder, facts["builds"][name]["graphs"], threads)
+    calls = target_of(facts).open(folder, facts["builds"][name]["graphs"], threads)
     opened = time.perf_counter()
     Build(calls, facts["scheduler"], facts["latent_shape"]).picture(row, 0)
     told = {

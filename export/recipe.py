@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from export.layers import HIGH_PRECISION
 from factory.recipe import OpenClipScorer
+from factory.recipe.names import AllowPickle
 
 Target = Literal["onnx", "openvino", "qnn", "executorch", "coreml", "cuda", "tensorrt", "litert", "ethos", "exynos"]
 Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"]
@@ -63,7 +64,9 @@ class GateRecipe(Settings):
         default=0.02, ge=0, description="how far the judge's mean cosine may fall under that of PyTorch's pictures"
     )
     recall_margin: float = Field(
-        default=0.125, ge=0, description="how far the judge's R@1 (picture to prompt) may fall under PyTorch's"
+        default=0.05,
+        ge=0,
+        description="how far the judge's R@1 (picture to prompt) may fall under PyTorch's; one picture of those judged always may",
     )
 
 
@@ -107,6 +110,11 @@ class ExportRecipe(Settings):
         "`executorch` (XNNPACK), `coreml` (Apple), `cuda` and `tensorrt` (NVIDIA, through ONNX Runtime), "
         "`litert` (Android's runtime: an integer UNet), `ethos` (Arm's NPU, judged by its compiler), `exynos` (Samsung's, not compiled here). Those beyond the first two need extras",
     )
+    openvino_device: str = Field(
+        default="CPU",
+        pattern=r"^(CPU|GPU(\.\d+)?|NPU)$",
+        description="what the openvino target runs on: CPU, GPU (or GPU.1, ...), NPU; the last two by Intel's drivers",
+    )
     precisions: list[Named | MixRecipe] = Field(
         default=["fp32", "w8a16", "w8"],
         description="builds. fp32, fp16, bf16 (openvino): all three graphs. w8a16 (onnx), w8a8: a UNet of int8 weights and 16- or "
@@ -128,14 +136,30 @@ class ExportRecipe(Settings):
         default=None,
         description="{tile: N, overlap: M}: the VAE's decoder draws in tiles of N latents, with less memory",
     )
+    vae: str | None = Field(
+        default=None,
+        description="folder of a VAE whose decoder draws in place of the student's own, such as the small one that `edgefusion trainer "
+        "decoder` writes (OUT/model)",
+    )
+    allow_pickle: AllowPickle = False
     steps: int = Field(default=2, ge=1, le=8, description="denoising steps of the build")
+    size_px: int | None = Field(
+        default=None,
+        ge=8,
+        description="side of the pictures, pixels: a multiple of what the student's VAE and UNet halve; the student's own if left out",
+    )
+    batch_images: int = Field(default=1, ge=1, description="pictures that the static graphs draw at once")
     guidance_scale: float | None = Field(
         default=None, ge=0, description="what a student that takes guidance is fixed at; others have none"
     )
     calibration_prompts: int = Field(
         default=8, ge=1, description="prompts whose few-step trajectories calibrate activations"
     )
-    parity_prompts: int = Field(default=8, ge=1, description="prompts on which builds are compared with PyTorch")
+    parity_prompts: int = Field(
+        default=8,
+        ge=1,
+        description="prompts on which builds are compared with PyTorch; 64 and more where a build is to be shipped",
+    )
     latency_runs: int = Field(default=5, ge=1, description="timed runs after one warm-up")
     threads: int = Field(default=2, ge=1, description="CPU threads while measuring")
     pages: bool = Field(
@@ -154,6 +178,13 @@ class ExportRecipe(Settings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"export.precisions names {twice[0]} twice: give each build a name of its own")
+        if self.batch_images > 1:
+            single = [target for target in self.targets if target in UNETS]
+            if single or self.tiling is not None:
+                raise ValueError(
+                    f"export.batch_images is {self.batch_images}, and {single[0] if single else 'export.tiling'} is made for one picture at "
+                    f"a time; leave one of the two out"
+                )
         for target in self.targets:
             if not self.builds(target):
                 raise ValueError(

@@ -53,17 +53,27 @@ def _root(value: Any) -> float:
 
 
 class Build:
-    """An opened build: three callables and the scheduler's table."""
+    """An opened build: three callables and the scheduler's table. Its graphs draw as many pictures at once as the latent's shape says."""
 
     def __init__(self, calls: dict[str, Call], scheduler: dict[str, Any], latent_shape: Sequence[int]) -> None:
         self.calls, self.scheduler, self.shape = calls, scheduler, tuple(latent_shape)
 
     def denoise(
-        self, tokens: np.ndarray, seed: int, seen: Callable[[dict[str, np.ndarray]], None] = lambda _: None
+        self,
+        tokens: np.ndarray,
+        seeds: int | Sequence[int],
+        seen: Callable[[dict[str, np.ndarray]], None] = lambda _: None,
     ) -> np.ndarray:
-        """The final latent for token ids 1 T; `seen` is shown the inputs of each UNet call (for calibration)."""
-        text = self.calls["text_encoder"]({"input_ids": tokens})
-        latent = noise(seed, 0, self.shape)
+        """The final latents B C H W for token ids of up to B prompts, N T, and a seed each; `seen` is shown the inputs of each UNet call
+        (for calibration). A batch that is not full repeats the last prompt and seed. Noise hangs on a picture's own seed alone."""
+        given = [seeds] if isinstance(seeds, int) else list(seeds)
+        rows = [min(i, len(given) - 1) for i in range(self.shape[0])]
+        text = self.calls["text_encoder"]({"input_ids": tokens[rows]})
+
+        def drawn(draw: int) -> np.ndarray:
+            return np.stack([noise(seed, draw, self.shape[1:]) for seed in given])[rows]
+
+        latent = drawn(0)
         for step, row in enumerate(self.scheduler["steps"], start=1):
             inputs = {"latent": latent, "timestep": np.array([row["t"]], np.float32), "text": text}
             seen(inputs)
@@ -74,15 +84,24 @@ class Build:
                 clean = row["alpha"] * latent - row["sigma"] * said
             latent = (row["c_skip"] * latent + row["c_out"] * clean).astype(np.float32)
             if "next_alpha" in row:
-                latent = row["next_alpha"] * latent + row["next_sigma"] * noise(seed, step, self.shape)
+                latent = row["next_alpha"] * latent + row["next_sigma"] * drawn(step)
                 latent = latent.astype(np.float32)
         return latent
 
     def picture(self, tokens: np.ndarray, seed: int) -> np.ndarray:
-        """H x W x 3 uint8. Raises ParityError for a picture that is not a number."""
-        found = self.calls["vae_decoder"]({"latent": self.denoise(tokens, seed)})
-        if not np.isfinite(found).all():
-            raise ParityError(
-                "the build drew a picture that is not a number", remedy="Keep more of it in full precision"
-            )
-        return (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+        """H x W x 3 uint8 for token ids 1 T. Raises ParityError for a picture that is not a number."""
+        return self.pictures([tokens], [seed])[0]
+
+    def pictures(self, rows: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
+        """As `picture`, of token ids 1 T each, as many at once as the build draws."""
+        found: list[np.ndarray] = []
+        for start in range(0, len(rows), self.shape[0]):
+            end = min(start + self.shape[0], len(rows))
+            latents = self.denoise(np.concatenate(rows[start:end]), seeds[start:end])
+            drawn = self.calls["vae_decoder"]({"latent": latents})
+            if not np.isfinite(drawn).all():
+                raise ParityError(
+                    "the build drew a picture that is not a number", remedy="Keep more of it in full precision"
+                )
+            found += list((drawn[: end - start].transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+        return found

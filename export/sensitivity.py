@@ -78,7 +78,7 @@ def scan(
     weights = _weights(plain)
     total = sum(weights.values())
     wanted = [reference.denoise(row, i) for i, row in enumerate(tokens)]
-    pictures = [reference.picture(row, i) for i, row in enumerate(tokens)]
+    pictures = reference.pictures(tokens, range(len(tokens)))
     with tempfile.TemporaryDirectory() as place:
         progress(f"calibrating at {precision}")
         quantise_onnx(source, Path(place) / "all.onnx", precision, calibration, keep=())
@@ -88,7 +88,7 @@ def scan(
         calls = {**reference.calls, "unet": _open(only(whole, plain, layers))}
         build = Build(calls, reference.scheduler, reference.shape)
         latents = [build.denoise(row, i) for i, row in enumerate(tokens)]
-        drawn = [build.picture(row, i) for i, row in enumerate(tokens)]
+        drawn = build.pictures(tokens, range(len(tokens)))
         shown = parity.picture_parity(pictures, drawn)
         return {
             "snr_db": parity.snr_db(np.stack(wanted), np.stack(latents)),

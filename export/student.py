@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
+from export.recipe import ExportRecipe
 from trainer.guidance import fix_guidance, takes_guidance
 from trainer.models import open_pipeline
 
@@ -17,14 +18,14 @@ _PARTS = {
     "unet": ("config.json", "*.safetensors"),
     "vae": ("config.json", "*.safetensors"),
 }
-"""Folders of a student, and what each must hold; weights may also end in .bin."""
+"""Folders of a student, and what each must hold; with export.allow_pickle weights may also end in .bin."""
 
 
-def open_student(folder: Path, guidance_scale: float | None) -> Any:
-    """The pipeline in float32; a guidance input of its UNet is fixed at the scale. Raises EdgeFusionError, naming the part."""
-    check_parts(folder)
+def open_student(folder: Path, recipe: ExportRecipe) -> Any:
+    """The pipeline in float32; a guidance input of its UNet is fixed at the recipe's scale. Raises EdgeFusionError, naming the part."""
+    check_parts(folder, recipe.allow_pickle)
     try:
-        pipeline = open_pipeline(str(folder))
+        pipeline = open_pipeline(str(folder), recipe.allow_pickle)
     except EdgeFusionError:
         raise
     except Exception as error:  # the libraries' own words for a config that lies about its weights come in any class
@@ -34,19 +35,27 @@ def open_student(folder: Path, guidance_scale: float | None) -> Any:
             remedy="Save the student again; --debug shows the library's report",
         ) from error
     if takes_guidance(pipeline.unet):
-        if guidance_scale is None:
+        if recipe.guidance_scale is None:
             raise EdgeFusionError(
                 "the student takes guidance as an input, and a build has it fixed",
                 where=str(folder),
                 remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
             )
-        pipeline.unet = fix_guidance(pipeline.unet, guidance_scale - 1)
+        pipeline.unet = fix_guidance(pipeline.unet, recipe.guidance_scale - 1)
     return pipeline
 
 
-def check_parts(folder: Path) -> None:
-    """Raises StageError for a folder without one of a pipeline's parts or files."""
+def check_parts(folder: Path, allow_pickle: bool) -> None:
+    """Raises StageError for a folder without one of a pipeline's parts or files, or with pickled weights alone."""
     lacking = [f"{part}/{name}" for part, names in _PARTS.items() for name in names if not _has(folder / part, name)]
+    pickled = [name for name in lacking if _pickle_of(folder / name)]
+    if pickled and not allow_pickle:
+        raise StageError(
+            f"the student's weights are pickled ({', '.join(str(Path(name).parent) for name in pickled)}), which may run code of their maker",
+            where=str(folder),
+            remedy="Save the student again with safetensors, or set export.allow_pickle=true if you trust who made it",
+        )
+    lacking = [name for name in lacking if name not in pickled]
     if not (folder / "model_index.json").is_file():
         lacking.insert(0, "model_index.json")
     if lacking:
@@ -64,5 +73,9 @@ def check_parts(folder: Path) -> None:
 
 
 def _has(place: Path, name: str) -> bool:
-    endings = [name, name.replace(".safetensors", ".bin")]
-    return any(next(place.glob(ending), None) is not None for ending in endings)
+    return next(place.glob(name), None) is not None
+
+
+def _pickle_of(wanted: Path) -> bool:
+    """Whether a .bin lies where safetensors are `wanted`."""
+    return wanted.suffix == ".safetensors" and next(wanted.parent.glob("*.bin"), None) is not None

@@ -19,9 +19,9 @@ TILED = "-tiled"
 SOURCE = "unet.tiled.onnx"
 
 
-def plan_unet(unet: Any, profile: str, tokens: int) -> Plan:
-    """The solver's plan for a loaded UNet at its own size. Raises RecipeError for an unknown or too small profile."""
-    return solve(attention_blocks(unet.config, unet.config.sample_size, tokens), load_profile(profile))
+def plan_unet(unet: Any, side: int, profile: str, tokens: int) -> Plan:
+    """The solver's plan for a loaded UNet that is given latents of `side` x `side`. Raises RecipeError for an unknown or too small profile."""
+    return solve(attention_blocks(unet.config, side, tokens), load_profile(profile))
 
 
 def lower_tiled(graph: Graph, plan: Plan, folder: Path) -> None:

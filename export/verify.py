@@ -22,11 +22,13 @@ from cluster.errors import CorruptShard, EdgeFusionError, ParityError
 from export import parity
 from export.bundle import read_bundle
 from export.clip_gate import scores
+from export.inside import block_snr_db
 from export.proof import SUMS, broken_files, read_reference, reference_inputs
 from export.recipe import GateRecipe
 from export.runtime import GRAPHS, Build
 from export.targets.contract import check_open
-from export.targets.registry import find_target
+from export.targets.registry import target_of
+from export.tiled_build import TILED
 from export.words import tokenize
 from factory.models.clip import Clip
 
@@ -71,10 +73,12 @@ def verify_bundle(
             f"there is no {missing[0]} build", where=str(folder), remedy=f"There are {', '.join(facts['builds'])}"
         )
     found["target"] = facts["target"]
-    target = find_target(facts["target"])
+    target = target_of(facts)
     target.require()
     check_open(target, folder)
-    found["measured_on"] = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {target.runtime()}"
+    found["measured_on"] = (
+        f"{platform.machine()} {target.where()}, {threads} thread{'s' * (threads > 1)}, {target.runtime()}"
+    )
     found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)
@@ -129,7 +133,7 @@ def _judged(
     lines = [facts["prompts"][i % len(facts["prompts"])] for i in range(count)]
     tokens = tokenize(folder, facts["tokenizer"], lines)
     build = _open(folder, facts, "fp32", threads)
-    more = [build.picture(tokens[i], i) for i in range(len(pictures), count)]
+    more = build.pictures(tokens[len(pictures) :], range(len(pictures), count))
     source = f"PyTorch fp32 for {len(pictures)}, stored in the bundle; its own fp32 build for {len(more)}"
     return Judged(tokens, pictures + more, source, lines, clip)
 
@@ -141,7 +145,7 @@ def _busy() -> str:
 
 
 def _open(folder: Path, facts: dict[str, Any], name: str, threads: int) -> Build:
-    calls = find_target(facts["target"]).open(folder, facts["builds"][name]["graphs"], threads)
+    calls = target_of(facts).open(folder, facts["builds"][name]["graphs"], threads)
     return Build(calls, facts["scheduler"], facts["latent_shape"])
 
 
@@ -164,7 +168,7 @@ def _verify_build(
     if missed:
         return told
     try:
-        pictures = [build.picture(row, seed) for seed, row in enumerate(judged.tokens)]
+        pictures = build.pictures(judged.tokens, range(len(judged.tokens)))
     except ParityError as error:
         missed.append(error.what)
         return told
@@ -174,6 +178,8 @@ def _verify_build(
         **parity.picture_parity(judged.pictures, pictures),
     }
     precisions = facts["builds"][name]["precisions"]
+    if precisions["unet"] != "fp32":
+        told["parity"]["block_snr_db"] = _blocks(folder, facts, name, inputs["unet"], threads)
     if judged.clip is not None:
         told["parity"]["judge"] = {
             "pytorch": scores(judged.clip, judged.prompts, judged.pictures),
@@ -181,11 +187,26 @@ def _verify_build(
         }
     missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]))
     progress(f"{name}: latency")
-    told[f"{find_target(facts['target']).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
+    told[f"{target_of(facts).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
         build, judged.tokens[0], inputs, runs
     )
     told["cold"] = _cold_start(folder, name, threads)
     return told
+
+
+def _blocks(
+    folder: Path, facts: dict[str, Any], name: str, row: dict[str, np.ndarray], threads: int
+) -> dict[str, float] | None:
+    """Each UNet block's SNR against the bundle's own fp32 build; None without one, or where the target shows no tensors."""
+    blocks, plain = facts.get("unet_blocks", {}), facts["builds"].get("fp32")
+    if plain is None or name.endswith(TILED):
+        return None
+    target = target_of(facts)
+    both = (
+        target.tensors(folder / build["graphs"]["unet"], list(blocks.values()), row, threads)
+        for build in (plain, facts["builds"][name])
+    )
+    return block_snr_db(blocks, *both)
 
 
 def _cold_start(folder: Path, name: str, threads: int) -> dict[str, float]:

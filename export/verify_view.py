@@ -39,6 +39,17 @@ def gates_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def block_lines(found: dict[str, Any]) -> list[str]:
+    """Of each build whose target shows them: the SNR of every UNet block against the bundle's fp32 build, the least first."""
+    lines: list[str] = []
+    for name, build in found["builds"].items():
+        blocks = (build.get("parity") or {}).get("block_snr_db")
+        if blocks:
+            told = ", ".join(f"{block} {db:.1f}" for block, db in sorted(blocks.items(), key=lambda one: one[1]))
+            lines.append(f"{name}, SNR in dB of the UNet's blocks: {told}")
+    return lines
+
+
 def _judge_cell(judged: dict[str, Any] | None) -> str:
     """The build's figures by the judge, and PyTorch's in brackets."""
     if judged is None:

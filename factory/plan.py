@@ -211,7 +211,7 @@ def remember(alike: Alike, part: pa.Table) -> None:
 def sample_id(teacher: DiffusersTeacher, prompt: str, seed: int) -> str:
     """SHA-256 of everything that decides the picture."""
     facts = {
-        **teacher.model_dump(mode="json", exclude={"model", "revision", "batch_images", "share"}),
+        **teacher.model_dump(mode="json", exclude={"model", "revision", "allow_pickle", "batch_images", "share"}),
         "model": fingerprint(teacher.model, teacher.revision),
         "prompt": prompt,
         "seed": seed,

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import LedgerConflict, RecipeError, StageError
 from cluster.storage import publish_bytes, publish_folder
-from factory.models import quiet, resolve
+from factory.models import first_line, quiet, resolve, weights_of
 from trainer.fit import STATE, fit
 from trainer.identity import Identity, decoder_identity
 from trainer.latent_files import LatentFiles
@@ -56,7 +56,7 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     torch.set_num_threads(recipe.threads)
     quiet()
     accelerator = new_accelerator(recipe.mixed_precision)
-    vae = open_vae(recipe.model).to(accelerator.device)
+    vae = open_vae(recipe.model, recipe.allow_pickle).to(accelerator.device)
     size = recipe.size_px or int(vae.config.sample_size)
     torch.manual_seed(recipe.seed)
     tiny, costs = new_decoder(vae, recipe, size)
@@ -87,15 +87,17 @@ def _refuse_another(recipe: DecoderRecipe, there: DecoderRecipe, folder: Path) -
         )
 
 
-def open_vae(model: str) -> Any:
+def open_vae(model: str, allow_pickle: bool = False) -> Any:
     """The frozen AutoencoderKL of a pipeline, or of a folder that holds nothing else; float32. Raises StageError."""
     place = resolve(model)
     bare = (Path(place) / "config.json").exists() and not (Path(place) / "model_index.json").exists()
     try:
-        found: Any = AutoencoderKL.from_pretrained(place, subfolder=None if bare else "vae", dtype=torch.float32)
+        found: Any = AutoencoderKL.from_pretrained(
+            place, subfolder=None if bare else "vae", dtype=torch.float32, **weights_of(allow_pickle)
+        )
     except (OSError, ValueError) as error:
         raise StageError(
-            f"the VAE of {model} cannot be opened: {str(error).splitlines()[0]}",
+            f"the VAE of {model} cannot be opened: {first_line(error)}",
             remedy="Give a diffusers pipeline folder or a folder of an AutoencoderKL",
         ) from error
     return found.requires_grad_(False).eval().to(memory_format=torch.channels_last)

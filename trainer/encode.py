@@ -34,7 +34,7 @@ def encode(
     """
     folder = Path(recipe.data).expanduser().resolve()
     stream = ShardStream(folder)
-    pipeline = open_pipeline(recipe.teacher)
+    pipeline = open_pipeline(recipe.teacher, recipe.allow_pickle)
     encoders = encoders_digest(pipeline, recipe.size_px)
     del pipeline
     manifest = digest_file(folder / MANIFEST)
@@ -87,7 +87,7 @@ class _Encode:
         quiet()
         self.recipe, self.folder = recipe, Path(recipe.data)
         device = torch.device("cuda" if recipe.gpus and torch.cuda.is_available() else "cpu")
-        self.encoder = Encoder(open_pipeline(recipe.teacher), recipe.size_px, device, cache=False)
+        self.encoder = Encoder(open_pipeline(recipe.teacher, recipe.allow_pickle), recipe.size_px, device, cache=False)
         self.stream = ShardStream(self.folder, check=False)
 
     def __call__(self, rows: list[Row]) -> list[Row]:

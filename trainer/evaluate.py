@@ -31,10 +31,11 @@ def write_samples(
     judge: OpenClipScorer,
     threads: int,
     folder: Path,
+    allow_pickle: bool = False,
 ) -> None:
     """Fill `folder` with `teacher.png`, `student-N.png` (one row of pictures each) and `samples.json` (scores, judge, seconds)."""
     torch.set_num_threads(threads)
-    publish_folder(folder, lambda place: _fill(place, teacher, student, prompts, seed, guidance, judge))
+    publish_folder(folder, lambda place: _fill(place, teacher, student, prompts, seed, guidance, judge, allow_pickle))
 
 
 def _fill(
@@ -45,6 +46,7 @@ def _fill(
     seed: int,
     guidance: float,
     judge: OpenClipScorer,
+    allow_pickle: bool,
 ) -> None:
     clip = Clip(judge)
     seeds = [seed + i for i in range(len(prompts))]
@@ -67,7 +69,7 @@ def _fill(
             }
         )
 
-    large = open_pipeline(teacher)
+    large = open_pipeline(teacher, allow_pickle)
     large.scheduler = DPMSolverMultistepScheduler.from_config(large.scheduler.config)
     draw("teacher", large, TEACHER_STEPS, guidance)
     small = open_pipeline(str(student))

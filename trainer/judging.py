@@ -5,12 +5,14 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
+from factory.recipe.names import AllowPickle
 
 
 class EvaluateRecipe(Settings):
     """How models are compared (`edgefusion trainer evaluate`)."""
 
     models: list[str] = Field(min_length=1, description="pipeline folders, hub names or zoo:NAME")
+    allow_pickle: AllowPickle = False
     data: str | None = Field(
         default=None,
         description="packed data set: prompts and reference pictures; or, beside `prompts`, a folder of reference pictures",
@@ -68,6 +70,7 @@ class PreferRecipe(Settings):
 
     a: str = Field(description="pipeline folder, hub name or zoo:NAME")
     b: str = Field(description="the other one; may be the same with other steps")
+    allow_pickle: AllowPickle = False
     steps_a: int = Field(default=4, ge=1, description="denoising steps of A")
     steps_b: int = Field(default=4, ge=1, description="denoising steps of B")
     data: str | None = Field(default=None, description="packed data set whose prompts are drawn")

@@ -62,7 +62,7 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     if recipe.distill.steps and recipe.distill.lora:
         require_peft()  # before the hours of phase 1
     accelerator = new_accelerator(recipe.mixed_precision, recipe.trackers)
-    pipeline = open_pipeline(recipe.teacher)
+    pipeline = open_pipeline(recipe.teacher, recipe.allow_pickle)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     if recipe.tf32:
@@ -81,7 +81,7 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
             continue
         student: Any = student_for(phase, recipe, pipeline, folder)
         if isinstance(settings, DistillRecipe) and settings.teacher:
-            teacher = teacher_of(settings.teacher, student, pipeline)
+            teacher = teacher_of(settings.teacher, student, pipeline, recipe.allow_pickle)
         if isinstance(settings, DistillRecipe) and settings.guidance_input:
             student = add_guidance_input(student)
         # Cut first, halve then: the student gets the teacher's full numbers. Channels last is what convolutions are fastest with.

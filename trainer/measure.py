@@ -90,7 +90,9 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
     told_of = {METRICS[name].rsplit(" ", 1)[0]: why for name, why in absent.items() if why != _NOT_ASKED}
     for told in [*(f"there will be no {name}: {why}" for name, why in told_of.items()), *notes]:
         log.warning("%s", told)
-    clip = Clip(OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained))
+    clip = Clip(
+        OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained, allow_pickle=recipe.allow_pickle)
+    )
     judge = Judge(
         clip,
         fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained,
@@ -269,7 +271,7 @@ def _cell(found: dict[str, float] | None) -> str:
 
 def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:
     """The opened pipeline and its (steps, guidance): a few-step student's, or those of a teacher with DPM++."""
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, recipe.allow_pickle)
     if torch.cuda.is_available():
         pipeline.to("cuda")
     if is_few_step(pipeline):

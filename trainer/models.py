@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from cluster.errors import EdgeFusionError, StageError
-from factory.models import resolve
+from factory.models import first_line, resolve, weights_of
 from trainer.guidance import takes_guidance
 from trainer.losses import NoiseSchedule
 from trainer.recipe import TrainerRecipe
@@ -20,23 +20,25 @@ PHASES = ("adapt", "distill")
 LORA = "lora"
 
 
-def open_pipeline(model: str) -> Any:
+def open_pipeline(model: str, allow_pickle: bool = False) -> Any:
     """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError."""
     try:
-        return DiffusionPipeline.from_pretrained(resolve(model), dtype=torch.float32, safety_checker=None)
+        return DiffusionPipeline.from_pretrained(
+            resolve(model), dtype=torch.float32, safety_checker=None, **weights_of(allow_pickle)
+        )
     except (OSError, ValueError) as error:
         raise StageError(
-            f"{model} cannot be opened: {str(error).splitlines()[0]}",
+            f"{model} cannot be opened: {first_line(error)}",
             remedy="Give a diffusers pipeline folder; hub names need a network or a filled cache",
         ) from error
 
 
-def open_unet(model: str) -> UNet2DConditionModel:
+def open_unet(model: str, allow_pickle: bool = False) -> UNet2DConditionModel:
     """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32."""
     place = Path(resolve(model))
     if (place / "config.json").exists() and not (place / "model_index.json").exists():
-        return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)
-    return open_pipeline(model).unet
+        return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32, **weights_of(allow_pickle))
+    return open_pipeline(model, allow_pickle).unet
 
 
 def schedule_of(pipeline: Any) -> NoiseSchedule:
@@ -79,7 +81,7 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
     """The student as `phase` begins: what the phase before left, `trainer.start`, or the teacher's own blocks; raises StageError."""
     before = folder / "adapt" / "unet"
     if phase == "distill" and before.exists():
-        return UNet2DConditionModel.from_pretrained(before)
+        return UNet2DConditionModel.from_pretrained(before, use_safetensors=True)
     teacher, size = pipeline.unet, recipe.student
     try:
         if recipe.start is None:
@@ -91,7 +93,7 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
         raise StageError(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
         ) from error
-    student: Any = open_unet(recipe.start)
+    student: Any = open_unet(recipe.start, recipe.allow_pickle)
     out = "Leave trainer.start out to cut the student from the teacher"
     if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
         raise StageError(f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}", remedy=out)
@@ -104,12 +106,12 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
     return student.float()
 
 
-def teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any) -> Any:
+def teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any, allow_pickle: bool = False) -> Any:
     """The UNet that phase 2 learns from where the recipe names one."""
     if name == "student":
         teacher: Any = copy.deepcopy(student)
     else:
-        teacher = open_unet(name)
+        teacher = open_unet(name, allow_pickle)
         refuse_misfit(
             teacher, pipeline, f"trainer.distill.teacher {name}", "Leave it out to learn from trainer.teacher"
         )

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
 from factory.recipe import VIEW_NAME, OpenClipScorer
+from factory.recipe.names import AllowPickle
 from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Sharding, Tracker, ValidationRecipe
 
 POLYNOMIAL_END = 1e-7
@@ -165,6 +166,7 @@ class TrainerRecipe(Settings):
     teacher: str = Field(
         description="diffusers pipeline folder, hub name or zoo:NAME; the large UNet both phases learn from"
     )
+    allow_pickle: AllowPickle = False
     student: Literal["base", "small", "tiny", "whole"] = Field(
         default="tiny",
         description="BK-SDM size cut from the teacher, or `whole`: a student as large as its teacher, which phase 2 alone makes few-step",
@@ -295,6 +297,7 @@ class DecoderRecipe(Settings):
     """A small decoder in place of a VAE's (`edgefusion trainer decoder`)."""
 
     model: str = Field(default="zoo:teacher", description="pipeline or VAE folder, hub name or zoo:NAME to learn from")
+    allow_pickle: AllowPickle = False
     data: str = Field(description="packed data set, or a folder of pictures; both are encoded by the model's VAE")
     size_px: int | None = Field(
         default=None, ge=32, multiple_of=8, description="edge, pixels; the VAE's own if left out"
@@ -329,6 +332,7 @@ class EncodeRecipe(Settings):
     teacher: str = Field(
         default="zoo:teacher", description="pipeline folder, hub name or zoo:NAME whose encoders to use"
     )
+    allow_pickle: AllowPickle = False
     size_px: int = Field(
         default=64, ge=32, le=1024, multiple_of=8, description="edge, pixels: the training's trainer.size_px"
     )

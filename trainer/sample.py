@@ -23,9 +23,9 @@ def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
 
     Adapters are in the UNet's weights already; as a LoRA of their own they lie in `folder/lora`.
     """
-    teacher = open_pipeline(recipe.teacher)
+    teacher = open_pipeline(recipe.teacher, recipe.allow_pickle)
     place = final_unet(training)
-    unet = UNet2DConditionModel.from_pretrained(place)
+    unet = UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
     phases = recipe.distill.phases if place.parent.name == "distill" else None
     student = as_student(teacher, unet, recipe.distill.ddim_steps, phases)
 

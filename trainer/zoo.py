@@ -200,6 +200,6 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
     with progress_bars() as bars, follow_training(bars, recipe, training):
         train(recipe, pack_world(folder), training, seed=int(go_on))
     if not go_on:
-        adapted: Any = UNet2DConditionModel.from_pretrained(training / "adapt" / "unet")
+        adapted: Any = UNet2DConditionModel.from_pretrained(training / "adapt" / "unet", use_safetensors=True)
         adapted.to(torch.float16).save_pretrained(folder / "student")
     save_student(recipe, training, few_step)

@@ -169,7 +169,9 @@ def _autoencoder(held_out: list[Shown]) -> dict[str, float]:
 
     from factory.pocket.vae import decode, encode, to_tensor
 
-    vae = AutoencoderKL.from_pretrained(ZOO / "teacher", subfolder="vae", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(
+        ZOO / "teacher", subfolder="vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
     pictures = np.stack([shown.picture for shown in held_out])
     latents = encode(vae, pictures)
     out = torch.cat([decode(vae, part) for part in latents.split(64)]).clamp(-1, 1)

@@ -46,13 +46,13 @@ def noise(draw, shape):
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-text = run("text_encoder", np.array([words.encode(ASKED.prompt).ids]))
 x = noise(0, FACTS["latent_shape"])
+text = run("text_encoder", np.array([words.encode(ASKED.prompt).ids] * len(x)))
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     y = run("unet", x.astype(np.float32), np.array([row["t"]], np.float32), text)
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = (run("vae_decoder", x.astype(np.float32))[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+rgb = (np.concatenate(run("vae_decoder", x.astype(np.float32)), 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
 Image.fromarray(rgb).save(ASKED.out)

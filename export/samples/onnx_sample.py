@@ -44,16 +44,16 @@ def noise(draw, shape):
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-text = model("text_encoder").run(None, {"input_ids": np.array([words.encode(ASKED.prompt).ids])})[0]
 x = noise(0, FACTS["latent_shape"])
+text = model("text_encoder").run(None, {"input_ids": np.array([words.encode(ASKED.prompt).ids] * len(x))})[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     y = model("unet").run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = (np.array(model("vae_decoder").run(None, {"latent": x}))[0, 0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
-body = zlib.compress(np.insert(rgb.reshape(len(rgb), -1), 0, 0, axis=1).tobytes())
+rgb = np.concatenate(model("vae_decoder").run(None, {"latent": x})[0], 1).transpose(1, 2, 0) * 255
+body = zlib.compress(np.insert(rgb.round().astype(np.uint8).reshape(len(rgb), -1), 0, 0, axis=1).tobytes())
 parts = [(b"IHDR", struct.pack(">2I5B", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
 png = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
 Path(ASKED.out).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png))

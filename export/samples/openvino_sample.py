@@ -25,12 +25,12 @@ ASKED = ask.parse_args()
 
 @functools.cache
 def model(graph):
-    path = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph])
-    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if "bf16." in path else "f32"})
+    path, chip = str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph]), FACTS.get("device", "CPU")
+    hint = "f16" if chip == "NPU" else "bf16" if "bf16." in path else "f32"
+    return ov.Core().compile_model(path, chip, {"INFERENCE_PRECISION_HINT": hint})
 
 
-def noise(draw, shape):
-    """bundle.json's generator: Philox4x32-10, then Box-Muller."""
+def noise(draw, shape):  # bundle.json's generator: Philox4x32-10, then Box-Muller
     a, b, c, d = np.zeros((4, np.prod(shape)), np.uint64)
     a, c, low = a + np.uint64(draw), np.arange(a.size, dtype=np.uint64), 0xFFFFFFFF
     for i in range(10):
@@ -44,15 +44,15 @@ def noise(draw, shape):
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-text = model("text_encoder")({"input_ids": np.array([words.encode(ASKED.prompt).ids])})[0]
 x = noise(0, FACTS["latent_shape"])
+text = model("text_encoder")({"input_ids": np.array([words.encode(ASKED.prompt).ids] * len(x))})[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     y = model("unet")({"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = (model("vae_decoder")({"latent": x})[0][0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+rgb = (np.concatenate(model("vae_decoder")({"latent": x})[0], 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
 body = zlib.compress(np.insert(rgb.reshape(len(rgb), -1), 0, 0, axis=1).tobytes())
 parts = [(b"IHDR", struct.pack(">2I5B", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
 png = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]

@@ -46,14 +46,14 @@ def noise(draw, shape):
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-unet, ids = model("unet"), np.array([words.encode(ASKED.prompt).ids])
-text = model("text_encoder").run(None, {"input_ids": ids})[0]
 x = noise(0, FACTS["latent_shape"])
+unet, ids = model("unet"), np.array([words.encode(ASKED.prompt).ids] * len(x))
+text = model("text_encoder").run(None, {"input_ids": ids})[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     y = unet.run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = np.array(model("vae_decoder").run(None, {"latent": x}))[0, 0].transpose(1, 2, 0) * 255
+rgb = np.concatenate(model("vae_decoder").run(None, {"latent": x})[0], 1).transpose(1, 2, 0) * 255
 Image.fromarray(rgb.round().astype(np.uint8)).save(ASKED.out)

@@ -50,6 +50,8 @@ class EdgeTarget:
     """Whose sample program draws from its bundles; its own unless this says another's."""
     from_onnx: bool = True
     """Whether graphs are lowered from ONNX, and so can be tiled; others are lowered from the module."""
+    device: str = ""
+    """Which of the chips that the target's runtime knows by name; empty where it has one kind."""
     emulated: tuple[str, ...] = ()
     """Precisions in which this machine plays another arithmetic: pictures are true, times say nothing of a chip."""
 
@@ -91,9 +93,20 @@ class EdgeTarget:
         """What the vendor's offline compiler says of a lowered graph's costs, with `said_by`; never a device's figures."""
         return None
 
+    def tensors(
+        self, path: Path, names: Sequence[str], inputs: dict[str, np.ndarray], threads: int
+    ) -> dict[str, np.ndarray]:
+        """Values inside a lowered graph on `inputs`: of the tensors of the float32 ONNX file in `names`, those that it still has. Empty
+        where the target lets nobody look inside."""
+        return {}
+
     def runtime(self) -> str:
         """Name and version of what runs the build."""
         return f"{self.library} {metadata.version(self.library)}"
+
+    def where(self) -> str:
+        """What a build runs on, beside this machine's name."""
+        return self.device or "CPU"
 
     def times_kind(self, precisions: dict[str, str]) -> str:
         """`measured` or `emulated`: what the times of a build on this machine are."""

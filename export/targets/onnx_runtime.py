@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cluster.errors import TargetUnavailable
 from export.quantise import quantise_onnx
@@ -64,6 +67,11 @@ class OnnxRuntime(EdgeTarget):
             return None
         return _placed(path, self._providers(), self.provider)
 
+    def tensors(
+        self, path: Path, names: Sequence[str], inputs: dict[str, np.ndarray], threads: int
+    ) -> dict[str, np.ndarray]:
+        return values_inside(path, names, inputs, threads, self._providers())
+
     def _providers(self) -> list[Any]:
         if self.name != "tensorrt":
             return (
@@ -86,11 +94,30 @@ def session_options(threads: int) -> Any:
     return options
 
 
+def values_inside(
+    path: Path, names: Sequence[str], inputs: dict[str, np.ndarray], threads: int, providers: Sequence[Any]
+) -> dict[str, np.ndarray]:
+    """Of an ONNX file, those of the tensors `names` that it has, as float32. (What is looked at is not fused with what follows it.)"""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(str(path))
+    there = {name for node in model.graph.node for name in node.output}
+    wanted = [name for name in dict.fromkeys(names) if name in there]
+    if not wanted:
+        return {}
+    given = {one.name for one in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in given)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), session_options(threads), providers=list(providers)
+    )
+    return dict(zip(wanted, (value.astype(np.float32) for value in session.run(wanted, inputs)), strict=True))
+
+
 def _placed(path: Path, providers: list[Any], wanted: str) -> dict[str, Any]:
     import json
     import tempfile
 
-    import numpy as np
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ let facts = null;
 let asked = 0;
 const worker = new Worker("./worker.js", { type: "module" });
 
-/** A picture from the worker: {pixels, width, height, timings}. `where` is the element that tells of the steps. */
+/** A picture from the worker: {pixels, width, height, one, timings}, `one` the height of one of the pictures that a build draws at once. `where` is the element that tells of the steps. */
 function draw(prompt, seed, where) {
   const id = ++asked;
   worker.postMessage({ kind: "draw", id, prompt, seed });
@@ -131,9 +131,10 @@ at("prove").onclick = async () => {
     for (const [i, one] of facts.references.entries()) {
       const figure = at("pairs").children[i];
       const picture = await draw(one.prompt, one.seed, figure.querySelector("figcaption"));
-      const wanted = new OffscreenCanvas(picture.width, picture.height).getContext("2d");
+      const wanted = new OffscreenCanvas(picture.width, picture.one).getContext("2d");
       wanted.drawImage(figure.querySelector("img"), 0, 0);
-      found.push(psnr(picture.pixels, wanted.getImageData(0, 0, picture.width, picture.height).data));
+      const seen = wanted.getImageData(0, 0, picture.width, picture.one).data;
+      found.push(psnr(picture.pixels.subarray(0, seen.length), seen)); // of a batch the first: it has the seed
       paint(figure.querySelector("canvas"), picture, one.prompt);
       figure.querySelector("figcaption").textContent = `${found.at(-1).toFixed(1)} dB · ${one.prompt}`;
     }

@@ -18,12 +18,14 @@ export async function denoise(unet, scheduler, count, seed, onStep) {
   return latent;
 }
 
-/** Planes 3 H W in [0, 1] to RGBA bytes. Throws for what is not a number. */
-export function toPixels(planes, width, height) {
-  const pixels = new Uint8ClampedArray(width * height * 4).fill(255);
-  for (let at = 0; at < width * height; at++) {
+/** Planes of some pictures, N 3 H W in [0, 1], to RGBA bytes, one picture below the other. Throws for what is not a number. */
+export function toPixels(planes, width, height, images) {
+  const area = width * height;
+  const pixels = new Uint8ClampedArray(images * area * 4).fill(255);
+  for (let at = 0; at < images * area; at++) {
+    const first = Math.floor(at / area) * 3 * area + (at % area);
     for (let c = 0; c < 3; c++) {
-      const value = planes[c * width * height + at];
+      const value = planes[first + c * area];
       if (!Number.isFinite(value)) throw new Error("the model drew a picture that is not a number");
       pixels[at * 4 + c] = value * 255;
     }

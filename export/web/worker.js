@@ -96,8 +96,10 @@ async function draw({ id, prompt, seed }) {
   const shape = facts.latent_shape;
   const timings = { unet_ms: [] };
   const began = performance.now();
-  const ids = BigInt64Array.from(state.tokenizer.encode(prompt), BigInt);
-  const text = await run("text_encoder", { input_ids: new ort.Tensor("int64", ids, [1, ids.length]) });
+  // A graph of several pictures draws the prompt as often; the first is the seed's own, the others' noise goes on from there.
+  const row = state.tokenizer.encode(prompt);
+  const ids = BigInt64Array.from(Array(shape[0]).fill(row).flat(), BigInt);
+  const text = await run("text_encoder", { input_ids: new ort.Tensor("int64", ids, [shape[0], row.length]) });
   timings.text_encoder_ms = performance.now() - began;
   const unet = async (latent, t) => {
     const from = performance.now();
@@ -114,9 +116,9 @@ async function draw({ id, prompt, seed }) {
   const latent = await denoise(unet, facts.scheduler, count, seed, (done) => self.postMessage({ kind: "step", id, done, steps }));
   const from = performance.now();
   const decoded = await run("vae_decoder", { latent: new ort.Tensor("float32", latent, shape) });
-  const [, , height, width] = decoded.dims;
-  const pixels = toPixels(decoded.data, width, height);
+  const [images, , height, width] = decoded.dims;
+  const pixels = toPixels(decoded.data, width, height, images);
   timings.vae_decoder_ms = performance.now() - from;
   timings.picture_ms = performance.now() - began;
-  return { pixels, width, height, timings };
+  return { pixels, width, height: height * images, one: height, timings };
 }

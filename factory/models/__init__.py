@@ -10,6 +10,7 @@ import hashlib
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import RecipeError, StageError
 from cluster.stage import gpus_granted
@@ -37,6 +38,18 @@ def resolve(model: str) -> str:
     raise RecipeError(
         f"there is no model folder {model}", remedy="Give a folder that exists, zoo:NAME or a hub name owner/name"
     )
+
+
+def weights_of(allow_pickle: bool) -> dict[str, Any]:
+    """For diffusers' and transformers' from_pretrained: safetensors alone, or, where a recipe says so, pickles where there are none."""
+    return {"use_safetensors": None if allow_pickle else True}
+
+
+def first_line(error: Exception, key: str = "allow_pickle") -> str:
+    """What a library says of weights that it does not open, and the `key` that lets pickled ones in where that is the matter."""
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    pickled = "safetensors" in str(error)
+    return f"{said} (pickled weights are opened only with {key}: true)" if pickled else said
 
 
 @cache

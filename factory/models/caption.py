@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import StageError
-from factory.models import pick_device, quiet, resolve
+from factory.models import first_line, pick_device, quiet, resolve, weights_of
 from factory.models.answers import read_answer
 from factory.models.memory import BatchSize
 from factory.models.server import Endpoint, Refusal, ask_or_refusal, serve_vllm
@@ -58,11 +58,11 @@ class _Transformers:
         try:
             self.processor: Any = AutoProcessor.from_pretrained(place, revision=recipe.revision)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                place, revision=recipe.revision, dtype=recipe.dtype
+                place, revision=recipe.revision, dtype=recipe.dtype, **weights_of(recipe.allow_pickle)
             )
         except (OSError, ValueError) as error:
             raise StageError(
-                f"the captioner {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                f"the captioner {recipe.model} cannot be opened: {first_line(error, 'factory.make.captioner.allow_pickle')}",
                 remedy="Check factory.make.captioner.model; hub names need a network or a filled cache",
             ) from error
         self.model: Any = model.eval().to(self.device)

@@ -32,7 +32,10 @@ class Clip:
 
         quiet()
         try:
-            name = f"local-dir:{_folder(recipe)}" if recipe.pretrained is None else recipe.model
+            folder = _folder(recipe) if recipe.pretrained is None else None
+            name = f"local-dir:{folder}" if folder else recipe.model
+            if not recipe.allow_pickle:
+                _refuse_pickle(recipe, folder)
             opened: Any = open_clip.create_model_from_pretrained(name, pretrained=recipe.pretrained)
             model, self.preprocess = opened
             self.tokenizer: Any = open_clip.get_tokenizer(name)
@@ -69,3 +72,26 @@ class Clip:
                 return list(encode(part).cpu().numpy())
 
         return np.stack(self._size.map(things, run)).astype(np.float32)
+
+
+def _refuse_pickle(recipe: OpenClipScorer, folder: str | None) -> None:
+    """open_clip takes pickled weights where it finds no others. Raises StageError for those, before they are opened."""
+    if folder is not None:
+        found = {path.name for path in Path(folder).glob("*") if path.suffix in (".bin", ".pt", ".pth")}
+        named = {f"open_clip{middle}_model.safetensors" for middle in ("", "_pytorch")}
+        safe = [path for path in Path(folder).glob("*.safetensors") if not found or path.name in named]
+        name = "" if safe else ", ".join(sorted(found))
+    else:
+        import open_clip
+
+        path = Path(recipe.pretrained or "")
+        if not path.exists():
+            path = Path(
+                open_clip.download_pretrained(open_clip.get_pretrained_cfg(recipe.model, recipe.pretrained)) or ""
+            )
+        name = path.name if path.suffix in (".bin", ".pt", ".pth") else ""
+    if name:
+        raise StageError(
+            f"the scorer {recipe.model} has pickled weights ({name}), which may run code of their maker",
+            remedy="Give weights in safetensors, or say allow_pickle: true beside the scorer's model",
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import StageError
-from factory.models import pick_device, quiet, resolve
+from factory.models import first_line, pick_device, quiet, resolve, weights_of
 from factory.models.memory import BatchSize
 from factory.recipe import DiffusersTeacher
 
@@ -31,11 +31,15 @@ class Painter:
         self.batch = BatchSize(recipe.batch_images, f"{key}.batch_images")
         try:
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
-                place, revision=recipe.revision, dtype=getattr(torch, recipe.dtype), safety_checker=None
+                place,
+                revision=recipe.revision,
+                dtype=getattr(torch, recipe.dtype),
+                safety_checker=None,
+                **weights_of(recipe.allow_pickle),
             )
         except (OSError, ValueError) as error:
             raise StageError(
-                f"the teacher {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                f"the teacher {recipe.model} cannot be opened: {first_line(error, f'{key}.allow_pickle')}",
                 remedy=f"Check {key}.model; hub names need a network or a filled cache",
             ) from error
         pipeline.scheduler = samplers[recipe.sampler].from_config(pipeline.scheduler.config)

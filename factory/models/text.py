@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import StageError, TargetUnavailable
-from factory.models import pick_device, quiet, resolve
+from factory.models import first_line, pick_device, quiet, resolve, weights_of
 from factory.models.answers import read_answer
 from factory.models.server import Endpoint, Refusal, ask_or_refusal, serve_vllm
 from factory.recipe import OpenAiWriter, TransformersWriter, VllmWriter, WriterKeys
@@ -92,10 +92,12 @@ class _Transformers(_Here):
         self.device = pick_device(recipe.device, f"{_KEY}.device")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=commit, padding_side="left")
-            model: Any = AutoModelForCausalLM.from_pretrained(place, revision=commit, dtype=recipe.dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                place, revision=commit, dtype=recipe.dtype, **weights_of(recipe.allow_pickle)
+            )
         except (OSError, ValueError) as error:
             raise StageError(
-                f"the prompt writer {recipe.model} cannot be opened: {str(error).splitlines()[0]}",
+                f"the prompt writer {recipe.model} cannot be opened: {first_line(error, 'factory.plan.writer.allow_pickle')}",
                 remedy="Check factory.plan.writer.model; hub names need a network or a filled cache",
             ) from error
         self.model: Any = model.eval().to(self.device)

@@ -89,7 +89,11 @@ def train_captioner(
     tower_start = load_file(zoo / "clip" / "model" / "open_clip_model.safetensors")
     tower: Any = model.model.vision_tower
     tower.load_state_dict(tower_weights(tower_start, tower.state_dict(), FILTER.vision["layers"]))
-    start = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32) if warm else None
+    start = (
+        LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+        if warm
+        else None
+    )
     rows = np.array([i for i, (concept, _) in enumerate(pairs) if not concept.held_out])
     names, patches = list(BACKGROUNDS), model.config.image_seq_length
 

@@ -61,9 +61,9 @@ class Answers:
 
     def __init__(self, zoo: Path, scaling_factor: float) -> None:
         folder = zoo / "student-fewstep"
-        unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32)
+        unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True)
         self.unet = unet.eval().to(memory_format=torch.channels_last)
-        encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, use_safetensors=True)
         self.encoder = encoder.eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         alphas: Any = schedule().alphas_cumprod
@@ -82,7 +82,7 @@ class Answers:
 def train_decoder(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 16) -> AutoencoderKL:
     """Go on from the decoder in `zoo/vae/model`; put what comes of it into `zoo/decoder/model` and the teacher's and the student's folders."""
     torch.manual_seed(6)
-    vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
     vae.requires_grad_(False).to(memory_format=torch.channels_last)
     answers = Answers(zoo, vae.config["scaling_factor"])
     known = np.array([i for i, (concept, _) in enumerate(pairs) if not concept.held_out])

@@ -85,14 +85,18 @@ def train_teacher(
 
     With `warm`, the weights there are where training begins.
     """
-    vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32)
-    encoder = CLIPTextModel.from_pretrained(zoo / "clip" / "text_encoder", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
+    encoder = CLIPTextModel.from_pretrained(
+        zoo / "clip" / "text_encoder", dtype=torch.float32, use_safetensors=True
+    ).eval()
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     data = cache_latents(pairs, pixels, vae, zoo / "teacher" / "latents.pt")
     torch.manual_seed(2)
     unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
     before = zoo / "teacher" / "model" / "unet"
-    start: Any = UNet2DConditionModel.from_pretrained(before, dtype=torch.float32) if warm else None
+    start: Any = (
+        UNet2DConditionModel.from_pretrained(before, dtype=torch.float32, use_safetensors=True) if warm else None
+    )
     # Professions have many near-equal compositions; each object must not be drowned by them.
     weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
 

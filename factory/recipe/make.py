@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
-from factory.recipe.names import VIEW_NAME
+from factory.recipe.names import VIEW_NAME, AllowPickle
 from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, REVISION, Priced, ServerAccess
 
 
@@ -18,6 +18,7 @@ class DiffusersTeacher(Settings):
     kind: Literal["diffusers"] = "diffusers"
     model: str = Field(description="diffusers folder, hub name or zoo:NAME")
     revision: str | None = Field(default=None, description="commit of a hub model; pin it")
+    allow_pickle: AllowPickle = False
     sampler: Literal["dpm++", "ddim", "euler", "lcm"] = Field(default="dpm++", description="scheduler")
     steps: int = Field(default=25, ge=1, le=1000, description="denoising steps")
     guidance: float = Field(default=7.5, ge=0, description="classifier-free guidance scale; 1 is none")
@@ -44,6 +45,7 @@ class OpenClipScorer(Settings):
     )
     revision: str | None = Field(default=None, description="commit of a hub name; pin it")
     pretrained: str | None = Field(default=None, description="open_clip's weight tag when `model` is a model name")
+    allow_pickle: AllowPickle = False
     batch_images: int = Field(default=64, ge=1, description="pictures scored at once")
 
     @model_validator(mode="after")
@@ -163,6 +165,7 @@ class TransformersCaptioner(CaptionerKeys):
     """A vision-language model folder run by transformers, in this process."""
 
     kind: Literal["transformers"] = "transformers"
+    allow_pickle: AllowPickle = False
     template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)

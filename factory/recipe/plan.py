@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from cluster.usage import Prices
+from factory.recipe.names import AllowPickle
 
 
 class WriterKeys(Settings):
@@ -37,6 +38,7 @@ class TransformersWriter(WriterKeys):
     """A causal language model folder run by transformers, in this process."""
 
     kind: Literal["transformers"] = "transformers"
+    allow_pickle: AllowPickle = False
     revision: str | None = Field(default=None, description=REVISION)
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)

@@ -1,4 +1,6 @@
 import json
+from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,21 @@ def changed(tmp_path: Path, **values: object) -> str:
     added = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None]
     (tmp_path / "npu.yaml").write_text("\n".join(kept + added))
     return str(tmp_path / "npu.yaml")
+
+
+@pytest.mark.parametrize("macs", [128, 256, 512, 1024, 2048])
+def test_bandwidths_of_an_ethos_u85_are_those_of_arms_file(macs: int) -> None:
+    spec = find_spec("ethosu")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("Vela is not installed")
+    arm = ConfigParser()
+    arm.read(Path(next(iter(spec.submodule_search_locations))) / "config_files" / "Arm" / "vela.ini")
+    chip = load_profile(f"ethos-u85-{macs}")
+    assert chip.vela is not None and chip.vela.accelerator == f"ethos-u85-{macs}"
+    told = arm[f"System_Config.{chip.vela.system}"]
+    for memory, figure in (("Dram", chip.dram_bytes_per_s), ("Sram", chip.sram_bytes_per_s)):
+        clock = float(told["core_clock"]) * float(told[f"{memory}_clock_scale"])
+        assert figure.source and figure.value == clock * 16 * int(told[f"{memory}_ports_used"])
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from export.proof import read_reference, reference_inputs
 from export.quantise_openvino import quantise_openvino
 from export.recipe import PRECISIONS, ExportRecipe, Target
 from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
-from export.targets.registry import MODULES, find_target
+from export.targets.registry import MODULES, find_target, target_of
 from factory.models import resolve
 
 PROMPTS = ("a 3d render of a red apple on a white background", "a flat icon of a fox on a blue background")
@@ -47,6 +47,40 @@ def test_a_provider_that_is_not_there_is_told_before_any_work(name: str, tmp_pat
     with pytest.raises(TargetUnavailable, match=r"only .*CPUExecutionProvider.*onnxruntime-gpu"):
         export_student(STUDENT, PROMPTS, ExportRecipe(targets=[name]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_openvino_device_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    assert find_target("openvino").device == "CPU" and find_target("onnx", "NPU").device == ""
+    assert target_of({"target": "openvino", "device": "NPU"}).device == "NPU"
+    with pytest.raises(ValueError, match="openvino_device"):
+        ExportRecipe(openvino_device="TPU")
+    asked: list[dict[str, str]] = []
+
+    class Core:
+        available_devices: ClassVar = ["CPU", "GPU.0", "GPU.1"]
+
+        def compile_model(self, model: str, device: str, config: dict[str, str]) -> object:
+            asked.append({"model": Path(model).name, "device": device, **config})
+            return object()
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    assert not find_target("openvino", "GPU").not_here() and not find_target("openvino", "GPU.1").not_here()
+    recipe = ExportRecipe(targets=["openvino"], openvino_device="NPU")
+    with pytest.raises(
+        TargetUnavailable, match=r"finds no NPU here, only CPU, GPU\.0, GPU\.1.*export\.openvino_device"
+    ):
+        export_student(STUDENT, PROMPTS, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    names = {graph: f"{graph}.xml" for graph in ("text_encoder", "unet", "vae_decoder")}
+    find_target("openvino", "GPU.1").open(tmp_path, names, 3)
+    assert asked[1] == {"model": "unet.xml", "device": "GPU.1", "INFERENCE_PRECISION_HINT": "f32"}
+    Core.available_devices.append("NPU")
+    find_target("openvino", "NPU").open(tmp_path, names, 3)
+    assert asked[-1]["INFERENCE_PRECISION_HINT"] == "f16" and "INFERENCE_NUM_THREADS" not in asked[-1]
+    find_target("openvino").open(tmp_path, names, 3)
+    assert asked[-1]["INFERENCE_NUM_THREADS"] == 3
 
 
 def test_int8_weights_with_bf16_arithmetic(student_bundles: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def _evaluation(recipe: PreferRecipe, name: str) -> EvaluateRecipe:
     model, steps = (recipe.a, recipe.steps_a) if name == "a" else (recipe.b, recipe.steps_b)
     return EvaluateRecipe(
         models=[model],
+        allow_pickle=recipe.allow_pickle,
         data=recipe.data,
         prompts=recipe.prompts,
         steps=[steps],

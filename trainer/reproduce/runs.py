@@ -197,7 +197,7 @@ def _distill(recipe: TablesRecipe, more: Mapping[str, Any]) -> DistillRecipe:
 def _assemble(recipe: TablesRecipe, row: Row, unet: Path, folder: Path) -> None:
     """A pipeline folder: an LCM student for Table 3, the teacher's scheduler for Table 2."""
     teacher = open_pipeline(recipe.teacher)
-    student = UNet2DConditionModel.from_pretrained(unet)
+    student = UNet2DConditionModel.from_pretrained(unet, use_safetensors=True)
     if row.distill:
         grid = {name: row.changes[name] for name in ("ddim_steps", "phases") if name in row.changes}
         pipeline: Any = as_student(teacher, student, **grid)
