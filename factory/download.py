@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import ipaddress
 import random
 import re
-import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,9 +26,10 @@ from urllib.parse import urljoin, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.errors import RecipeError, StageError, TargetUnavailable
+from cluster.errors import RecipeError, StageError
 from cluster.status import reason_kind
 from cluster.storage import publish_bytes
+from factory.address import Refused, find_aiohttp, guarded_resolver, refusal_in, refuse_address
 from factory.ingest import attributes_of, url_key
 from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
@@ -45,10 +44,6 @@ _PASSING = re.compile(r"HTTP (408|425|429|500|502|503|504)\b|no whole answer wit
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECT = {301, 302, 303, 307, 308}
 _LONGEST_WAIT_S = 60.0
-
-
-class Refused(Exception):
-    """An answer that will not change: its reason goes to the dead letter."""
 
 
 def download_all(
@@ -241,10 +236,10 @@ def _refuse_lacking(path: Path, needed: list[str], names: list[str]) -> None:
 
 async def _fetch_all(recipe: DownloadRecipe, urls: list[str]) -> list[tuple[bytes | None, str]]:
     """(bytes, "") or (None, why not) of each URL, in order; the same URL is asked for once."""
-    aiohttp = _aiohttp()
+    aiohttp = find_aiohttp()
     timeout = aiohttp.ClientTimeout(total=recipe.timeout_s, connect=recipe.timeout_s, sock_read=recipe.timeout_s)
     connector = aiohttp.TCPConnector(
-        limit=recipe.concurrent, limit_per_host=recipe.per_host, resolver=_resolver(recipe.allow_private)
+        limit=recipe.concurrent, limit_per_host=recipe.per_host, resolver=guarded_resolver(recipe.allow_private)
     )
     turns = asyncio.Semaphore(recipe.concurrent)
     hosts: dict[str, asyncio.Semaphore] = {}
@@ -266,7 +261,7 @@ async def _fetch_all(recipe: DownloadRecipe, urls: list[str]) -> list[tuple[byte
 
 
 async def _fetch(session: Any, recipe: DownloadRecipe, url: str) -> tuple[bytes | None, str]:
-    aiohttp, wrong = _aiohttp(), ""
+    aiohttp, wrong = find_aiohttp(), ""
     for attempt in range(recipe.tries):
         wait_s = recipe.back_off_s * 2**attempt
         try:
@@ -278,7 +273,7 @@ async def _fetch(session: Any, recipe: DownloadRecipe, url: str) -> tuple[bytes 
         except TimeoutError:
             wrong = f"no whole answer within {recipe.timeout_s:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            if refused := _refusal(error):
+            if refused := refusal_in(error):
                 return None, refused
             wrong = f"{type(error).__name__}: {str(error)[:120]}".rstrip(": ")
         if attempt + 1 < recipe.tries:
@@ -297,7 +292,7 @@ class _Later(Exception):
 
 async def _ask(session: Any, recipe: DownloadRecipe, url: str) -> bytes:
     for _ in range(recipe.redirects + 1):
-        _refuse_address(url, recipe.allow_private)
+        refuse_address(url, recipe.allow_private)
         async with session.get(url, allow_redirects=False) as answer:
             if answer.status in _REDIRECT and "Location" in answer.headers:
                 url = urljoin(url, answer.headers["Location"])
@@ -325,75 +320,3 @@ def _host(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-def _refuse_address(url: str, allow_private: bool) -> None:
-    """Raises Refused for what is neither http nor https, carries a password, or names an address that is not public."""
-    from yarl import URL
-
-    try:
-        parts = urlsplit(url)
-        # As aiohttp will read it, which makes plain digits of all others: `１２７.0.0.1` is this machine too.
-        host, _ = URL(url).raw_host, parts.port
-    except ValueError:
-        raise Refused("not a URL") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise Refused("not an http or https URL")
-    if parts.username is not None or parts.password is not None:
-        raise Refused("the URL carries a user name or password")
-    try:
-        address = str(ipaddress.ip_address(host.partition("%")[0]))
-    except ValueError:
-        if host.replace(".", "").isdigit():
-            # aiohttp takes it for an address and asks no resolver, and the system would make one of it.
-            raise Refused("an address that is not spelled as one") from None
-        return  # a name: the resolver looks at where it leads
-    if not allow_private and not is_public(address):
-        raise Refused(_NOT_PUBLIC)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also where IPv6 wraps IPv4."""
-    found = ipaddress.ip_address(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if inner is None and found in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None and not is_public(str(inner)):
-            return False
-    return found.is_global and not found.is_multicast
-
-
-def _resolver(allow_private: bool) -> Any:
-    aiohttp = _aiohttp()
-
-    class Guarded(aiohttp.ThreadedResolver):
-        """Gives only addresses that may be connected to; aiohttp connects to just these."""
-
-        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> Any:
-            found = await super().resolve(host, port, family)
-            if not allow_private and not all(is_public(one["host"].partition("%")[0]) for one in found):
-                raise OSError(_NOT_PUBLIC)
-            return found
-
-    return Guarded()
-
-
-_NOT_PUBLIC = "the address is not public"
-
-
-def _refusal(error: BaseException | None) -> str:
-    """The resolver's refusal inside of the errors that aiohttp wraps it in; empty if it is none."""
-    while error is not None:
-        if _NOT_PUBLIC in str(error):
-            return _NOT_PUBLIC
-        error = error.__cause__
-    return ""
-
-
-def _aiohttp() -> Any:
-    try:
-        import aiohttp
-    except ImportError:
-        raise TargetUnavailable("downloading needs aiohttp", remedy="pip install 'edgefusion[urls]'") from None
-    return aiohttp

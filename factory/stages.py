@@ -171,15 +171,15 @@ class _Caption:
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         # What lived in this unit before it was reopened for those that died is not asked, nor paid, for again.
-        captions: dict[str, str | NoAnswer] = {**captions_before(self.folder, rows[0]["unit"])}
-        if todo := [row for row in rows if row["id"] not in captions]:
-            pictures, began = [decode_picture(row["picture"]) for row in todo], time.perf_counter()
-            self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
-            with self.budget.set_aside(journal, len(todo)) if self.budget else nullcontext():
-                written = self.model.describe(pictures)
-            self.device_s += time.perf_counter() - began
-            captions |= {row["id"]: caption for row, caption in zip(todo, written, strict=True)}
-        return [_captioned(row, captions[row["id"]]) for row in rows]
+        before = captions_before(self.folder, rows[0]["unit"])
+        todo = [row for row in rows if row["id"] not in before]
+        pictures, began = [decode_picture(row["picture"]) for row in todo], time.perf_counter()
+        self.model.note_usage(journal := self.asked / f"{rows[0]['unit']}{JOURNAL}")
+        with self.budget.set_aside(journal, len(todo)) if self.budget and todo else nullcontext():
+            written = iter(self.model.describe(pictures) if todo else [])
+        self.device_s += time.perf_counter() - began
+        captions = [before[row["id"]] if row["id"] in before else next(written) for row in rows]
+        return [_captioned(row, caption) for row, caption in zip(rows, captions, strict=True)]
 
 
 def _captioned(row: Row, caption: str | NoAnswer) -> Row:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
+from factory.address import is_public
 from factory.dead import attempts
-from factory.download import download_all, is_public, may_pass, read_list, wants_again
+from factory.download import download_all, may_pass, read_list, wants_again
 from factory.ingest import downloaded_rows, fetch
 from factory.make import make, select_and_pack
 from factory.picture_plan import plan_pictures

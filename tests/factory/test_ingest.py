@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError, RecipeError, StageError
 from cluster.runner import InProcess
 from factory.index import to_columns
 from factory.ingest import fetch, planned_rows
+from factory.ledger import read_entry
 from factory.make import make, select_and_pack
 from factory.pack import read_manifest, read_shard
 from factory.plan import make_plan
@@ -26,6 +27,7 @@ from factory.recipe import FactoryRecipe, PicturePlan, SelectRecipe
 from factory.repair import repair
 from factory.select import select
 from factory.stages import decode_picture, encode_picture, open_crops
+from factory.units import planned_units
 from factory.verify import verify
 
 
@@ -224,6 +226,26 @@ def test_from_a_shard_to_a_packed_data_set(tiny_models: Path, tmp_path: Path) ->
     whole = shard.read_bytes()
     shard.unlink()
     assert repair(recipe, out, "wild").rebuilt and shard.read_bytes() == whole  # by the view's own rules
+
+    # L-orig of the same ledger: copies and small ones too, and the centre of the source whichever crop was chosen.
+    entries = {row["id"]: row for unit in planned_units(out, 8) for row in read_entry(out, unit.id)}
+    assert {row["crop"] for row in entries.values()} >= {"start"} or {row["crop"] for row in entries.values()} >= {
+        "end"
+    }
+    orig = out / "views" / "l-orig"
+    changes = {"text": "raw", "crop": "centre", "min_size_px": 0, "same_file": None, "max_hamming_bits": None}
+    counts = select_and_pack(recipe, out, recipe.select.model_copy(update=changes), orig)
+    assert verify(orig) == counts["kept"] == 12 and counts["rejected"] == 0
+    files = {f"raw {i}": drawing(i) for i in range(10)} | {"tiny": drawing(50, size=(30, 40))}
+    for key, members_of in read_shard(next(orig.glob("shard-*.tar"))):
+        facts = json.loads(members_of["json"])
+        centre = open_crops(files[facts["raw_caption"]], 64, ends=False)[0][0]
+        assert np.array_equal(decode_picture(members_of["png"]), centre) and facts["crop"] == "centre"
+        assert (facts["clip_score"] is None) == (entries[key]["crop"] != "centre")
+    shard = next(orig.glob("shard-*.tar"))
+    whole = shard.read_bytes()
+    shard.unlink()
+    assert repair(recipe, out, "wild").rebuilt and shard.read_bytes() == whole
 
 
 def test_raw_texts_are_for_pictures_that_came_with_some() -> None:
