@@ -6,21 +6,23 @@ import json
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 from rich.progress import Progress
 
+from cluster.claim import claimed, is_claim
 from cluster.errors import LedgerConflict, StageError
 from cluster.events import LOG, NOWHERE, Events
-from cluster.heartbeat import heartbeat, refuse_second_driver
+from cluster.heartbeat import heartbeat
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, console, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
-from cluster.storage import publish_bytes, sweep_partials
+from cluster.storage import PARTIAL, publish_bytes, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
 from trainer.identity import IDLE
@@ -87,17 +89,35 @@ class Chain:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
         self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
-        self.facts = self._claim()
+        self.facts = self._read_facts()
         self.events = NOWHERE
 
     def run(self, until: str = "report") -> bool:
         """Run what is missing up to step `until`; returns False if there was nothing to do."""
         steps = self.STEPS[: self.STEPS.index(until) + 1]
-        todo = [step for step in steps if not self._is_done(step)]
-        if not todo:
+        if not (todo := self._todo(steps)):
             return False
-        if "train" in steps:
+        self._refuse_hopeless(todo)
+        with claimed(self.out, "edgefusion run", _say) as still_mine:
+            # What another process did here between the first look and the claim.
+            self.facts = self._read_facts()
+            todo = self._todo(steps)
+            if "export" in todo:
+                self._forget_pages()
+                todo = self._todo(steps)
+            if todo:
+                self._run_steps(todo, still_mine)
+        return bool(todo)
+
+    def _todo(self, steps: Sequence[str]) -> list[str]:
+        """What is missing of `steps`. Raises LedgerConflict where people decided anew about what was trained on."""
+        found = [step for step in steps if not self._is_done(step)]
+        if found and "train" in steps:
             self._refuse_late_decisions()
+        return found
+
+    def _refuse_hopeless(self, todo: Sequence[str]) -> None:
+        """Tell what cannot work before the folder is taken and hours are spent."""
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
         from factory.publish import check_place
@@ -115,10 +135,8 @@ class Chain:
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()
-        refuse_second_driver(self.out, lambda words: console.print(words, soft_wrap=True, markup=False))
-        if "export" in todo:
-            self._forget_pages()
-            todo = [step for step in steps if not self._is_done(step)]
+
+    def _run_steps(self, todo: Sequence[str], still_mine: Callable[[], None]) -> None:
         self.facts.setdefault("run", uuid.uuid4().hex[:12])
         self._save()
         sweep_partials(self.out)
@@ -131,6 +149,7 @@ class Chain:
             whole.listening(),
         ):
             for step in todo:
+                still_mine()
                 begin(step)
                 began = time.monotonic()
                 self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
@@ -140,7 +159,6 @@ class Chain:
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
                 self.facts |= result or {}
                 self._save()
-        return True
 
     def _events(self) -> Events:
         kind = self.recipe.cluster.log
@@ -148,7 +166,7 @@ class Chain:
             return NOWHERE
         return Events((self.out / LOG).resolve(), self.facts["run"], uuid.uuid4().hex[:8], units=kind == "units")
 
-    def _claim(self) -> dict[str, Any]:
+    def _read_facts(self) -> dict[str, Any]:
         """What the folder says of this recipe's run, or a new run's facts; refuses a folder that holds another recipe's run.
 
         Until training began, how to train and export may still change. Nothing is written yet: a recipe whose models are not there must
@@ -169,7 +187,7 @@ class Chain:
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
             return {**facts, "recipe": tree, "recipe_digest": recipe_digest(self.recipe)}
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if self.out.is_dir() and not all(is_claim(path.name) or PARTIAL in path.name for path in self.out.iterdir()):
             raise LedgerConflict(
                 "the folder is not empty and holds no run", where=str(self.out), remedy="Choose another --out folder"
             )
@@ -369,6 +387,10 @@ class Chain:
 
         trainer = self.recipe.trainer
         return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, trainer.own_view or MAIN), count)
+
+
+def _say(words: str) -> None:
+    console.print(words, soft_wrap=True, markup=False)
 
 
 def _what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:

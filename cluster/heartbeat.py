@@ -18,12 +18,14 @@ from typing import Any
 
 import psutil
 
-from cluster.errors import EdgeFusionError, LedgerConflict
+from cluster.errors import EdgeFusionError
 from cluster.machine import every, this_machine
 from cluster.storage import publish_bytes
 
 HEARTBEAT = "heartbeat.json"
 EVERY_S = 5.0
+Look = Callable[[], dict[str, Any]]
+"""Reads a sign of life (`read_sign`), freshly each time."""
 _SILENT_S = 60.0
 """Longer than a shared file system may keep a file's old contents from other hosts, seconds."""
 _LOOK_AGAIN_S = 3 * EVERY_S
@@ -67,12 +69,17 @@ def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
 
 
 def read_heartbeat(folder: Path, wait: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """The last heartbeat, with `state` turned into `died` if whoever wrote it is gone, and `age_s`; empty if there is none.
+    """The last heartbeat in `folder`, judged as `judge_sign` does."""
+    return judge_sign(lambda: _asked(folder / HEARTBEAT), wait)
+
+
+def judge_sign(look: Look, wait: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The sign of life that `look` reads, with `state` turned into `died` if whoever wrote it is gone, and `age_s`; empty if there is none.
 
     Where only the clocks of two hosts say that it is gone, or its clock is ahead of this one's, it is looked at again for some 15 s and counts as
     alive if it changes; `wait` is told so before, in words. With `clock_ahead_s`: by how much the writer's clock was ahead then.
     """
-    facts = _read(folder)
+    facts = look()
     if not facts or facts["state"] != "running":
         return facts
     if facts.get("machine", "") == this_machine() or ("machine" not in facts and facts["host"] == socket.gethostname()):
@@ -90,52 +97,47 @@ def read_heartbeat(folder: Path, wait: Callable[[str], None] | None = None) -> d
             f"the last sign of life from {facts['host']} is {apart:.0f} s {way} by this machine's clock, and the two clocks may differ: "
             f"looking again for {_LOOK_AGAIN_S:.0f} s"
         )
-    return _look_again(folder, facts)
+    return _look_again(look, facts)
 
 
-def refuse_second_driver(folder: Path, wait: Callable[[str], None]) -> None:
-    """Raises LedgerConflict if another process runs into `folder` now: each would sweep away what the other is writing.
+def find_living(look: Look, wait: Callable[[str], None]) -> dict[str, Any]:
+    """What a living process says in the sign of life that `look` reads; empty if it ended or is gone.
 
-    A fresh sign of life from another machine may be the last one of a process that is gone, so it is believed once it changes; `wait` is told so.
+    A fresh sign from another machine may be the last one of a process that is gone, so it is believed once it changes; `wait` is told so.
     """
-    facts = read_heartbeat(folder, wait)
-    if facts.get("state") != "running":
-        return
-    here = facts.get("machine") == this_machine()
-    if here and int(facts["pid"]) == os.getpid():
-        return
-    if not here and "clock_ahead_s" not in facts:
+    facts = judge_sign(look, wait)
+    if facts.get("state") == "running" and facts.get("machine") != this_machine() and "clock_ahead_s" not in facts:
         wait(f"{facts['host']} was at this folder a moment ago: looking for {_LOOK_AGAIN_S:.0f} s whether it still is")
-        if _look_again(folder, facts)["state"] == "died":
-            return
-    raise LedgerConflict(
-        f"process {facts['pid']} on {facts['host']} runs into this folder at this moment",
-        where=str(folder),
-        remedy="Wait for it (edgefusion status shows how far it is) or stop it first",
-    )
+        facts = _look_again(look, facts)
+    return facts if facts.get("state") == "running" else {}
 
 
-def _look_again(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
+def _look_again(look: Look, first: dict[str, Any]) -> dict[str, Any]:
     end = time.monotonic() + _LOOK_AGAIN_S
     while time.monotonic() < end:
         time.sleep(1.0)
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # a shared file system then asks its server what is there
-        now = _read(folder)
+        now = look()
         if now and now["when"] != first["when"]:
             return {**now, "age_s": 0.0, "clock_ahead_s": round(-now["clock_age_s"], 1)}
     return {**first, "state": "died"}
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_sign(path: Path) -> dict[str, Any]:
+    """A file by which a process says that it lives, with its age by this machine's clock; empty if there is none that can be read."""
     try:
-        facts: dict[str, Any] = json.loads((folder / HEARTBEAT).read_text())
+        facts: dict[str, Any] = json.loads(path.read_text())
         facts["clock_age_s"] = time.time() - float(facts["when"])
         facts["age_s"] = max(0.0, facts["clock_age_s"])
         _ = facts["state"], str(facts["host"]), int(facts["pid"])
         return facts
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError):
+        os.listdir(path.parent)  # a shared file system then asks its server what is there
+    return read_sign(path)
 
 
 def is_gone(writer: dict[str, Any]) -> bool:

@@ -65,7 +65,10 @@ def publish_new(path: str | Path, data: bytes, files: Any = None) -> str:
     except OSError as error:
         if not _was_there(error):
             raise
-        if b"".join(_pieces(path, files)) != data:
+        there = None
+        with contextlib.suppress(FileNotFoundError):  # it was removed since
+            there = b"".join(_pieces(path, files))
+        if there != data:
             raise LedgerConflict(
                 "is there already, with other contents", where=str(path), remedy="See who else writes there"
             ) from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import json
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -89,9 +91,9 @@ def repair(
     """Write anew, byte for byte, what is missing or damaged of the shards and manifests, from the ledger. A whole data set is left alone."""
     from factory.repair import repair as mend
 
-    _refuse_under_a_run(folder)
-    part = _factory_part(folder, recipe, [])
-    done = mend(part.factory, folder, part.name)
+    with _alone(folder, "repair"):
+        part = _factory_part(folder, recipe, [])
+        done = mend(part.factory, folder, part.name)
     for name in done.rebuilt:
         typer.echo(f"written anew: {name}")
     for unit in done.reopened:
@@ -107,9 +109,9 @@ def retry_failed(folder: Annotated[Path, typer.Argument(help="a run's output fol
     """Give samples that died while they were made, and URLs that failed and may yet answer, another try by the next run."""
     from factory.retry import is_planned, reopen_dead, reopen_urls
 
-    _refuse_under_a_run(folder)
-    urls = reopen_urls(folder)
-    samples, units = reopen_dead(folder) if not urls or is_planned(folder) else (0, 0)
+    with _alone(folder, "retry-failed"):
+        urls = reopen_urls(folder)
+        samples, units = reopen_dead(folder) if not urls or is_planned(folder) else (0, 0)
     if urls:
         typer.echo(f"{folder}: {urls} URLs that failed are to be asked again")
     if samples:
@@ -149,13 +151,13 @@ def select_again(
         raise RecipeError(
             "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
         )
-    if not name:
-        _refuse_under_a_run(folder)
-    part = _factory_part(folder, recipe, overrides or [])
-    if name:
-        funnel = pack_view(part.factory, folder, name, part.name, rules or [])
-    else:
-        funnel = pack_all(part.factory, folder, part.name)
+    # A further selection lies in a folder of its own, so it may be made while a run is at work.
+    with nullcontext() if name else _alone(folder, "select"):
+        part = _factory_part(folder, recipe, overrides or [])
+        if name:
+            funnel = pack_view(part.factory, folder, name, part.name, rules or [])
+        else:
+            funnel = pack_all(part.factory, folder, part.name)
     decisions = read_decisions(folder).values()
     typer.echo(
         f"{view_folder(folder, name or '')}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(
@@ -182,9 +184,9 @@ def plan_more(
     """Plan prompts for the combinations that lack; the next run of the recipe makes their pictures, selects and packs."""
     from factory.refill import plan_refill
 
-    _refuse_under_a_run(folder)
-    part = _factory_part(folder, recipe, [])
-    written, samples = plan_refill(part.factory, part.seed, folder, refill)
+    with _alone(folder, "plan"):
+        part = _factory_part(folder, recipe, [])
+        written, samples = plan_refill(part.factory, part.seed, folder, refill)
     typer.echo(f"{written}: {samples} samples more are planned; now run the recipe again")
 
 
@@ -344,13 +346,25 @@ def import_(
     typer.echo(f"{import_decisions(folder, source)} new decisions from {source}")
 
 
-def _refuse_under_a_run(folder: Path) -> None:
-    """Raises LedgerConflict while a run is at work on the data set: what it reads must not change under it."""
-    from cluster.heartbeat import refuse_second_driver
+@contextmanager
+def _alone(folder: Path, what: str) -> Generator[None]:
+    """Keeps runs and others of these commands away from the data set until the block ends: what they read must not change under them.
+
+    Raises LedgerConflict while one is at work on it.
+    """
+    from cluster.claim import claimed, refuse_second_driver
+
+    def say(words: str) -> None:
+        typer.echo(words, err=True)
 
     place = folder.resolve()
     out = place.parent if place.name == "dataset" else place
-    refuse_second_driver(out, lambda words: typer.echo(words, err=True))
+    if not (out / "run.json").exists():  # no run can go on here, and nothing is to be left in a folder that is none
+        refuse_second_driver(out, say)
+        yield
+        return
+    with claimed(out, f"edgefusion factory {what}", say):
+        yield
 
 
 def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _FactoryPart:

@@ -69,11 +69,21 @@ def test_while_it_trains_only_what_decides_no_weight_may_change(tmp_path: Path) 
             Chain(recipe(change), tmp_path)
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_first_file_goes_on(tmp_path: Path) -> None:
+    recipe = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml")
+    for name in ("claim-000001.json", f".{RUN}.partial-1-abcd", ".claim-000002.json.partial-1-abcd"):
+        (tmp_path / name).touch()
+    assert Chain(recipe, tmp_path).facts["seconds"] == {}
+    (tmp_path / "claim-thesis.txt").touch()
+    with pytest.raises(LedgerConflict, match="holds no run"):
+        Chain(recipe, tmp_path)
+
+
 def test_pages_of_builds_that_are_made_anew_are_made_anew_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else compare.html and the demo would show the student before, beside a report of the new one."""
     ran: list[str] = []
     chain = Chain(load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml"), tmp_path)
-    chain.facts["funnel"] = {}
+    (tmp_path / RUN).write_text(json.dumps({**chain.facts, "funnel": {}}))
     monkeypatch.setattr(Chain, "_holds_decisions", lambda self: True)
     for step in Chain.STEPS:
         monkeypatch.setattr(Chain, f"_{step}", lambda self, bars, step=step: ran.append(step))

@@ -108,6 +108,16 @@ def test_a_view_that_nobody_knows_takes_no_folder(made: tuple[Path, Path], tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_another_driver_did_meanwhile_is_neither_done_again_nor_forgotten(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    late = chain(made[0], tmp_path / "out")  # looked at the folder before the other one did anything
+    shutil.copytree(made[1], tmp_path / "out")
+    before = (tmp_path / "out" / "run.json").read_bytes()
+    assert not late.run("select")
+    assert (tmp_path / "out" / "run.json").read_bytes() == before and late.facts["funnel"]["kept"]
+
+
 def test_the_report_names_what_was_trained_on() -> None:
     assert _trained_on({"own_view": "few"}) == "few" and _trained_on({}) == ""
     assert _trained_on({"own_view": "few", "own_weight": 0.0}) is None

@@ -18,9 +18,10 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from cluster.claim import refuse_second_driver
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.events import Events
-from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat, refuse_second_driver
+from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat
 from cluster.machine import every, this_machine
 from cluster.status import read_status
 from cluster.status_view import clock, status, view

@@ -198,6 +198,23 @@ def test_nothing_is_rewritten_under_a_run_that_is_at_work(planned: Path, words: 
     assert files(planned) == before
 
 
+def test_a_run_that_starts_meanwhile_is_kept_out(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def reopen(folder: Path) -> tuple[int, int]:
+        seen.extend(json.loads(path.read_text()) for path in planned.parent.glob("claim-*.json"))
+        return 0, 0
+
+    monkeypatch.setattr("factory.retry.reopen_dead", reopen)
+    CliRunner().invoke(app, ["retry-failed", str(planned)], catch_exceptions=False)
+    assert not seen and not list(planned.parent.glob("claim-*.json")), "no run can go on here"
+    (planned.parent / "run.json").write_text("{}")
+    CliRunner().invoke(app, ["retry-failed", str(planned)], catch_exceptions=False)
+    assert [(facts["what"], facts["state"]) for facts in seen] == [("edgefusion factory retry-failed", "running")]
+    (left,) = planned.parent.glob("claim-*.json")
+    assert json.loads(left.read_text())["state"] == "ended"
+
+
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EdgeFusionError, match="holds no data set"):
         reopen_dead(tmp_path)
