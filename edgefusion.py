@@ -27,7 +27,8 @@ from export.profile import Profile
 from factory.cli import app as factory_app
 from factory.taxonomy import Taxonomy
 from trainer.cli import app as trainer_app
-from trainer.recipe import DecoderRecipe, EncodeRecipe, EvaluateRecipe, PreferRecipe
+from trainer.judging import EvaluateRecipe, PreferRecipe
+from trainer.recipe import DecoderRecipe, EncodeRecipe
 from trainer.reproduce.ablations import AblationsRecipe
 from trainer.reproduce.cli import app as reproduce_app
 from trainer.reproduce.recipe import TablesRecipe

@@ -207,7 +207,6 @@ def score_more(
     from cluster.runner import make_runner
     from factory.rescore import add_scores
 
-    _refuse_under_a_run(folder)
     part = _factory_part(folder, recipe, [])
     try:
         given = yaml.safe_load(scorer)
@@ -216,7 +215,7 @@ def score_more(
     tree = {"scorer": given if isinstance(given, dict) else {"kind": given}}
     runner = make_runner(part.cluster)
     try:
-        with progress_bars() as bars:
+        with _alone(folder, "score"), progress_bars() as bars:
             task = bars.add_task("score: units", total=None)
             told = lambda done, of: bars.update(task, completed=done, total=of)  # noqa: E731
             one, units = add_scores(
