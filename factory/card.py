@@ -33,13 +33,16 @@ _BALANCE_VALUES = 12
 class _Facts:
     """What the card says of the samples: numbers and counts, never the samples."""
 
+    count: int = 0
     clip: array[float] = field(default_factory=lambda: array("d"))
+    """Of those that were looked at: the centre of a source that no text chose has none."""
     scores: dict[str, array[float]] = field(default_factory=dict)
     attributes: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, facts: dict[str, Any]) -> None:
         """The `json` of a sample."""
-        self.clip.append(facts["clip_score"])
+        self.count += 1
+        self.clip.extend([] if facts["clip_score"] is None else [facts["clip_score"]])
         for name, value in facts.get("scores", {}).items():
             self.scores.setdefault(name, array("d")).extend([] if value is None else [value])
         for key, value in facts.get("attributes", {}).items():
@@ -50,10 +53,9 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     """Write README.md, card-samples.png and croissant.json of the packed data set in `folder`; returns the README's path."""
     shards = manifest_shards(folder)
     facts, pictures = _read(folder, list(shards))
-    count = len(facts.clip)
     publish_bytes(folder / GRID, _grid(pictures))
     publish_bytes(
-        folder / CROISSANT, (json.dumps(_croissant(folder, shards, count, name, recipe), indent=2) + "\n").encode()
+        folder / CROISSANT, (json.dumps(_croissant(folder, shards, facts.count, name, recipe), indent=2) + "\n").encode()
     )
     publish_bytes(folder / CARD, _readme(folder, len(shards), facts, recipe, funnel, name).encode())
     return folder / CARD
@@ -83,7 +85,7 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
 
 
 def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> str:
-    count = len(facts.clip)
+    count = facts.count
     drawn, parts = bool(recipe.make.painters()), provenance(recipe, folder)
     text = [
         "---",
