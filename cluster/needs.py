@@ -259,10 +259,12 @@ def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tup
     """(GPU nodes, CPU nodes) that hold every step at its full number of workers; either may be of 0 nodes."""
     with_gpu, without = [n for n in needs if n.gpus], [n for n in needs if not n.gpus]
     steps = dict.fromkeys(need.step for need in needs)
-    gpus = max((math.ceil(sum(n.gpus * n.workers for n in with_gpu if n.step == s)) for s in steps), default=0)
+    gpus = max(
+        (math.ceil(round(sum(n.gpus * n.workers for n in with_gpu if n.step == s), 6)) for s in steps), default=0
+    )
     cpus = max((math.ceil(sum(n.cpus * n.workers for n in without if n.step == s)) for s in steps), default=0)
-    beside = max((n.cpus / n.gpus for n in with_gpu), default=0.0) * gpus_per_node
-    gpu_memory = max((n.memory_gib / n.gpus for n in with_gpu), default=0.0) * gpus_per_node
+    beside = _beside_a_gpu(with_gpu, "cpus") * gpus_per_node
+    gpu_memory = _beside_a_gpu(with_gpu, "memory_gib") * gpus_per_node
     cpu_memory = max((n.memory_gib / n.cpus for n in without), default=0.0) * cpus_per_node
     # Two CPUs are for Ray itself and the loaders; 4 GiB a CPU and 32 a GPU where the recipe says nothing.
     return (
@@ -283,6 +285,15 @@ def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tup
             _labels_of(without),
         ),
     )
+
+
+def _beside_a_gpu(needs: Sequence[Need], what: str) -> float:
+    """CPUs or memory that the workers on a GPU want, in the step that wants most; several stages of a step share the GPUs."""
+    found = 0.0
+    for step in dict.fromkeys(need.step for need in needs):
+        mine = [need for need in needs if need.step == step]
+        found = max(found, sum(getattr(n, what) * n.workers for n in mine) / sum(n.gpus * n.workers for n in mine))
+    return found
 
 
 def _own_of(needs: Sequence[Need], nodes: int) -> dict[str, int]:

@@ -96,6 +96,13 @@ def test_groups_carry_what_their_stages_ask_for() -> None:
             groups([needs[0], replace(needs[1], labels={"zone": value})], 1, 1)
 
 
+def test_stages_that_share_gpus_ask_for_what_they_take_together() -> None:
+    needs = [Need("make", "render", 8, 1, 0.9, 18), Need("make", "score", 8, 0.5, 0.1, 4)]
+    gpu, _ = groups(needs, gpus_per_node=4, cpus_per_node=4)
+    assert (gpu.nodes, gpu.cpus, gpu.memory_gib) == (2, 16, 128), "1.5 CPUs and 22 GiB a GPU, not 5 and 40"
+    assert not any(fit.why for fit in place(needs, [Node("g", gpu.cpus, gpu.gpus, gpu.memory_gib)] * 2))
+
+
 def test_groups_hold_the_largest_step() -> None:
     needs = [Need("make", "render", 8, 1, 1, 12), Need("make", "score", 9, 1), Need("train", "train", 6, 1, 1)]
     gpu, cpu = groups(needs, gpus_per_node=4, cpus_per_node=4)
