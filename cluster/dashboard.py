@@ -87,6 +87,7 @@ RUN = (
     Panel("Seconds of finished stages", ((f"edgefusion_stage_seconds{{{_ME}}}", "{{stage}}"),), "s"),
     Panel("Loss", ((f"edgefusion_training_loss{{{_ME}}}", "{{phase}}"),)),
     Panel("Training", ((f"edgefusion_training_images_per_second{{{_ME}}}", "{{phase}}"),), "ops"),
+    Panel("GPU in training", ((f"edgefusion_training_gpu_busy_ratio{{{_ME}}}", "{{phase}}"),), "percentunit"),
     Panel("Stages at work", ((f'edgefusion_stage_state{{{_ME},state="running"}} == 1', "{{stage}}"),)),
 )
 WORKERS = (

@@ -143,5 +143,6 @@ def _inside(error: BaseException) -> list[BaseException]:
             continue
         found.append(one)
         failures: dict[int, BaseException] = getattr(one, "worker_failures", {})
-        todo += [*failures.values(), getattr(one, "cause", None), one.__cause__]
+        causes = (getattr(one, name, None) for name in ("controller_failure", "cause", "__cause__"))
+        todo += [*failures.values(), *causes]
     return found

@@ -298,7 +298,7 @@ def _notes(recipe: EvaluateRecipe, questions: Questions) -> list[str]:
     made, real = len(questions.prompts), len(questions.references)
     found: list[str] = []
     if recipe.prompts and made < recipe.count:
-        found.append(f"only {made} different prompts were there of the {recipe.count} asked for")
+        found.append(f"there are {made} different prompts, fewer than count ({recipe.count})")
     if 0 < real < made:
         found.append(f"{real} reference pictures stand against {made} drawn ones: FIDs fall with both numbers")
     if recipe.fidelity and 0 < min(made, real) < int(FEATURES):

@@ -143,6 +143,8 @@ def test_the_stages_of_make_and_what_it_will_keep(out: Path) -> None:
 def test_every_metric_is_exported_by_some_run(out: Path) -> None:
     (out / "dataset" / "index").mkdir()
     (out / "dataset" / "index" / "live.json").write_text(json.dumps(LIVE))
+    log = out / "training" / "adapt" / "metrics.jsonl"
+    log.write_text(log.read_text().replace("}", ', "gpu_percent": 50.0}'))
     names = {key[0] for key in parsed(prometheus_text(read_status(out)))}
     pq.write_table(pa.table({"outcome": ["kept"], "reason": [""]}), out / "dataset" / "selection.parquet")
     (out / "dataset" / "manifest.parquet").touch()

@@ -89,6 +89,7 @@ def test_values_are_those_of_the_packages_own_command(tiny_network, tmp_path) ->
         feature_extractor="tiny",
         cuda=False,
         cache=False,
+        save_cpu_ram=True,  # no worker processes
         verbose=False,
     )
     network = Inception(16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,11 +56,11 @@ def test_left_out_the_rates_are_what_they_always_were() -> None:
 
 
 def test_adams_numbers_reach_the_optimiser() -> None:
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     for changes, betas, epsilon in (
         ({}, (0.9, 0.99), 1e-8),
         ({"adam_beta1": 0.8, "adam_beta2": 0.999, "adam_epsilon": 1e-6}, (0.8, 0.999), 1e-6),
     ):
+        groups: list[dict[str, Any]] = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
         found = new_optimiser(phase(**changes), groups, torch.device("cpu")).param_groups[0]
         assert found["betas"] == betas and found["eps"] == epsilon
 
@@ -120,8 +121,15 @@ def recipe(models: Path, adapt: dict, distill: dict, **changes: Any) -> TrainerR
     return TrainerRecipe.model_validate(tree | {"adapt": common | adapt, "distill": common | distill} | changes)
 
 
-def test_the_parts_of_phase_1_are_logged_and_weighed_and_tf32_is_set(tiny_models, data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """What TF32 sets is the process's."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_parts_of_phase_1_are_logged_and_weighed_and_tf32_is_set(tiny_models, data, tmp_path, precision) -> None:
     weights = {"task_weight": 0.25, "output_weight": 2.0, "feature_weight": 0.5}
     loop.train(recipe(tiny_models, weights, {"steps": 0}), data, tmp_path / "plain", seed=1)
     assert not torch.backends.cuda.matmul.allow_tf32

@@ -120,12 +120,13 @@ def test_references_follow_the_number_of_pictures_and_fewer_are_said(tiny_models
     assert report["notes"] == ["5 reference pictures stand against 14 drawn ones: FIDs fall with both numbers"]
     assert "5 reference pictures" in str(table(report).caption)
     # The paper's set is a folder of pictures beside COCO's captions.
+    (tmp_path / "real").mkdir()
     for i in range(3):
-        Image.fromarray(np.full((20, 30 + i, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    found = read_questions(recipe(tiny_models, tmp_path, "m", **asks))
+        Image.fromarray(np.full((20, 30 + i, 3), 40 * i, np.uint8)).save(tmp_path / "real" / f"{i}.png")
+    found = read_questions(recipe(tiny_models, tmp_path / "real", "m", **asks))
     assert [read().shape for read in found.references] == [(20, 20, 3)] * 3 and not found.paired
     with pytest.raises(RecipeError, match="which say no prompts"):
-        read_questions(recipe(tiny_models, tmp_path, "m"))
+        read_questions(recipe(tiny_models, tmp_path / "real", "m"))
 
 
 def test_the_judge_sees_pictures_at_the_size_that_is_asked_for(tiny_models, tmp_path) -> None:
