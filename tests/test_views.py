@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
 from cluster.recipe import load_recipe
-from export.report import _trained_on
 from factory.cli import app
 from factory.decisions import Overlay
 from factory.pack import first_prompts, read_manifest
@@ -106,8 +105,3 @@ def test_a_view_that_nobody_knows_takes_no_folder(made: tuple[Path, Path], tmp_p
     with pytest.raises(EdgeFusionError, match="none but the main one"):
         chain(made[0], tmp_path / "out", "trainer.own_view=fwe", "factory.views={}").run()
     assert not (tmp_path / "out").exists()
-
-
-def test_the_report_names_what_was_trained_on() -> None:
-    assert _trained_on({"own_view": "few"}) == "few" and _trained_on({}) == ""
-    assert _trained_on({"own_view": "few", "own_weight": 0.0}) is None

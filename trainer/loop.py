@@ -7,23 +7,19 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
-from cluster.cache import RemoteFolder
 from cluster.recipe import recipe_digest
-from cluster.storage import publish_bytes, publish_folder
+from cluster.storage import publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
-from trainer.ahead import ReadAhead
 from trainer.distill import Distillation, denoiser
 from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
@@ -33,24 +29,24 @@ from trainer.guidance import add_guidance_input
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
-from trainer.mix import MixedStream, Source, as_sources
+from trainer.mix import Data, MixedStream
 from trainer.models import LORA, PHASES, open_pipeline, refuse_misfit, schedule_of, student_for, teacher_of
+from trainer.options import Phase
 from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
 from trainer.sample import as_student, as_teacher
 from trainer.shard import shard
 from trainer.state import Average
+from trainer.streams import Streams, sources_of_phases
 from trainer.track import end_trackers, start_trackers
 from trainer.validate import Looks
 from trainer.workers import new_accelerator
 
-DATA = "data.json"
-"""What a training draws from: data sets, shares, encodings, samples that could not be read."""
 _LOOKED_AT = 8
 """Prompts of a look where the recipe names none."""
 
 
-def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
-    """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
+def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path, seed: int) -> None:
+    """Train both phases on a data set or a mixture of several, each on its own where `data` are by phase; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
     Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint.
     """
@@ -63,11 +59,10 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
-    stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
+    streams = Streams(recipe, data, _encoders_of(recipe, data, pipeline), folder, seed, accelerator)
     # A limit decides no weight: a training that ended at it goes on with a higher one.
     decisive = recipe.model_copy(update={"max_corrupt_share": TrainerRecipe.model_fields["max_corrupt_share"].default})
-    digest = hashlib.sha256(f"{recipe_digest(decisive)} {stream.digest()}".encode()).hexdigest()
-    for told in stream.told():
+    for told in streams.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
     start_trackers(accelerator, recipe.trackers, folder, recipe.model_dump(mode="json"))
@@ -76,6 +71,7 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
         done = folder / phase / "unet"
         if settings.steps == 0 or done.exists():
             continue
+        stream = streams[phase]
         student: Any = student_for(phase, recipe, pipeline, folder)
         if isinstance(settings, DistillRecipe) and settings.teacher:
             teacher = teacher_of(settings.teacher, student, pipeline)
@@ -101,6 +97,7 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
             loss_at = Distillation(settings, teacher, encoder, stream, schedule, seed, opponent)
         looks = _looks(recipe, phase, settings, pipeline, stream, accelerator)
         sharded = recipe.sharding != "none"
+        digest = hashlib.sha256(f"{recipe_digest(decisive)} {stream.digest()}".encode()).hexdigest()
         average: Any = fit(
             phase, settings, digest, student, loss_at, folder / phase, accelerator, partner, looks, sharded
         )
@@ -114,35 +111,16 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
                 (folder / phase / file).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     end_trackers(accelerator)
-    stream.close()
+    streams.close()
 
 
-def _open_stream(
-    recipe: TrainerRecipe, sources: Sequence[Source], pipeline: Any, folder: Path, seed: int, accelerator: Accelerator
-) -> MixedStream:
-    """The samples of this training; `folder/data.json` says what they are and, from here on, which could not be read."""
+def _encoders_of(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], pipeline: Any) -> str | None:
+    """The digest by which encodings beside the shards are known, where there are any to read."""
+    sources = [source for some in sources_of_phases(recipe, data).values() for source in some]
     cached = recipe.encodings == "auto" and any(
         isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
     )
-    encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
-    main = accelerator.is_main_process
-    stream = MixedStream(sources, seed, main, encoders, recipe.on_corrupt, recipe.max_corrupt_share)
-    if (folder / DATA).exists():
-        stream.recall(json.loads((folder / DATA).read_text()))
-    if accelerator.num_processes > 1:
-        stream.gather = gather_object
-
-    def publish() -> None:
-        if main:
-            publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
-
-    stream.ahead, stream.decode_ahead = ReadAhead(recipe.loaders), not recipe.cache_latents
-
-    accelerator.wait_for_everyone()  # all have read the old file before there is a new one
-    publish()
-    stream.on_skip = publish
-    stream.settle()
-    return stream
+    return encoders_digest(pipeline, recipe.size_px) if cached else None
 
 
 def _looks(
