@@ -33,8 +33,9 @@ _LIMITS = (
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     ("trainer", "max_corrupt_share"),
+    ("trainer", "checkpoints"),
 )
-"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again."""
+"""Keys that decide nothing but when to stop, and whose errors say to raise them and to run the same command again; and what is saved on the way."""
 
 
 class Recipe(Settings):

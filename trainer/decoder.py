@@ -25,7 +25,8 @@ from cluster.errors import RecipeError, StageError
 from cluster.recipe import recipe_digest
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import quiet, resolve
-from trainer.fit import STATE, fit
+from trainer.checkpoints import forget_checkpoints
+from trainer.fit import fit
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
 from trainer.metrics import mean_interval
@@ -66,7 +67,7 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     report = _judge(recipe, vae, tiny.to(accelerator.device), files, folder) | costs
     publish_folder(folder / _MODEL, tiny.cpu().save_pretrained)
     publish_bytes(folder / _REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    (folder / "fit" / STATE).unlink(missing_ok=True)
+    forget_checkpoints(folder / "fit")
     samples.close()
     return report
 

@@ -20,11 +20,12 @@ from cluster.recipe import recipe_digest
 from cluster.storage import publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
+from trainer.checkpoints import forget_checkpoints
 from trainer.distill import Distillation, denoiser
 from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
-from trainer.fit import BEST, STATE, LossAt, Partner, fit
+from trainer.fit import LossAt, Partner, fit
 from trainer.guidance import add_guidance_input
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
@@ -60,8 +61,9 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents)
     streams = Streams(recipe, data, _encoders_of(recipe, data, pipeline), folder, seed, accelerator)
-    # A limit decides no weight: a training that ended at it goes on with a higher one.
-    decisive = recipe.model_copy(update={"max_corrupt_share": TrainerRecipe.model_fields["max_corrupt_share"].default})
+    # Neither a limit nor what is saved decides a weight: a training that ended at a limit goes on with a higher one.
+    idle = ("max_corrupt_share", "checkpoints")
+    decisive = recipe.model_copy(update={name: TrainerRecipe.model_fields[name].default for name in idle})
     for told in streams.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
@@ -99,7 +101,17 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
         sharded = recipe.sharding != "none"
         digest = hashlib.sha256(f"{recipe_digest(decisive)} {stream.digest()}".encode()).hexdigest()
         average: Any = fit(
-            phase, settings, digest, student, loss_at, folder / phase, accelerator, partner, looks, sharded
+            phase,
+            settings,
+            digest,
+            student,
+            loss_at,
+            folder / phase,
+            accelerator,
+            partner,
+            looks,
+            sharded,
+            recipe.checkpoints,
         )
         if accelerator.is_main_process:
             average.to(memory_format=torch.contiguous_format)
@@ -107,8 +119,8 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
                 publish_folder(folder / phase / LORA, lambda place, unet=average: save_lora(unet, place))
                 merge_lora(average)
             publish_folder(done, average.save_pretrained)
-            for file in (STATE, BEST):
-                (folder / phase / file).unlink(missing_ok=True)
+            if not recipe.checkpoints.keep_after:
+                forget_checkpoints(folder / phase)
         accelerator.wait_for_everyone()
     end_trackers(accelerator)
     streams.close()

@@ -48,6 +48,23 @@ class DataRecipe(Settings):
     more_data: list[MoreData] = Field(default=[], description="other packed data sets to draw from in the same batches")
 
 
+class CheckpointRecipe(Settings):
+    """How often a phase saves what it goes on from, and what of it stays."""
+
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimiser steps between checkpoints; by the clock if left out, every `checkpoint_s` of the phase",
+    )
+    keep: int = Field(
+        default=1,
+        ge=1,
+        description="newest checkpoints that stay; with 2 or more a damaged newest one costs no training. The best look stays beside them, "
+        "where validation has a scorer",
+    )
+    keep_after: bool = Field(default=False, description="keep them all when the phase is done, too")
+
+
 class ValidationRecipe(Settings):
     """Pictures from a phase's moving average on the way: fixed prompts and seeds, a grid and scores for each look."""
 

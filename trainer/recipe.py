@@ -12,6 +12,7 @@ from factory.recipe import OpenClipScorer
 from trainer.options import (
     PHASES,
     AdversarialRecipe,
+    CheckpointRecipe,
     DataRecipe,
     LoraRecipe,
     OnCorrupt,
@@ -184,6 +185,9 @@ class TrainerRecipe(DataRecipe):
     validation: ValidationRecipe | None = Field(
         default=None, description="pictures and scores on the way; none if left out"
     )
+    checkpoints: CheckpointRecipe = Field(
+        default=CheckpointRecipe(), description="how often a phase is saved, and what of that stays"
+    )
     loaders: int = Field(
         default=2,
         ge=0,
@@ -204,6 +208,12 @@ class TrainerRecipe(DataRecipe):
         description="scores the grid; name one that did not filter the data: a student takes after its filter, so the filter, "
         "used if this is left out, flatters it",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_left_out(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As a phase's `data`.
+        plain = self.checkpoints == CheckpointRecipe()
+        return {name: value for name, value in whole(self).items() if name != "checkpoints" or not plain}
 
     def phases_run(self) -> list[Phase]:
         """Those that have steps, in order."""
