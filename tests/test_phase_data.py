@@ -104,14 +104,15 @@ def weights(out: Path) -> list[bytes]:
     return [p.read_bytes() for name in PHASES for p in sorted((out / "training" / name / "unet").glob("*.safetensors"))]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_each_phase_reads_its_own_data_also_after_kills(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     recipe, packed, owls = made
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for out in (whole, killed):
         shutil.copytree(packed, out)
     assert in_a_process(recipe, whole) == 0
-    for moment in (("adapt", 2), ("distill", 0), ("distill", 2)):
+    for moment in (("adapt", 2), ("distill", 2)):
         assert in_a_process(recipe, killed, moment) == -signal.SIGKILL
     assert in_a_process(recipe, killed) == 0
     assert what_was_read(killed) == what_was_read(whole) and weights(killed) == weights(whole)

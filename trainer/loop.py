@@ -129,9 +129,7 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
 def _encoders_of(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], pipeline: Any) -> str | None:
     """The digest by which encodings beside the shards are known, where there are any to read."""
     sources = [source for some in sources_of_phases(recipe, data).values() for source in some]
-    cached = recipe.encodings == "auto" and any(
-        isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
-    )
+    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
     return encoders_digest(pipeline, recipe.size_px) if cached else None
 
 
