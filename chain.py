@@ -122,13 +122,14 @@ class Chain:
         from factory.plan import resolve_models
         from factory.publish import check_place
         from factory.views import check_view
-        from trainer.mix import sources_of
+        from trainer.mix import sources_by_phase
 
         if not self._is_done("train"):
-            check_view(self.recipe.factory, self.data, self.recipe.trainer.own_view, "trainer.own_view")
+            for view, key in self._views():
+                check_view(self.recipe.factory, self.data, view, key)
         if "train" in todo:
             # A data set that is not there is told now, not after hours of making.
-            sources_of(self.recipe.trainer, self.data, self.recipe.cluster.cache)
+            sources_by_phase(self.recipe.trainer, self.data, self.recipe.cluster.cache)
         if "select" in todo and self.recipe.factory.pack.to is not None:
             check_place(self.recipe.factory.pack.to)
         resolve_models(self.recipe.factory)
@@ -304,11 +305,12 @@ class Chain:
         from cluster.training import launch
         from factory.views import refuse_stale_view
         from trainer.loop import train
-        from trainer.mix import sources_of
+        from trainer.mix import sources_by_phase
 
         recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
-        refuse_stale_view(self.data, recipe.own_view, "trainer.own_view")
-        data = sources_of(recipe, self.data, self.recipe.cluster.cache)
+        for view, key in self._views():
+            refuse_stale_view(self.data, view, key)
+        data = sources_by_phase(recipe, self.data, self.recipe.cluster.cache)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(
@@ -381,12 +383,19 @@ class Chain:
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
-        """The grid's, or those of the selection that was trained on."""
+        """The grid's, or those of the selection that the last phase was trained on."""
         from factory.pack import first_prompts
         from factory.views import MAIN, view_folder
 
         trainer = self.recipe.trainer
-        return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, trainer.own_view or MAIN), count)
+        view = trainer.data_of(trainer.phases_run()[-1])[0].own_view or MAIN
+        return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, view), count)
+
+    def _views(self) -> list[tuple[str | None, str]]:
+        """The selection of the run's own data set that each phase is trained on, and the recipe's key that says so."""
+        trainer = self.recipe.trainer
+        told = [trainer.data_of(phase) for phase in trainer.phases_run()]
+        return [(data.own_view, f"{key}.own_view") for data, key in told]
 
 
 def _say(words: str) -> None:

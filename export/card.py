@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from export.recipe import SourceRecipe
 from export.runtime import GRAPHS
 from export.targets.registry import find_target
 from factory.models import ZOO
+from trainer.trained_on import TRAINED_ON
 
 CARD = "README.md"
 SHOWN = 8
 """Pictures a row of parity.png."""
+_PHASES = {"adapt": "1, adapt (feature distillation)", "distill": "2, distill (few steps)"}
 
 _ZOO_SOURCES = (
     SourceRecipe(
@@ -34,10 +37,14 @@ _ZOO_SOURCES = (
 def provenance(student: Path, stated: Sequence[SourceRecipe]) -> dict[str, Any]:
     """For bundle.json: the student's name, and every model and data set that it came from with its licence.
 
-    What a recipe states goes first; the shipped student knows its own. `sources` is empty where nobody said.
+    What a recipe states goes first; the shipped student knows its own. `sources` is empty where nobody said. `trained_on` are the data of each
+    phase, where the student's folder tells.
     """
     own = _ZOO_SOURCES if student.resolve().is_relative_to(ZOO.resolve()) else ()
-    return {"name": student.resolve().name, "sources": [one.model_dump() for one in stated or own]}
+    found: dict[str, Any] = {"name": student.resolve().name, "sources": [one.model_dump() for one in stated or own]}
+    if (student / TRAINED_ON).exists():
+        found["trained_on"] = json.loads((student / TRAINED_ON).read_text())
+    return found
 
 
 def write_card(place: Path, facts: dict[str, Any]) -> None:
@@ -108,7 +115,16 @@ def _text(facts: dict[str, Any]) -> str:
             "",
             f"PyTorch's own pictures by the same judge ({judge}): {judged['clip_mean']}, {judged['recall_at_1']}.",
         ]
-    return "\n".join([*parts, "", *_licences(facts["student"]["sources"])]) + "\n"
+    data = _trained_on(facts["student"].get("trained_on", []))
+    return "\n".join([*parts, "", *data, *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _trained_on(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    told = [f"| {_PHASES[one['phase']]} | {one['data']} | {one['samples']} | {one['share']:.1%} |" for one in rows]
+    head = ["| phase | data set | samples | share of the draws |", "|---|---|---|---|"]
+    return ["## What it was trained on", "", *head, *told, ""]
 
 
 def _other_decoder(vae: dict[str, Any] | None) -> str:

@@ -24,7 +24,9 @@ from factory.stages import decode_picture
 from factory.units import plan_units
 from factory.views import MAIN, list_views
 from trainer.looks import read_looks
+from trainer.options import PHASES
 from trainer.state import read_log
+from trainer.trained_on import read_data
 
 _SHOWN, _DEAD = 24, 50
 _LOOKS = 6
@@ -116,9 +118,18 @@ def _data_part(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trained_on(trainer: dict[str, Any]) -> str | None:
-    """Name of the selection of the run's own data set that the student saw; None if it saw none."""
-    return None if trainer.get("own_weight") == 0 else trainer.get("own_view") or MAIN
+def _trained_on(trainer: dict[str, Any]) -> dict[str, str]:
+    """Selections of the run's own data set that the student saw, and when: `trained on`, or `trained on in phase 1` where the phases differ."""
+    seen: dict[str, list[str]] = {}
+    ran = [phase for phase in PHASES if trainer.get(phase, {}).get("steps", 1)]
+    for phase in ran:
+        data = trainer.get(phase, {}).get("data") or trainer
+        if data.get("own_weight") != 0:
+            seen.setdefault(data.get("own_view") or MAIN, []).append(str(PHASES.index(phase) + 1))
+    return {
+        name: "trained on" + (f" in phase {phases[0]}" if len(phases) < len(ran) else "")
+        for name, phases in seen.items()
+    }
 
 
 def _differs(rules: dict[str, Any], main: dict[str, Any]) -> str:
@@ -162,6 +173,7 @@ def _training_part(folder: Path) -> list[dict[str, Any]]:
                     "rate": rows[-1]["images_per_s"],
                     "plot": _curve(rows),
                     "looks": _looks(folder / phase),
+                    "data": [fact for fact in read_data(folder) if fact.get("phase", phase) == phase],
                 }
             )
     return found
@@ -179,9 +191,7 @@ def _looks(folder: Path) -> list[dict[str, Any]]:
 
 def _skipped_part(folder: Path) -> list[dict[str, Any]]:
     """Samples that training could not read: data set, shard, key, reason."""
-    path = folder / "data.json"
-    facts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return [{"data": fact["data"], **row} for fact in facts for row in fact.get("skipped", [])]
+    return [{"data": fact["data"], **row} for fact in read_data(folder) for row in fact.get("skipped", [])]
 
 
 def _samples_part(folder: Path) -> dict[str, Any] | None:

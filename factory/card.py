@@ -55,7 +55,8 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     facts, pictures = _read(folder, list(shards))
     publish_bytes(folder / GRID, _grid(pictures))
     publish_bytes(
-        folder / CROISSANT, (json.dumps(_croissant(folder, shards, facts.count, name, recipe), indent=2) + "\n").encode()
+        folder / CROISSANT,
+        (json.dumps(_croissant(folder, shards, facts.count, name, recipe), indent=2) + "\n").encode(),
     )
     publish_bytes(folder / CARD, _readme(folder, len(shards), facts, recipe, funnel, name).encode())
     return folder / CARD

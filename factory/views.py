@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CorruptShard, LedgerConflict, RecipeError
+from cluster.errors import CorruptShard, LedgerConflict, RecipeError, StageError
 from cluster.recipe import build_recipe, override
 from factory.card import write_card
 from factory.decisions import digest_decisions, read_decisions
@@ -91,11 +91,17 @@ def check_view(recipe: FactoryRecipe, folder: Path, name: str | None, key: str) 
 
 def refuse_stale_view(folder: Path, name: str | None, key: str) -> None:
     """Raises LedgerConflict, which speaks of the recipe's `key`, if `name` was packed before people decided anew or more samples were
-    made: `select` without a name packs the recipe's selections alone."""
+    made: `select` without a name packs the recipe's selections alone. Raises StageError if it waits for people who kept nothing yet."""
     found = list_views(folder)
     if name is None or name not in found:
         return
     view, main = found[name], found.get(MAIN, found[name])
+    if view["rules"]["people"] == "only" and not view["funnel"]["kept"]:
+        raise StageError(
+            f"{key} is {name}, what people kept, and they kept nothing yet",
+            where=str(view_folder(folder, name)),
+            remedy=f"Let them choose: edgefusion factory curate {folder}. Then run the same command again",
+        )
     decided = "" if view["rules"]["people"] == "ignore" else digest_decisions(read_decisions(folder))
     if view.get("decisions_sha256", decided) != decided or view["funnel"]["planned"] != main["funnel"]["planned"]:
         raise LedgerConflict(

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
 from cluster.recipe import load_recipe
-from export.report import _trained_on
 from factory.cli import app
 from factory.decisions import Overlay
 from factory.pack import first_prompts, read_manifest
@@ -116,8 +115,3 @@ def test_what_another_driver_did_meanwhile_is_neither_done_again_nor_forgotten(
     before = (tmp_path / "out" / "run.json").read_bytes()
     assert not late.run("select")
     assert (tmp_path / "out" / "run.json").read_bytes() == before and late.facts["funnel"]["kept"]
-
-
-def test_the_report_names_what_was_trained_on() -> None:
-    assert _trained_on({"own_view": "few"}) == "few" and _trained_on({}) == ""
-    assert _trained_on({"own_view": "few", "own_weight": 0.0}) is None

@@ -54,6 +54,9 @@ def encode(
     ] = "zoo:teacher",
     size: Annotated[int, typer.Option(min=32, help="edge, pixels: the training's trainer.size_px")] = 64,
     half: Annotated[bool, typer.Option(help="store float16: half the space, rounded")] = False,
+    to: Annotated[
+        str | None, typer.Option(help="URL at which `factory pack --to` published the same data set: beside it, too")
+    ] = None,
     ray: Annotated[bool, typer.Option(help="on Ray actors instead of in this process")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="override: --set workers=8 --set gpus=1")] = None,
 ) -> None:
@@ -66,6 +69,7 @@ def encode(
     from cluster.runner import make_runner, stop_ray
     from factory.models import quiet
     from trainer.encode import encode as run
+    from trainer.encode import publish_encodings
     from trainer.encodings import ENCODINGS
 
     quiet()
@@ -81,6 +85,11 @@ def encode(
     place = data / ENCODINGS
     size_mib = sum(path.stat().st_size for path in place.iterdir()) / 2**20
     typer.echo(f"wrote {place}: {len(index['files'])} shards, {size_mib:.1f} MiB, bound to the encoders of {teacher}")
+    if to:
+        with progress_bars() as bars:
+            task = bars.add_task(f"sending encodings to {to}", total=None)
+            sent = publish_encodings(data, to, lambda done, of: bars.update(task, completed=done, total=of))
+        typer.echo(f"sent {sent} of {len(index['files'])} files to {to}/{ENCODINGS}; the others were there and right")
 
 
 @app.command("evaluate")

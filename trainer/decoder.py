@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.errors import LedgerConflict, RecipeError, StageError
 from cluster.storage import publish_bytes, publish_folder
 from factory.models import first_line, quiet, resolve, weights_of
-from trainer.fit import STATE, fit
+from trainer.checkpoints import forget_checkpoints
+from trainer.fit import fit
 from trainer.identity import Identity, decoder_identity
 from trainer.latent_files import LatentFiles
 from trainer.latents import decode_scaled
@@ -71,7 +72,7 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     report = _judge(recipe, vae, tiny.to(accelerator.device), files, folder) | costs
     publish_folder(folder / _MODEL, tiny.cpu().save_pretrained)
     publish_bytes(folder / _REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    (folder / "fit" / STATE).unlink(missing_ok=True)
+    forget_checkpoints(folder / "fit")
     samples.close()
     return report
 

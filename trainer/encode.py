@@ -12,13 +12,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from cluster.errors import StageError
+from cluster.errors import CorruptShard, StageError
+from cluster.remote import RemoteStore
 from cluster.runner import Runner
 from cluster.stage import PENDING, Row, Stage, Unit
 from cluster.storage import digest_file, publish_bytes, sweep_partials
 from factory.models import quiet, set_threads
 from factory.pack import MANIFEST
-from trainer.encodings import ENCODINGS, INDEX, encoders_digest, file_of, has_encodings, read_index, write_index
+from trainer.encodings import (
+    ENCODINGS,
+    INDEX,
+    encoders_digest,
+    file_of,
+    has_encodings,
+    name_of,
+    read_index,
+    write_index,
+)
 from trainer.latents import Encoder
 from trainer.models import open_pipeline
 from trainer.recipe import EncodeRecipe
@@ -77,6 +87,33 @@ def encode(
     }
     write_index(folder, index)
     return index
+
+
+def publish_encodings(folder: Path, url: str, tick: Callable[[int, int], object] = lambda done, of: None) -> int:
+    """Put the encodings of the packed data set in `folder` beside the same data set at `url`, the index last; returns how many files were sent.
+
+    What is there and right is not sent again. Raises CorruptShard if another data set, or none, is there.
+    """
+    index, data, place = read_index(folder), RemoteStore(url), RemoteStore(f"{url.rstrip('/')}/{ENCODINGS}")
+    remedy = f"Publish it first: edgefusion factory pack {folder} --to {url}"
+    if MANIFEST not in data.names():
+        raise CorruptShard("there is no packed data set", where=url, remedy=remedy)
+    if hashlib.sha256(data.read(MANIFEST)).hexdigest() != index["manifest"]:
+        raise CorruptShard(f"there is another data set than in {folder}", where=url, remedy=remedy)
+    there, sent = place.names(), 0
+    written = (folder / ENCODINGS / INDEX).read_bytes()
+    if INDEX in there and place.read(INDEX) != written:
+        place.remove(INDEX)  # from here on nobody takes the old ones for whole
+    for done, (shard, sha256) in enumerate(index["files"].items(), 1):
+        name = name_of(shard)
+        if name not in there or not place.holds(name, file_of(folder, shard), sha256):
+            place.send(name, file_of(folder, shard))
+            sent += 1
+        tick(done, len(index["files"]))
+    for stale in set(there) - {INDEX, *(name_of(shard) for shard in index["files"])}:
+        place.remove(stale)
+    place.publish(INDEX, written)
+    return sent
 
 
 class _Encode:

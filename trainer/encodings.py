@@ -2,7 +2,8 @@
 
 Layout below the data set: `encodings/shard-000000.safetensors` (`latents` N C H W, `text` N T D, in the order of the manifest), one a shard,
 and `encodings/index.json`, written last. The index is bound to the encoders (weights, tokenizer, picture size) and to the manifest: encodings
-by other encoders or of another packing are refused, never used. The shards themselves stay as they are, byte for byte.
+by other encoders or of another packing are refused, never used. The shards themselves stay as they are, byte for byte. Beside a data set that is
+given by URL they are read by way of this machine's cache, as its shards are, each proven by the index when it is fetched.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cluster.cache import RemoteFolder
 from cluster.errors import CorruptShard
 from cluster.storage import digest_file, publish_bytes
 from factory.pack import MANIFEST
 
 ENCODINGS, INDEX = "encodings", "index.json"
 _OPEN_FILES = 16
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Encoded:
 class Encodings:
     """The encodings of one data set, by row number of its manifest."""
 
-    def __init__(self, folder: Path, rows: list[dict[str, str]], index: dict[str, Any]) -> None:
-        self.folder, self.index = folder / ENCODINGS, index
+    def __init__(self, folder: Path | RemoteFolder, rows: list[dict[str, str]], index: dict[str, Any]) -> None:
+        self.data, self.index = folder, index
+        self.place = f"{folder}/{ENCODINGS}"
         count: Counter[str] = Counter()
         self._places: list[tuple[str, int]] = []
         for row in rows:
@@ -46,20 +50,33 @@ class Encodings:
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     @classmethod
-    def find(cls, folder: Path, rows: list[dict[str, str]], encoders: str, check: bool = True) -> Encodings | None:
-        """Those of the data set in `folder`, or None if it has none. Raises CorruptShard for stale and, with `check`, for damaged ones."""
+    def find(
+        cls,
+        folder: Path | RemoteFolder,
+        rows: list[dict[str, str]],
+        encoders: str,
+        check: bool = True,
+        manifest: str | None = None,
+    ) -> Encodings | None:
+        """Those of the data set in `folder`, or None if it has none; `manifest` is the SHA-256 of its manifest if that was read already.
+
+        Raises CorruptShard for stale ones and, with `check`, for damaged ones on disk; those of a remote data set are proven when fetched.
+        """
         if not has_encodings(folder):
             return None
-        place = folder / ENCODINGS
+        place = f"{folder}/{ENCODINGS}"
         index = read_index(folder)
-        remedy = f"Run `edgefusion trainer encode {folder}` again with this teacher and size, or set trainer.encodings=ignore"
+        how = f"DATA --to {folder}" if isinstance(folder, RemoteFolder) else str(folder)
+        remedy = (
+            f"Run `edgefusion trainer encode {how}` again with this teacher and size, or set trainer.encodings=ignore"
+        )
         if index["encoders"] != encoders:
             what = f"were made by other encoders or at another size ({index['teacher']}, {index['size_px']} px)"
-            raise CorruptShard(f"the encodings {what}", where=str(place), remedy=remedy)
-        if index["manifest"] != digest_file(folder / MANIFEST):
-            raise CorruptShard("the encodings are of another packing of the data set", where=str(place), remedy=remedy)
+            raise CorruptShard(f"the encodings {what}", where=place, remedy=remedy)
+        if index["manifest"] != (manifest or digest_file(f"{folder}/{MANIFEST}")):
+            raise CorruptShard("the encodings are of another packing of the data set", where=place, remedy=remedy)
         found = cls(folder, rows, index)
-        if check:
+        if check and not isinstance(folder, RemoteFolder):
             for shard, sha256 in index["files"].items():
                 path = file_of(folder, shard)
                 if not path.exists() or digest_file(path) != sha256:
@@ -82,39 +99,54 @@ class Encodings:
         """Raises CorruptShard for a file that cannot be read."""
         shard, place = self._places[row]
         try:
-            file = self._open.pop(shard, None) or safe_open(file_of(self.folder.parent, shard), "pt")
+            file = self._open.pop(shard, None) or self._opened(shard)
             found = [file.get_slice(name)[place].float() for name in ("latents", "text")]
         except (SafetensorError, OSError, IndexError) as error:
             raise CorruptShard(
                 f"cannot be read ({error})",
-                where=str(file_of(self.folder.parent, shard)),
-                remedy=f"Delete {self.folder} and encode again",
+                where=f"{self.place}/{name_of(shard)}",
+                remedy=f"Delete {self.place} and encode again",
             ) from error
         self._open[shard] = file  # most recently used is last
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return Encoded(*found)
 
+    def _opened(self, shard: str) -> Any:
+        if not isinstance(self.data, RemoteFolder):
+            return safe_open(file_of(self.data, shard), "pt")
+        for attempt in range(_TRIES):
+            # What is open here stays whole, but safetensors opens by name, and the cache may have given it away by then.
+            with self.data.open(f"{ENCODINGS}/{name_of(shard)}", self.index["files"][shard]) as file:
+                try:
+                    return safe_open(file.name, "pt")
+                except FileNotFoundError:
+                    if attempt == _TRIES - 1:
+                        raise
+
     def close(self) -> None:
         self._open.clear()
 
 
-def has_encodings(folder: Path) -> bool:
+def has_encodings(folder: Path | RemoteFolder) -> bool:
     """Whether the data set in `folder` has encodings of whatever kind."""
+    if isinstance(folder, RemoteFolder):
+        name = f"{ENCODINGS}/{INDEX}"
+        return name in folder.sizes([name])
     return (folder / ENCODINGS / INDEX).exists()
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path | RemoteFolder) -> dict[str, Any]:
     """The index of the data set's encodings; raises CorruptShard."""
-    path = folder / ENCODINGS / INDEX
+    path, name = f"{folder}/{ENCODINGS}/{INDEX}", f"{ENCODINGS}/{INDEX}"
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(folder.read(name) if isinstance(folder, RemoteFolder) else (folder / name).read_text())
         missing = {"encoders", "manifest", "teacher", "size_px", "dtype", "files"} - set(index)
         if missing:
             raise ValueError(f"it lacks {min(missing)}")
     except (OSError, ValueError, TypeError) as error:
         raise CorruptShard(
-            f"cannot be read ({error})", where=str(path), remedy=f"Delete {path.parent} and encode again"
+            f"cannot be read ({error})", where=path, remedy=f"Delete {folder}/{ENCODINGS} and encode again"
         ) from error
     return index
 
@@ -123,9 +155,14 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
     publish_bytes(folder / ENCODINGS / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
+def name_of(shard: str) -> str:
+    """The file of a shard's encodings."""
+    return f"{Path(shard).stem}.safetensors"
+
+
 def file_of(folder: Path, shard: str) -> Path:
     """Where the encodings of a shard lie."""
-    return folder / ENCODINGS / f"{Path(shard).stem}.safetensors"
+    return folder / ENCODINGS / name_of(shard)
 
 
 def encoders_digest(pipeline: Any, size_px: int) -> str:

@@ -19,13 +19,26 @@ from accelerate import Accelerator
 from torch import nn
 
 from cluster.errors import StageError
+from trainer.checkpoints import CHECKPOINTS, config_of, newest_checkpoint
 from trainer.identity import Identity
 from trainer.optimise import new_optimiser, rate_at
+from trainer.options import CheckpointRecipe
 from trainer.recipe import PhaseRecipe
 from trainer.shard import shard, whole
-from trainer.state import Average, Background, Best, Log, load_state, save_state, state_of
+from trainer.state import (
+    Average,
+    Background,
+    Best,
+    Log,
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+    state_of,
+)
 from trainer.use import machine_use
 from trainer.watch import LossWatch
+from trainer.workers import of_main
 
 Model = TypeVar("Model", bound=nn.Module)
 LossAt = Callable[[Any, Average, int, slice], torch.Tensor]
@@ -59,8 +72,7 @@ class Partner:
 
 
 MAX_ROLLBACKS = 5
-STATE = "state.pt"
-BEST = "best.pt"
+BY_THE_CLOCK = CheckpointRecipe()
 
 
 def fit(
@@ -74,15 +86,16 @@ def fit(
     partner: Partner | None = None,
     validation: Validation | None = None,
     sharded: bool = False,
+    checkpoints: CheckpointRecipe = BY_THE_CLOCK,
 ) -> Model:
-    """Train `model` and return its average, or the best one that `validation` saw if it says so; `folder` keeps `state.pt`,
+    """Train `model` and return its average, or the best one that `validation` saw if it says so; `folder` keeps `checkpoints`,
     `metrics.jsonl`, what `validation` leaves and TensorBoard's event file.
 
     With `sharded`, weights and the optimiser's state are cut up among the workers; what is returned is whole. A state is saved only
     after the next loss was looked at, and the last one is looked at too: what is saved is sound. Raises StageError for a batch that is
     too small for all workers and for a loss that spiked, after rolling back if the recipe says so.
     """
-    run = _Run(phase, settings, identity, model, folder, accelerator, partner, validation, sharded)
+    run = _Run(phase, settings, identity, model, folder, accelerator, partner, validation, sharded, checkpoints)
     try:
         while run.step <= settings.steps:
             run.one_step(loss_at)
@@ -107,6 +120,7 @@ class _Run:
         partner: Partner | None = None,
         validation: Validation | None = None,
         sharded: bool = False,
+        checkpoints: CheckpointRecipe = BY_THE_CLOCK,
     ) -> None:
         workers, batch = accelerator.num_processes, settings.batch_images
         if batch < workers:
@@ -123,9 +137,11 @@ class _Run:
         self.share = slice(rank * batch // workers, (rank + 1) * batch // workers)
         self.workers = workers
         self.phase, self.settings, self.identity, self.accelerator = phase, settings, identity, accelerator
-        self.folder, self.state = folder, folder / STATE
-        self.validation, self.best, self.writing = validation, Best(folder / BEST, identity), Background()
+        self.folder, self.checkpoints = folder, checkpoints
         self.average = Average(model.train(), settings.ema_decay)
+        self.config = config_of(self.average.model)
+        self.validation, self.writing = validation, Background()
+        self.best = Best(folder / CHECKPOINTS, identity, self.config)
         self.average.model.to(accelerator.device)
         self.empty: nn.Module | None = None
         if sharded and workers > 1:
@@ -154,6 +170,7 @@ class _Run:
 
     def one_step(self, loss_at: LossAt) -> None:
         """Look at the loss, keep the state that led to it if it is sound, then learn from it. Past the last step, only look."""
+        self.random = random_state(self.accelerator.device)  # before the loss, which comes again after a resume
         try:
             loss, mean = self._loss(loss_at)
             self._validate_if_due()
@@ -170,6 +187,7 @@ class _Run:
 
     def result(self) -> Any:
         """The average to go on with, whole."""
+        self.writing.wait()
         self.accelerator.wait_for_everyone()  # the best one is there
         found = self._whole_average()
         if self.validation and self.validation.keeps_best and (best := self.best.recall()):
@@ -198,8 +216,8 @@ class _Run:
         average = self._whole_average()
         if self.accelerator.is_main_process:
             score = self.validation.draw(average, self.step, self.folder)
-            if self.validation.keeps_best and score is not None:
-                self.best.offer(score, self.step, average.state_dict())
+            if score is not None and (keep := self.best.offer(score, self.step, average.state_dict)):
+                self.writing.run(keep)
             if self.log:
                 self.log.show(self.step)
         self.accelerator.wait_for_everyone()
@@ -253,13 +271,13 @@ class _Run:
         """Go back to the last state and past the draws that led here, or stop with what the user can do."""
         self.optimiser.zero_grad(set_to_none=True)
         key = f"trainer.{self.phase}"
-        kept = f"the state of step {self.kept} is kept" if self.state.exists() else "nothing was saved"
+        kept = f"the state of step {self.kept} is kept" if self.saved else "nothing was saved"
         calmer = f"Lower {key}.learning_rate or raise {key}.warmup_steps, and train into a new output folder"
         if self.settings.on_spike == "stop":
             raise StageError(
                 f"{spike}; {kept}", where=str(self.folder), remedy=f"{calmer}; or set {key}.on_spike to rollback"
             )
-        if self.rollbacks >= MAX_ROLLBACKS or not self.state.exists():
+        if self.rollbacks >= MAX_ROLLBACKS or not self.saved:
             raise StageError(
                 f"{spike}, after {self.rollbacks} rollbacks; {kept}", where=str(self.folder), remedy=calmer
             )
@@ -275,8 +293,9 @@ class _Run:
     def _restore(self) -> None:
         self.close()
         self.accelerator.wait_for_everyone()  # what the main process was writing is there
+        place = self._newest()
         found = load_state(
-            self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.identity
+            place, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.identity
         )
         self.step, more = found.step, found.more
         self.skipped, self.rollbacks = int(more.get("skipped", 0)), int(more.get("rollbacks", 0))
@@ -285,20 +304,37 @@ class _Run:
             self.accelerator.unwrap_model(self.partner.heads).load_state_dict(more["partner"])
         if self.accelerator.scaler is not None and "scaler" in more:
             self.accelerator.scaler.load_state_dict(more["scaler"])
-        self.best.recall()
+        self.random = more.get("random", {})
+        if self.random and self.accelerator.is_main_process:
+            set_random_state(self.random)
+        self.best.recall(weights=False)
+        self.saved = place is not None
+        """Whether there is something to go back to; of one mind in all workers, while the main one is still writing."""
         self.kept = self.began_step = self.step
         self.began = self.saved_at = time.monotonic()
         if self.accelerator.is_main_process:
             self.log = Log(self.folder, self.step)
 
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from, which the main process proves."""
+        place, told = of_main(self.accelerator, lambda: newest_checkpoint(self.folder))
+        for line in told:
+            self.accelerator.print(line)
+        return place
+
     def _checkpoint_if_due(self) -> None:
+        every = self.checkpoints.every_steps
+        due = self.step % every == 0 if every else self._clock_says()
+        base = self.settings.on_spike == "rollback" and not self.saved
+        if base or (due and self.kept < self.step < self.settings.steps):
+            self._save()
+
+    def _clock_says(self) -> bool:
         due = time.monotonic() - self.saved_at > self.settings.checkpoint_s
         if self.empty is not None:  # a state is gathered by all, so the main process's clock is everyone's
             told = torch.tensor(float(due and self.accelerator.is_main_process), device=self.accelerator.device)
             due = float(self.accelerator.reduce(told)) > 0  # pyright: ignore[reportArgumentType]
-        base = self.settings.on_spike == "rollback" and not self.state.exists()
-        if base or (due and self.kept < self.step < self.settings.steps):
-            self._save()
+        return due
 
     def _save(self) -> None:
         main = self.accelerator.is_main_process
@@ -307,6 +343,7 @@ class _Run:
                 "losses": self.watch.losses,
                 "skipped": self.skipped,
                 "rollbacks": self.rollbacks,
+                "random": self.random,
             }
             if self.partner:
                 more["partner"] = self.accelerator.unwrap_model(self.partner.heads).state_dict()
@@ -315,8 +352,9 @@ class _Run:
             model = self.accelerator.unwrap_model(self.model)
             state = state_of(self.step, model, self.average.model, self.optimiser, self.identity, more)
             if main:
-                self.writing.run(lambda: save_state(self.state, state))
-        self.kept, self.saved_at = self.step, time.monotonic()
+                place, keep = self.folder / CHECKPOINTS, self.checkpoints.keep
+                self.writing.run(lambda: save_state(place, state, self.config, keep))
+        self.saved, self.kept, self.saved_at = True, self.step, time.monotonic()
 
     def _note(self, loss: float) -> None:
         if self.log:

@@ -6,7 +6,6 @@ their values, not a digest of them: a difference can be named, and a key that ca
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ _OF_PLACE = (
     "on_corrupt",
     "max_corrupt_share",
     "trackers",
+    "checkpoints",
     "sharding",
     "loaders",
     "cache_latents",
@@ -35,65 +35,32 @@ _OF_PLACE = (
 IDLE = (*((key,) for key in _OF_PLACE), *((phase, key) for phase in _PHASES for key in _OF_PHASE))
 """Keys of a TrainerRecipe that decide no weight: where and in how many parts it is computed, when it is saved, when it stops."""
 _OF_DATA = ("own_view", "own_weight", "more_data", "encodings")
-"""What they say is in the data's own digests, wherever the data lie."""
+"""What they, and a phase's own `data`, say is in the data's own digests, wherever the data lie."""
 _OF_SAMPLES = ("grid_prompts", "grid_seed", "judge")
 """Of what is drawn when all is trained."""
 
-LATER: tuple[str, ...] = (
-    *("random_flip", "tf32", "adapt.task_weight", "distill.empty_prompt_share"),
-    *(
-        f"{part}.{key}"
-        for part in (*_PHASES, "fit")
-        for key in ("schedule", "schedule_cycles", "schedule_power", "adam_beta1", "adam_beta2", "adam_epsilon")
-    ),
-)
-"""Dotted keys of TrainerRecipe and DecoderRecipe that came after checkpoints held values: digests of older checkpoints never saw them.
-List each new key here; tests/trainer/test_identity.py fails until you do."""
-_CAME = (
-    ("own_view",),
-    ("loaders",),
-    ("sharding", "validation"),
-    (
-        *("on_corrupt", "max_corrupt_share", "trackers"),
-        *(f"{phase}.{key}" for phase in _PHASES for key in ("accumulation", "optimiser", "compile_backend")),
-        *(f"distill.{key}" for key in ("guidance_input", "loss", "target", "teacher", "phases", "adversarial", "lora")),
-    ),
-)
-"""The same for what came while checkpoints held a digest of the whole recipe, newest first."""
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`facts`: nested keys and values that must be the same; `defaults`: of dotted keys, where they have one; `older`: the digests by which
-    versions before this one knew the same training."""
+    """`facts`: nested keys and values that must be the same; `defaults`: of dotted keys, where they have one."""
 
     facts: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
-    older: frozenset[str] = frozenset()
 
     def changes(self, then: Mapping[str, Any]) -> list[str]:
         """`KEY: then X, now Y` for each difference from the facts `then`."""
         return list(self._changes(then, self.facts, ""))
 
-    def refuse_another(self, kept: Any, path: Path) -> None:
-        """Raises CorruptShard unless `kept`, which lies in `path`, is this training's: facts, or the digest that an older version kept."""
-        new = "train into a new output folder"
-        if not isinstance(kept, dict):
-            if kept not in self.older:
-                raise CorruptShard(
-                    "is of another recipe or data set; an older version wrote it, which kept no keys, so which one differs is not known",
-                    where=str(path),
-                    remedy=f"Go on with the recipe that it was begun with, or {new}; encodings that the data set got since then can be "
-                    "deleted again",
-                )
-            return
+    def refuse_another(self, kept: Mapping[str, Any], path: Path) -> None:
+        """Raises CorruptShard unless `kept`, the facts that lie in `path`, are this training's."""
         if found := self.changes(kept):
             encoded = any(".encodings: then null" in one for one in found)
             raise CorruptShard(
                 f"is of another recipe or data set: {'; '.join(found)}",
                 where=str(path),
-                remedy=f"Go back to those values, or {new}"
+                remedy="Go back to those values, or train into a new output folder"
                 + ("; encodings that the data set got since then can be deleted again" * encoded),
             )
 
@@ -109,14 +76,12 @@ class Identity:
                 yield f"{key}: then {_spell(before)}, now {_spell(after)}"
 
 
-def training_identity(
-    recipe: TrainerRecipe, phase: str, seed: int, data: list[dict[str, Any]], digest: str
-) -> Identity:
-    """Of a phase. `data`: what each data set is, in order; `digest`: the same by older versions' rule."""
+def training_identity(recipe: TrainerRecipe, phase: str, seed: int, data: list[dict[str, Any]]) -> Identity:
+    """Of a phase. `data`: what each data set is, in order."""
     aside = {*_OF_PLACE, *_OF_DATA, *_OF_SAMPLES, *(("distill",) if phase == "adapt" else ())}
     told = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in aside}
     for part in _PHASES:
-        for key in _OF_PHASE:
+        for key in (*_OF_PHASE, "data"):
             told.get(part, {}).pop(key, None)
     looks = recipe.validation
     if looks is None or looks.keep == "last":
@@ -124,12 +89,7 @@ def training_identity(
     else:
         told["validation"]["prompts"] = looks.prompts or recipe.grid_prompts
     facts = {"seed": seed, "trainer": told, "data": {str(i): fact for i, fact in enumerate(data, 1)}}
-    # A limit decided no weight then either.
-    tree = recipe.model_dump(mode="json") | {"max_corrupt_share": _defaults(recipe, "")["max_corrupt_share"]}
-    older = {
-        hashlib.sha256(f"{one} {digest}".encode()).hexdigest() for one in _older_digests(tree, _defaults(recipe, ""))
-    }
-    return Identity(facts, _defaults(recipe, "trainer."), frozenset(older))
+    return Identity(facts, defaults_of(recipe, "trainer."))
 
 
 def decoder_identity(recipe: DecoderRecipe, files_digest: str) -> Identity:
@@ -137,42 +97,18 @@ def decoder_identity(recipe: DecoderRecipe, files_digest: str) -> Identity:
     tree = recipe.model_dump(mode="json")
     told = {name: value for name, value in tree.items() if name not in ("model", "data", "threads")}
     told["fit"] = {name: value for name, value in tree["fit"].items() if name not in _OF_PHASE}
-    older = {f"{one}{files_digest}" for one in _older_digests(tree, {})}
-    return Identity({**told, "latents": files_digest}, _defaults(recipe, ""), frozenset(older))
+    return Identity({**told, "latents": files_digest}, defaults_of(recipe, ""))
 
 
-def _defaults(settings: Settings, above: str) -> dict[str, Any]:
+def defaults_of(settings: Settings, above: str) -> dict[str, Any]:
     """Dotted key to default, as JSON, of all that is set; keys that must be given have none."""
     found: dict[str, Any] = {}
     for name, info in type(settings).model_fields.items():
         if not info.is_required():
             found[f"{above}{name}"] = to_jsonable_python(info.get_default(call_default_factory=True))
         if isinstance(value := getattr(settings, name), Settings):
-            found |= _defaults(value, f"{above}{name}.")
+            found |= defaults_of(value, f"{above}{name}.")
     return found
-
-
-def _older_digests(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Digests of the whole recipe by the versions that kept those: without the keys that each did not have yet, if they are at their defaults."""
-    tree = json.loads(json.dumps(tree))
-    for key in LATER:
-        _take(tree, key)
-    yield _digest(tree)
-    for keys in _CAME:
-        if any(_take(tree, key) not in (defaults.get(key), _ABSENT) for key in keys):
-            return
-        yield _digest(tree)
-
-
-def _take(tree: dict[str, Any], key: str) -> Any:
-    *parents, last = key.split(".")
-    for name in parents:
-        tree = tree.get(name) or {}
-    return tree.pop(last, _ABSENT)
-
-
-def _digest(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _spell(value: Any) -> str:

@@ -6,53 +6,51 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
-from cluster.cache import RemoteFolder
 from cluster.errors import RecipeError
-from cluster.storage import publish_bytes, publish_folder
+from cluster.storage import publish_folder
 from factory.models import quiet
 from trainer.adversary import Opponent
-from trainer.ahead import ReadAhead
+from trainer.checkpoints import forget_checkpoints
 from trainer.distill import Distillation, denoiser
 from trainer.draws import generator, read_batch, seed_of
 from trainer.encodings import encoders_digest, has_encodings
 from trainer.features import Features, feature_names
-from trainer.fit import BEST, STATE, LossAt, Partner, fit
+from trainer.fit import LossAt, Partner, fit
 from trainer.guidance import add_guidance_input
 from trainer.identity import training_identity
 from trainer.latents import Encoder
 from trainer.lora import add_lora, merge_lora, require_peft, save_lora
 from trainer.losses import NoiseSchedule, feature_loss
 from trainer.memory import explain_training, explains_memory
-from trainer.mix import MixedStream, Source, as_sources
+from trainer.mix import Data, MixedStream
 from trainer.models import LORA, PHASES, open_pipeline, refuse_misfit, schedule_of, student_for, teacher_of
+from trainer.options import Phase
 from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
 from trainer.sample import as_student, as_teacher
 from trainer.shard import shard
 from trainer.state import Average
+from trainer.streams import Streams, sources_of_phases
 from trainer.track import end_trackers, start_trackers
 from trainer.validate import Looks
 from trainer.workers import new_accelerator
 
-DATA = "data.json"
-"""What a training draws from: data sets, shares, encodings, samples that could not be read."""
 _LOOKED_AT = 8
 """Prompts of a look where the recipe names none."""
 
 
 @explains_memory(explain_training)
-def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], folder: Path, seed: int) -> None:
-    """Train both phases on a data set or a mixture of several; leaves `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
+def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path, seed: int) -> None:
+    """Train both phases on a data set or a mixture of several, each on its own where `data` are by phase; leaves
+    `folder/data.json`, `folder/PHASE/unet` and `folder/PHASE/metrics.jsonl`.
 
     Run it again after a crash: finished phases are kept, the interrupted one goes on from its checkpoint. Raises OutOfMemory where
     the recipe needs more memory than there is.
@@ -69,8 +67,8 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
         torch.backends.cuda.matmul.allow_tf32 = True
     flip_seed = seed if recipe.random_flip else None
     encoder = Encoder(pipeline, recipe.size_px, accelerator.device, recipe.cache_latents, flip_seed)
-    stream = _open_stream(recipe, as_sources(data), pipeline, folder, seed, accelerator)
-    for told in stream.told():
+    streams = Streams(recipe, data, _encoders_of(recipe, data, pipeline), folder, seed, accelerator)
+    for told in streams.told():
         accelerator.print(told)
     schedule = schedule_of(pipeline).to(accelerator.device)
     start_trackers(accelerator, recipe.trackers, folder, recipe.model_dump(mode="json"))
@@ -79,6 +77,7 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
         done = folder / phase / "unet"
         if settings.steps == 0 or done.exists():
             continue
+        stream = streams[phase]
         student: Any = student_for(phase, recipe, pipeline, folder)
         if isinstance(settings, DistillRecipe) and settings.teacher:
             teacher = teacher_of(settings.teacher, student, pipeline, recipe.allow_pickle)
@@ -104,9 +103,19 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
             loss_at = Distillation(settings, teacher, encoder, stream, schedule, seed, opponent)
         looks = _looks(recipe, phase, settings, pipeline, stream, accelerator)
         sharded = recipe.sharding != "none"
-        identity = training_identity(recipe, phase, seed, stream.identity(), stream.digest())
+        identity = training_identity(recipe, phase, seed, stream.identity())
         average: Any = fit(
-            phase, settings, identity, student, loss_at, folder / phase, accelerator, partner, looks, sharded
+            phase,
+            settings,
+            identity,
+            student,
+            loss_at,
+            folder / phase,
+            accelerator,
+            partner,
+            looks,
+            sharded,
+            recipe.checkpoints,
         )
         if accelerator.is_main_process:
             average.to(memory_format=torch.contiguous_format)
@@ -114,45 +123,24 @@ def train(recipe: TrainerRecipe, data: Path | RemoteFolder | Sequence[Source], f
                 publish_folder(folder / phase / LORA, lambda place, unet=average: save_lora(unet, place))
                 merge_lora(average)
             publish_folder(done, average.save_pretrained)
-            for file in (STATE, BEST):
-                (folder / phase / file).unlink(missing_ok=True)
+            if not recipe.checkpoints.keep_after:
+                forget_checkpoints(folder / phase)
         accelerator.wait_for_everyone()
     end_trackers(accelerator)
-    stream.close()
+    streams.close()
 
 
-def _open_stream(
-    recipe: TrainerRecipe, sources: Sequence[Source], pipeline: Any, folder: Path, seed: int, accelerator: Accelerator
-) -> MixedStream:
-    """The samples of this training; `folder/data.json` says what they are and, from here on, which could not be read."""
-    cached = recipe.encodings == "auto" and any(
-        isinstance(source.folder, Path) and has_encodings(source.folder) for source in sources
-    )
+def _encoders_of(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], pipeline: Any) -> str | None:
+    """The digest by which encodings beside the shards are known, where there are any to read."""
+    sources = [source for some in sources_of_phases(recipe, data).values() for source in some]
+    cached = recipe.encodings == "auto" and any(has_encodings(source.folder) for source in sources)
     if cached and recipe.random_flip:
         raise RecipeError(
             "the data set has encodings, which hold each picture one way round, and pictures are to be mirrored",
             where="trainer.random_flip",
             remedy="Set trainer.encodings=ignore to encode in training, or leave random_flip out",
         )
-    encoders = encoders_digest(pipeline, recipe.size_px) if cached else None
-    main = accelerator.is_main_process
-    stream = MixedStream(sources, seed, main, encoders, recipe.on_corrupt, recipe.max_corrupt_share)
-    if (folder / DATA).exists():
-        stream.recall(json.loads((folder / DATA).read_text()))
-    if accelerator.num_processes > 1:
-        stream.gather = gather_object
-
-    def publish() -> None:
-        if main:
-            publish_bytes(folder / DATA, (json.dumps(stream.facts(), indent=2) + "\n").encode())
-
-    stream.ahead, stream.decode_ahead = ReadAhead(recipe.loaders), not recipe.cache_latents
-
-    accelerator.wait_for_everyone()  # all have read the old file before there is a new one
-    publish()
-    stream.on_skip = publish
-    stream.settle()
-    return stream
+    return encoders_digest(pipeline, recipe.size_px) if cached else None
 
 
 def _looks(

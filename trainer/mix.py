@@ -25,7 +25,7 @@ from cluster.storage import local_path
 from factory.pack import MANIFEST
 from factory.views import MAIN, view_folder
 from trainer.ahead import ReadAhead
-from trainer.options import OnCorrupt
+from trainer.options import OnCorrupt, Phase
 from trainer.recipe import TrainerRecipe
 from trainer.stream import CorruptSample, EndlessOrder, Example, ShardStream
 
@@ -43,31 +43,39 @@ class Source:
     weight: float | None = None
 
 
-def sources_of(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None) -> list[Source]:
+def sources_of(
+    recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None, phase: Phase | None = None
+) -> list[Source]:
     """The chain's own data set, or the view of it that the recipe names, and the recipe's others, by absolute paths or URLs; one of weight 0 is left out.
 
-    `cache` is where shards that come from URLs are kept. Raises RecipeError for a data set that is not there or comes twice, or if no
-    weight is left.
+    With a `phase`, what that phase is trained on. `cache` is where shards that come from URLs are kept. Raises RecipeError for a data set that
+    is not there or comes twice, or if no weight is left.
     """
-    found = [Source(view_folder(own.resolve(), recipe.own_view or MAIN), recipe.own_weight)]
-    for i, more in enumerate(recipe.more_data):
+    data, key = recipe.data_of(phase) if phase else (recipe, "trainer")
+    found = [Source(view_folder(own.resolve(), data.own_view or MAIN), data.own_weight)]
+    for i, more in enumerate(data.more_data):
         folder = _place_of(more.data, cache or CacheRecipe())
         if not _is_there(folder):
             raise RecipeError(
-                f"trainer.more_data.{i}.data: there is no packed data set in {more.data}",
+                f"{key}.more_data.{i}.data: there is no packed data set in {more.data}",
                 remedy=f"Give a folder or URL with shards and {MANIFEST}: the `dataset` folder of a finished run, or a view in it (dataset/views/NAME)",
             )
         if folder in [source.folder for source in found]:
-            raise RecipeError(f"trainer.more_data.{i}.data: {more.data} is there twice", remedy="Give it one weight")
+            raise RecipeError(f"{key}.more_data.{i}.data: {more.data} is there twice", remedy="Give it one weight")
         found.append(Source(folder, more.weight))
     found = [source for source in found if source.weight != 0]
     if not found:
         raise RecipeError(
             "every weight is 0, so there is nothing to train on",
-            where="trainer.own_weight, trainer.more_data",
+            where=f"{key}.own_weight, {key}.more_data",
             remedy="Give one of them a weight above 0",
         )
     return found
+
+
+def sources_by_phase(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None) -> dict[Phase, list[Source]]:
+    """`sources_of` each phase that has steps."""
+    return {phase: sources_of(recipe, own, cache, phase) for phase in recipe.phases_run()}
 
 
 def _place_of(data: str, cache: CacheRecipe) -> Path | RemoteFolder:
@@ -93,8 +101,9 @@ class MixedStream:
         encoders: str | None = None,
         on_corrupt: OnCorrupt = "stop",
         max_corrupt_share: float = 0.05,
+        key: str = "trainer.more_data",
     ) -> None:
-        """`encoders` and `on_corrupt` as in ShardStream. Raises CorruptShard for shards, members or encodings that are not what the
+        """`encoders` and `on_corrupt` as in ShardStream; `key` is where a recipe says the weights. Raises CorruptShard for shards, members or encodings that are not what the
         manifest says, RecipeError for a share that vanishes."""
         self.parts = [ShardStream(source.folder, seed, check, encoders, on_corrupt) for source in sources]
         sizes = [len(part) for part in self.parts]
@@ -102,7 +111,7 @@ class MixedStream:
         weights = [
             float(size) if source.weight is None else source.weight for source, size in zip(sources, sizes, strict=True)
         ]
-        self.quotas = quotas(weights, [str(source.folder) for source in sources])
+        self.quotas = quotas(weights, [str(source.folder) for source in sources], key)
         # The first keeps the order that it would have alone.
         self._orders = [EndlessOrder(size, seed + 7919 * i) for i, size in enumerate(sizes)]
         self.seed = seed
@@ -238,8 +247,8 @@ class MixedStream:
             found.append(fact | ({"skipped": skipped} if skipped else {}))
         return found
 
-    def told(self) -> list[str]:
-        """The same for people, where there is something to say."""
+    def told(self, all_of_them: bool = False) -> list[str]:
+        """The same for people, where there is something to say, or of `all_of_them`."""
         lines = []
         for fact in self.facts():
             encoded = fact["encodings"]
@@ -249,7 +258,7 @@ class MixedStream:
                 lines.append(
                     f"{fact['data']}: cached encodings ({encoded['dtype']}, by {encoded['teacher']}) are read instead of pictures"
                 )
-            elif len(self.parts) > 1:
+            elif len(self.parts) > 1 or all_of_them:
                 lines.append(f"{fact['data']}: {fact['samples']} samples, {fact['share']:.1%} of the draws")
         return lines
 
@@ -276,7 +285,7 @@ class MixedStream:
         return self.starts[part] + self._orders[part].row_at(turn)
 
 
-def quotas(weights: Sequence[float], names: Sequence[str]) -> list[int]:
+def quotas(weights: Sequence[float], names: Sequence[str], key: str = "trainer.more_data") -> list[int]:
     """Slots of a cycle for each weight, by largest remainder. Raises RecipeError for a weight that gets none."""
     exact = [weight / sum(weights) * CYCLE for weight in weights]
     found = [int(share) for share in exact]
@@ -286,12 +295,16 @@ def quotas(weights: Sequence[float], names: Sequence[str]) -> list[int]:
     if 0 in found:
         raise RecipeError(
             f"the weight of {names[found.index(0)]} is under 1/{2 * CYCLE} of all, so it would never be drawn",
-            where="trainer.more_data",
+            where=key,
             remedy="Raise its weight or leave it out (weight 0)",
         )
     return found
 
 
-def as_sources(data: Path | RemoteFolder | Sequence[Source]) -> list[Source]:
+Data = Path | RemoteFolder | Sequence[Source]
+"""One data set, or several to be drawn from together."""
+
+
+def as_sources(data: Data) -> list[Source]:
     """One data set or several, as several."""
     return [Source(data)] if isinstance(data, Path | RemoteFolder) else list(data)

@@ -13,10 +13,10 @@ from cluster.errors import EdgeFusionError, StageError
 from factory.models import first_line, resolve, weights_of
 from trainer.guidance import takes_guidance
 from trainer.losses import NoiseSchedule
+from trainer.options import PHASES
 from trainer.recipe import TrainerRecipe
 from trainer.surgery import SurgeryError, build_student, student_config
 
-PHASES = ("adapt", "distill")
 LORA = "lora"
 
 

@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from cluster.recipe import Settings
-from factory.recipe import OpenClipScorer
+from factory.recipe import VIEW_NAME, OpenClipScorer
 
 OnCorrupt = Literal["stop", "skip"]
 Tracker = Literal["mlflow", "wandb"]
 Sharding = Literal["none", "student", "all"]
 Phase = Literal["adapt", "distill"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""In the order in which they run."""
+
+
+class MoreData(Settings):
+    """Another packed data set to train on."""
+
+    data: str = Field(
+        description="packed data set, shards and manifest.parquet: a folder, or a URL such as s3://bucket/dataset, whose shards are read by way "
+        "of cluster.cache"
+    )
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="its part of the draws, relative to the other weights; its number of samples if left out, so that all samples count alike",
+    )
+
+
+class DataRecipe(Settings):
+    """What is trained on: the run's own data set, or a selection of it, and others beside it."""
+
+    own_view: str | None = Field(
+        default=None,
+        pattern=VIEW_NAME,
+        description="train on this selection of the run's own data set in place of the main one: a name in factory.views, or of one that "
+        "`factory select --name` packed",
+    )
+    own_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="part of the draws from the run's own data set beside `more_data`; its number of samples if left out, 0 leaves it out",
+    )
+    more_data: list[MoreData] = Field(default=[], description="other packed data sets to draw from in the same batches")
+
+
+class CheckpointRecipe(Settings):
+    """How often a phase saves what it goes on from, and what of it stays."""
+
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimiser steps between checkpoints; by the clock if left out, every `checkpoint_s` of the phase",
+    )
+    keep: int = Field(
+        default=1,
+        ge=1,
+        description="newest checkpoints that stay; with 2 or more a damaged newest one costs no training. The best look stays beside them, "
+        "where validation has a scorer",
+    )
+    keep_after: bool = Field(default=False, description="keep them all when the phase is done, too")
 
 
 class ValidationRecipe(Settings):

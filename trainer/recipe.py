@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cluster.recipe import Settings
 from cluster.runner import ClusterRecipe
-from factory.recipe import VIEW_NAME, OpenClipScorer
+from factory.recipe import OpenClipScorer
 from factory.recipe.names import AllowPickle
-from trainer.options import AdversarialRecipe, LoraRecipe, OnCorrupt, Sharding, Tracker, ValidationRecipe
+from trainer.options import (
+    PHASES,
+    AdversarialRecipe,
+    CheckpointRecipe,
+    DataRecipe,
+    LoraRecipe,
+    OnCorrupt,
+    Phase,
+    Sharding,
+    Tracker,
+    ValidationRecipe,
+)
 
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends."""
@@ -78,7 +89,22 @@ class PhaseRecipe(Settings):
         return self
 
 
-class AdaptRecipe(PhaseRecipe):
+class StudentPhaseRecipe(PhaseRecipe):
+    """What both phases of a student share."""
+
+    data: DataRecipe | None = Field(
+        default=None,
+        description="what this phase alone is trained on, in place of trainer.own_view, own_weight and more_data, none of which it takes over; "
+        "what they say if left out",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_left_out(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A recipe without the key is to the byte what it was before there was one, and so is its digest.
+        return {name: value for name, value in whole(self).items() if name != "data" or value is not None}
+
+
+class AdaptRecipe(StudentPhaseRecipe):
     """Phase 1: feature distillation (BK-SDM)."""
 
     task_weight: float = Field(default=1.0, ge=0, description="weight of the error against the noise itself")
@@ -89,7 +115,7 @@ class AdaptRecipe(PhaseRecipe):
     )
 
 
-class DistillRecipe(PhaseRecipe):
+class DistillRecipe(StudentPhaseRecipe):
     """Phase 2: latent consistency distillation (LCM) from the large teacher."""
 
     empty_prompt_share: float = Field(
@@ -146,21 +172,7 @@ class DistillRecipe(PhaseRecipe):
         return self
 
 
-class MoreData(Settings):
-    """Another packed data set to train on."""
-
-    data: str = Field(
-        description="packed data set, shards and manifest.parquet: a folder, or a URL such as s3://bucket/dataset, whose shards are read by way "
-        "of cluster.cache"
-    )
-    weight: float | None = Field(
-        default=None,
-        ge=0,
-        description="its part of the draws, relative to the other weights; its number of samples if left out, so that all samples count alike",
-    )
-
-
-class TrainerRecipe(Settings):
+class TrainerRecipe(DataRecipe):
     """shards -> student."""
 
     teacher: str = Field(
@@ -176,18 +188,6 @@ class TrainerRecipe(Settings):
         description="pipeline or UNet folder the student starts from; the teacher's own blocks if left out",
     )
     size_px: int = Field(ge=32, le=1024, multiple_of=8, description="training resolution, pixels")
-    own_view: str | None = Field(
-        default=None,
-        pattern=VIEW_NAME,
-        description="train on this selection of the run's own data set in place of the main one: a name in factory.views, or of one that "
-        "`factory select --name` packed",
-    )
-    own_weight: float | None = Field(
-        default=None,
-        ge=0,
-        description="part of the draws from the run's own data set beside `more_data`; its number of samples if left out, 0 leaves it out",
-    )
-    more_data: list[MoreData] = Field(default=[], description="other packed data sets to draw from in the same batches")
     encodings: Literal["auto", "ignore"] = Field(
         default="auto",
         description="latents and text states that `trainer encode` put beside the shards: `auto` reads them where they are and refuses stale "
@@ -226,6 +226,9 @@ class TrainerRecipe(Settings):
     validation: ValidationRecipe | None = Field(
         default=None, description="pictures and scores on the way; none if left out"
     )
+    checkpoints: CheckpointRecipe = Field(
+        default=CheckpointRecipe(), description="how often a phase is saved, and what of that stays"
+    )
     loaders: int = Field(
         default=2,
         ge=0,
@@ -246,6 +249,33 @@ class TrainerRecipe(Settings):
         description="scores the grid; name one that did not filter the data: a student takes after its filter, so the filter, "
         "used if this is left out, flatters it",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_left_out(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As a phase's `data`.
+        plain = self.checkpoints == CheckpointRecipe()
+        return {name: value for name, value in whole(self).items() if name != "checkpoints" or not plain}
+
+    def phases_run(self) -> list[Phase]:
+        """Those that have steps, in order."""
+        return [name for name in PHASES if getattr(self, name).steps]
+
+    def data_of(self, phase: Phase) -> tuple[DataRecipe, str]:
+        """What `phase` is trained on, and the key under which the recipe says so."""
+        own = self.distill.data if phase == "distill" else self.adapt.data
+        return (self, "trainer") if own is None else (own, f"trainer.{phase}.data")
+
+    @model_validator(mode="after")
+    def _all_data_are_read(self) -> TrainerRecipe:
+        if self.adapt.data is None or self.distill.data is None:
+            return self
+        for name in DataRecipe.model_fields:
+            if getattr(self, name) != DataRecipe.model_fields[name].default:
+                raise ValueError(
+                    f"{name} says what both phases read, and adapt.data and distill.data each name data of their own, so nothing reads it; "
+                    f"move it there or take it out (--set ~trainer.{name})"
+                )
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> TrainerRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ from cluster.storage import publish_folder
 from trainer.guidance import takes_guidance
 from trainer.models import LORA, final_unet, open_pipeline
 from trainer.recipe import TrainerRecipe
+from trainer.trained_on import TRAINED_ON, trained_on
 
 
 def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
     """Write `folder`: the trained UNet with the teacher's encoders and its few-step scheduler, as a diffusers pipeline folder.
 
-    Adapters are in the UNet's weights already; as a LoRA of their own they lie in `folder/lora`.
+    Adapters are in the UNet's weights already; as a LoRA of their own they lie in `folder/lora`. `folder/trained_on.json` names the data of
+    each phase.
     """
     teacher = open_pipeline(recipe.teacher, recipe.allow_pickle)
     place = final_unet(training)
@@ -33,6 +36,8 @@ def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
         student.to(torch.float16).save_pretrained(partial)
         if (place.parent / LORA).exists():
             shutil.copytree(place.parent / LORA, partial / LORA)
+        if rows := trained_on(recipe, training):
+            (partial / TRAINED_ON).write_text(json.dumps(rows, indent=2) + "\n")
 
     publish_folder(folder, write)
 

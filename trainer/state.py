@@ -1,4 +1,4 @@
-"""What a training must keep to go on as if nothing had happened, saved as files that are whole or absent; and its log.
+"""What a training must keep to go on as if nothing had happened; and its log.
 
 Data order and noise are functions of the draw number, so numbers are all there is to their state.
 """
@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from cluster.errors import CorruptShard
-from cluster.storage import publish_bytes, publish_file
+from cluster.storage import publish_bytes
+from trainer.checkpoints import best_checkpoint, best_weights, read_checkpoint, save_best, save_checkpoint
 from trainer.identity import Identity
 from trainer.looks import Look, read_looks
 from trainer.shard import load_whole, load_whole_optimiser, whole
@@ -78,9 +80,9 @@ def state_of(
     )
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `path`, replacing the older state only when the new one is whole."""
-    publish_file(path, lambda partial: torch.save(state, partial))
+def save_state(folder: Path, state: dict[str, Any], config: str | None = None, keep: int = 1) -> None:
+    """Write a checkpoint below `folder`; older ones beyond `keep` go only when it is whole. `config` makes its weights a diffusers folder."""
+    save_checkpoint(folder, state, config, keep)
 
 
 class Background:
@@ -115,18 +117,19 @@ class Background:
 
 def _copy(tree: Any) -> Any:
     if torch.is_tensor(tree):
-        return tree.detach().to("cpu", copy=True)
+        # As safetensors wants it; `load_whole` puts it back as the model lies in memory.
+        return tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(tree, dict):
         return type(tree)((key, _copy(value)) for key, value in tree.items())
     return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any, identity: Identity) -> Found:
-    """Restore all in place; step 0 if there is no state. Raises CorruptShard, also for the state of another training."""
-    if not path.exists():
+def load_state(path: Path | None, model: nn.Module, average: nn.Module, optimiser: Any, identity: Identity) -> Found:
+    """Restore all in place from a checkpoint; step 0 if there is none. Raises CorruptShard, also for the checkpoint of another training."""
+    if path is None:
         return Found()
     with _readable(path):
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = read_checkpoint(path)
         if state.get("version", 1) > VERSION:
             raise CorruptShard(
                 f"was written by a newer version (layout {state['version']}; this one reads up to {VERSION})",
@@ -140,37 +143,56 @@ def load_state(path: Path, model: nn.Module, average: nn.Module, optimiser: Any,
         return Found(int(state["step"]), dict(state.get("more", {})))
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of torch's own generators in this process. Nothing here draws from them; a layer of somebody's student, such as dropout, may."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 @dataclass
 class Best:
-    """The weights that drew the best pictures so far, kept in `path`."""
+    """The weights that drew the best pictures so far, kept below `folder`."""
 
-    path: Path
+    folder: Path
     identity: Identity
+    config: str | None = None
     score: float = -math.inf
 
-    def offer(self, score: float, step: int, weights: dict[str, torch.Tensor]) -> None:
-        """Keep them if they are better than what is kept."""
-        if score > self.score:
-            kept = {"recipe": self.identity.facts, "step": step, "score": score, "average": weights}
-            publish_file(self.path, lambda partial: torch.save(kept, partial))
-            self.score = score
-
-    def recall(self) -> dict[str, Any] | None:
-        """`step`, `score` and `average`, or nothing. Raises CorruptShard."""
-        if not self.path.exists():
+    def offer(
+        self, score: float, step: int, weights: Callable[[], dict[str, torch.Tensor]]
+    ) -> Callable[[], None] | None:
+        """If they are better than what is kept, the work of keeping a copy of them, which was taken here and now."""
+        if score <= self.score:
             return None
-        with _readable(self.path):
-            kept = torch.load(self.path, weights_only=True, map_location="cpu")
-            self.identity.refuse_another(kept["recipe"], self.path)
+        self.score, copied = score, _copy(weights())
+        facts = {"recipe": self.identity.facts, "step": step, "score": score}
+        return lambda: save_best(self.folder, copied, self.config, facts)
+
+    def recall(self, weights: bool = True) -> dict[str, Any] | None:
+        """`step`, `score` and, if `weights` are asked for, `average`; or nothing. Raises CorruptShard."""
+        found = best_checkpoint(self.folder)
+        if found is None:
+            return None
+        place, kept = found
+        with _readable(place):
+            self.identity.refuse_another(kept["recipe"], place)
             self.score = float(kept["score"])
-        return kept
+            return {"average": best_weights(place)} | kept if weights else kept
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Generator[None]:
     try:
         yield
-    except (RuntimeError, KeyError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, EOFError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
         raise CorruptShard(
             f"cannot be read ({str(error).splitlines()[0]})",
             where=str(path),

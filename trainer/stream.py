@@ -27,7 +27,7 @@ from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import digest_file
 from factory.pack import MANIFEST, read_manifest
 from factory.verify import find_bad_samples, read_remote_manifest, verify
-from trainer.encodings import Encoded, Encodings
+from trainer.encodings import Encoded, Encodings, name_of
 from trainer.options import OnCorrupt
 
 _OPEN_SHARDS = 16
@@ -116,7 +116,7 @@ class ShardStream:
         Raises CorruptShard if `check` finds that shards, members or encodings are not what the manifest says, and for encodings by
         other encoders or of another packing. With `on_corrupt=skip` samples of missing or damaged shards are named in `damaged` instead;
         a manifest that is not true is refused all the same. Of a remote data set `check` proves the manifest and that all shards are there;
-        each shard is proven when it is fetched, and a damaged one is an error. Encodings beside it are not looked at.
+        each shard, or file of encodings, is proven when it is fetched, and a damaged one is an error.
         """
         self.damaged: dict[int, str] = {}
         """Row number to what is wrong with it."""
@@ -146,12 +146,16 @@ class ShardStream:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._order = EndlessOrder(len(self.rows), seed)
         self.encodings: Encodings | None = None
-        if isinstance(folder, RemoteFolder):
-            if check:
-                _look_for_shards(folder, list(self._sha256))
-            return
         if encoders:
-            self.encodings = Encodings.find(folder, self.rows, encoders, check)
+            self.encodings = Encodings.find(folder, self.rows, encoders, check, self._manifest_sha256 or None)
+        if isinstance(folder, RemoteFolder):
+            if check and self.encodings is None:
+                _look_for_files(folder, list(self._sha256), "Copy the data set there again, the manifest last")
+            elif check and self.encodings is not None:  # no shard is fetched then
+                place = RemoteFolder(self.encodings.place, folder.recipe)
+                names = [name_of(shard) for shard in self.encodings.index["files"]]
+                _look_for_files(place, names, f"Run `edgefusion trainer encode DATA --to {folder}` again")
+            return
         if check and self.encodings is None:
             for row in range(len(self.rows)):
                 if row not in self.damaged:
@@ -246,18 +250,16 @@ class ShardStream:
         return (self.folder / shard).open("rb")
 
 
-def _look_for_shards(folder: RemoteFolder, shards: list[str]) -> None:
+def _look_for_files(folder: RemoteFolder, names: list[str], remedy: str) -> None:
     """Raises CorruptShard for one that is not there; warns if the cache cannot hold them all."""
-    sizes = folder.sizes(shards)
-    for shard in shards:
-        if shard not in sizes:
-            raise CorruptShard(
-                "is missing", where=f"{folder}/{shard}", remedy="Copy the data set there again, the manifest last"
-            )
+    sizes = folder.sizes(names)
+    for name in names:
+        if name not in sizes:
+            raise CorruptShard("is missing", where=f"{folder}/{name}", remedy=remedy)
     whole, limit_gib = sum(sizes.values()) / 2**30, folder.recipe.limit_gib
     if whole > limit_gib:
         log.warning(
-            "%s holds %.3g GiB and its cache only %.3g: shards will be fetched again and again. Raise cluster.cache.limit_gib",
+            "%s holds %.3g GiB and its cache only %.3g: files will be fetched again and again. Raise cluster.cache.limit_gib",
             folder,
             whole,
             limit_gib,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from cluster.errors import StageError
+from cluster.errors import EdgeFusionError, StageError
 from trainer.options import Tracker
 from trainer.track import require_trackers
+
+Answer = TypeVar("Answer")
 
 
 def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> Accelerator:
@@ -27,3 +31,18 @@ def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> A
             remedy="Set cluster.train_workers=1, or mend the distributed set-up (MASTER_ADDR, RANK, LOCAL_RANK)",
         )
     return accelerator
+
+
+def of_main(accelerator: Accelerator, ask: Callable[[], Answer]) -> Answer:
+    """What the main process finds, in all of them; and what it raises of ours, so that none waits for it."""
+    found: Any = None
+    if accelerator.is_main_process:
+        try:
+            found = ask()
+        except EdgeFusionError as error:
+            found = error
+    if accelerator.num_processes > 1:
+        found = gather_object([found])[0]
+    if isinstance(found, EdgeFusionError):
+        raise found
+    return found

@@ -53,10 +53,13 @@ class Training:
         rows = read_log(self.out / "training" / "adapt" / "metrics.jsonl")
         return rows[-1]["step"] if rows else 0
 
+    def has_saved(self) -> bool:
+        return any((self.out / "training" / "adapt" / "checkpoints").glob("step-*"))
+
     def reach(self, step: int) -> None:
         """Wait until `adapt` is there and has saved a state; it must not be over by then."""
         end = time.monotonic() + 240
-        while self.step() < step or not (self.out / "training" / "adapt" / "state.pt").exists():
+        while self.step() < step or not self.has_saved():
             assert self.process.poll() is None, f"the driver ended early:\n{self.said.read_text()[-3000:]}"
             assert time.monotonic() < end, f"step {self.step()} after 240 s:\n{self.said.read_text()[-3000:]}"
             time.sleep(0.1)

@@ -67,10 +67,9 @@ def test_a_start_that_takes_guidance_where_the_recipe_gives_none(tiny_models, da
 def test_a_checkpoint_of_a_newer_version(tiny_models, data, tmp_path, monkeypatch) -> None:
     model = torch.nn.Linear(2, 1)
     optimiser = torch.optim.AdamW(model.parameters())
-    (tmp_path / "adapt").mkdir()
     monkeypatch.setattr("trainer.state.VERSION", VERSION + 1)
     state = state_of(3, model, Average(model, 0.9).model, optimiser, Identity({}))
-    save_state(tmp_path / "adapt" / "state.pt", state)
+    save_state(tmp_path / "adapt" / "checkpoints", state)
     monkeypatch.undo()
     with pytest.raises(CorruptShard, match=rf"newer version \(layout {VERSION + 1}; this one reads up to {VERSION}\)"):
         loop.train(recipe(tiny_models), data, tmp_path, seed=1)

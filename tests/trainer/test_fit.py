@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import trainer.fit as fit_module
 from cluster.errors import CorruptShard, StageError, TargetUnavailable
+from trainer.checkpoints import newest_checkpoint, read_checkpoint
 from trainer.fit import MAX_ROLLBACKS, fit
 from trainer.identity import Identity
 from trainer.recipe import PhaseRecipe
@@ -45,7 +46,9 @@ def train(folder: Path, harm=lambda draw, loss: loss, seen: list[int] | None = N
 
 
 def state(folder: Path) -> dict:
-    return torch.load(folder / "state.pt", weights_only=True)
+    place, _ = newest_checkpoint(folder)
+    assert place is not None
+    return read_checkpoint(place)
 
 
 HARMS = {
@@ -155,7 +158,7 @@ def test_tensorboard_gets_every_point_once_whatever_was_interrupted(tmp_path) ->
     assert [step for _, step, _ in losses[0]] == list(range(1, 61))
 
 
-def test_bytes_that_are_no_state_are_refused(tmp_path) -> None:
+def test_bytes_of_an_older_version_that_are_no_state_are_refused(tmp_path) -> None:
     (tmp_path / "state.pt").write_bytes(b"not a state at all")
     with pytest.raises(CorruptShard, match=r"state\.pt"):
         train(tmp_path)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import trainer.fit as fit
 import trainer.loop as loop
 from cluster.errors import CorruptShard, LedgerConflict
 from trainer.decoder import _refuse_another
-from trainer.identity import _CAME, IDLE, _digest, _older_digests, decoder_identity, training_identity
+from trainer.identity import IDLE, decoder_identity, training_identity
 from trainer.recipe import AdaptRecipe, DecoderRecipe, DistillRecipe, TrainerRecipe
 
 PHASE = {"batch_images": 4, "learning_rate": 1e-3, "steps": 4, "checkpoint_s": 1e-9}
@@ -32,7 +30,7 @@ def recipe(**changes: object) -> TrainerRecipe:
 
 
 def identity(phase: str = "adapt", seed: int = 1, data: list = DATA, **changes: object):
-    return training_identity(recipe(**changes), phase, seed, data, "d")
+    return training_identity(recipe(**changes), phase, seed, data)
 
 
 def test_what_decides_no_weight_does_not_count() -> None:
@@ -40,7 +38,7 @@ def test_what_decides_no_weight_does_not_count() -> None:
         **{"gradient_checkpointing": True, "on_corrupt": "skip", "max_corrupt_share": 0.5, "trackers": ["mlflow"]},
         **{"sharding": "student", "loaders": 0, "cache_latents": True, "threads": 7},
         **{"grid_seed": 5, "grid_prompts": ["a fox"], "judge": {"kind": "open_clip", "model": "zoo:judge"}},
-        "validation": {"every_steps": 2},
+        **{"validation": {"every_steps": 2}, "checkpoints": {"keep": 3}},
     }
     phase = PHASE | {"checkpoint_s": 9.0, "spike_factor": 3.0, "on_spike": "rollback", "accumulation": 2}
     assert {key for (key, *_) in IDLE} <= other.keys() | {"adapt", "distill"}
@@ -70,8 +68,8 @@ def test_what_counts_is_named_with_both_values() -> None:
     assert "trainer.adapt.learning_rate: then 0.001, now 0.002" in said
     assert any(one.startswith("trainer.distill.adversarial: then null, now {") for one in said)
     assert said[-1] == 'data.1.encodings: then null, now "22bb"' and len(said) == 6
-    with pytest.raises(CorruptShard, match=r"state\.pt.*seed: then 1, now 2;.*encodings that the data set got since"):
-        now.refuse_another(then, Path("state.pt"))
+    with pytest.raises(CorruptShard, match=r"step-4.*seed: then 1, now 2;.*encodings that the data set got since"):
+        now.refuse_another(then, Path("step-4"))
 
 
 def test_a_key_that_came_since_counts_only_off_its_default() -> None:
@@ -86,27 +84,7 @@ def test_a_key_that_came_since_counts_only_off_its_default() -> None:
     assert identity("distill").changes(then) == ["trainer.gone: then 3, now no such key"]
 
 
-def test_digests_of_older_versions() -> None:
-    """Pinned: these digests lie in checkpoints. A key that came since must stand in `LATER`, and no change may move them."""
-    one, other = (list(_older_digests(r.model_dump(mode="json"), {})) for r in (recipe(), DecoderRecipe(data="d")))
-    assert one[0].startswith(TRAINER_DIGEST), "list the new key in trainer.identity.LATER"
-    assert other[0].startswith(DECODER_DIGEST), "list the new key in trainer.identity.LATER"
-    whole = identity().older
-    assert hashlib.sha256(f"{one[0]} d".encode()).hexdigest() in whole and len(whole) == len(_CAME) + 1
-    assert identity(max_corrupt_share=0.4).older == whole, "a limit never counted"
-    identity().refuse_another(hashlib.sha256(f"{one[0]} d".encode()).hexdigest(), Path("state.pt"))
-    with pytest.raises(CorruptShard, match="an older version wrote it"):
-        identity().refuse_another("ffff", Path("state.pt"))
-    tree = recipe().model_dump(mode="json")
-    del tree["own_view"], tree["loaders"]
-    before = hashlib.sha256(f"{_digest(tree)} d".encode()).hexdigest()
-    assert before in whole and before not in identity(loaders=0).older
-
-
-TRAINER_DIGEST, DECODER_DIGEST = "3a42be1f49850233", "465ee9d01c402d4e"
-
-
-def test_a_checkpoint_of_an_older_version_goes_on_and_idle_keys_may_change(
+def test_a_checkpoint_of_another_recipe_is_refused_and_idle_keys_may_change(
     tiny_models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settings(**changes: object) -> TrainerRecipe:
@@ -122,20 +100,10 @@ def test_a_checkpoint_of_an_older_version_goes_on_and_idle_keys_may_change(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fit, "save_state", die)
         loop.train(settings(), data, tmp_path / "broken", seed=1)
-    path = tmp_path / "broken" / "distill" / "state.pt"
-    state = torch.load(path, weights_only=True)
     with pytest.raises(CorruptShard, match=r"trainer\.distill\.huber_c: then 0\.001, now 0\.5"):
         loop.train(settings(distill=DistillRecipe(**PHASE, huber_c=0.5)), data, tmp_path / "broken", seed=1)
     with pytest.raises(CorruptShard, match="seed: then 1, now 2"):
         loop.train(settings(), data, tmp_path / "broken", seed=2)
-    # As version 2 wrote it.
-    tree, manifest = settings().model_dump(mode="json"), hashlib.sha256((data / "manifest.parquet").read_bytes())
-    parts = hashlib.sha256(json.dumps([[manifest.hexdigest(), 1024]]).encode()).hexdigest()
-    older = hashlib.sha256(f"{_digest(tree)} {parts}".encode()).hexdigest()
-    torch.save(state | {"version": 2, "recipe": older}, path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit, "save_state", die)
-        loop.train(settings(), data, tmp_path / "broken", seed=1)
     phase = DistillRecipe(**PHASE | {"checkpoint_s": 60.0}, on_spike="rollback")
     loop.train(settings(distill=phase, loaders=0), data, tmp_path / "broken", seed=1)
     one, other = (tmp_path / name / "distill" / "unet" for name in ("whole", "broken"))

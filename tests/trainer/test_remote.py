@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import trainer.loop as loop
 from cluster.cache import CacheRecipe, RemoteFolder
 from cluster.errors import CorruptShard, RecipeError
-from factory.pack import MANIFEST
+from cluster.runner import InProcess
+from factory.pack import MANIFEST, Sample, pack
+from factory.stages import encode_picture
 from tests.s3 import s3_bucket
+from trainer.cli import app
+from trainer.encode import encode, publish_encodings
+from trainer.encodings import read_index
 from trainer.mix import MixedStream, Source, sources_of
-from trainer.recipe import TrainerRecipe
+from trainer.recipe import EncodeRecipe, TrainerRecipe
 from trainer.stream import ShardStream
 
 
@@ -63,6 +72,45 @@ def test_training_by_url_gives_the_bytes_of_training_from_disk(
     files.invalidate_cache()
     with pytest.raises(CorruptShard, match=r"s3://sets/foxes/shard-000000\.tar: is missing"):
         ShardStream(remote)
+
+
+def test_encodings_beside_a_remote_data_set_train_as_those_on_disk(
+    url: str, data: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, cache = tmp_path / "own", CacheRecipe(folder=str(tmp_path / "cache"))
+    shutil.copytree(data, own)
+    words = ["encode", str(own), "--teacher", str(tiny_models / "teacher"), "--size", "32", "--to", url]
+    for sent in (1, 0):  # the second time all is there
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert f"sent {sent} of 1 files to {url}/encodings" in done.output
+    settings = recipe(tiny_models, url)
+    loop.train(settings, [Source(own)], tmp_path / "local", seed=1)
+    monkeypatch.setattr(ShardStream, "_bytes", lambda *_: pytest.fail("a shard was read"))
+    loop.train(settings, sources_of(settings, data, cache), tmp_path / "remote", seed=1)
+    assert students(tmp_path / "remote") == students(tmp_path / "local") != {}
+    (fact,) = json.loads((tmp_path / "remote" / "data.json").read_text())
+    assert fact["data"] == url and fact["encodings"]["dtype"] == "float32"
+    encoders = read_index(own)["encoders"]
+    remote = RemoteFolder(url, cache)
+    assert ShardStream(remote, encoders=encoders).digest() == ShardStream(own, encoders=encoders).digest()
+
+    files = fsspec.filesystem("s3")
+    name = f"{url}/encodings/shard-000000.safetensors"
+    sound = files.cat_file(name)
+    files.pipe_file(name, sound[:-1] + bytes([sound[-1] ^ 1]))
+    elsewhere = RemoteFolder(url, CacheRecipe(folder=str(tmp_path / "other")))
+    with pytest.raises(CorruptShard, match=r"encodings/shard-000000\.safetensors: has another checksum"):
+        ShardStream(elsewhere, encoders=encoders).read(0)
+    files.rm(name)
+    files.invalidate_cache()
+    with pytest.raises(CorruptShard, match=r"shard-000000\.safetensors: is missing.*encode DATA --to s3://sets/foxes"):
+        ShardStream(RemoteFolder(url, cache), encoders=encoders)
+    with pytest.raises(CorruptShard, match="other encoders"):
+        ShardStream(RemoteFolder(url, cache), encoders="others")
+    pack([Sample("0" * 64, encode_picture(np.zeros((32, 32, 3), np.uint8), "png"), "png", "a fox")], tmp_path / "else")
+    encode(EncodeRecipe(data=str(tmp_path / "else"), teacher=str(tiny_models / "teacher"), size_px=32), InProcess())
+    with pytest.raises(CorruptShard, match="there is another data set than in"):
+        publish_encodings(tmp_path / "else", url)
 
 
 def test_what_is_not_there_or_was_changed_is_refused(url: str, data: Path, tiny_models: Path, tmp_path: Path) -> None:

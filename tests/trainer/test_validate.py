@@ -86,7 +86,7 @@ def test_the_best_look_becomes_the_student(tiny_models, data, tmp_path, monkeypa
     scorer = {"kind": "open_clip", "model": str(tiny_models / "clip")}
     loop.train(recipe(tiny_models, scorer=scorer, keep="best", phases=["distill"]), data, tmp_path, seed=1)
     assert same(weights(tmp_path), seen[2]) and not same(seen[2], seen[4])
-    assert not list(tmp_path.glob("*/*.pt"))
+    assert not list(tmp_path.glob("*/checkpoints"))
 
 
 def test_the_best_without_a_scorer_is_refused(tiny_models) -> None:
