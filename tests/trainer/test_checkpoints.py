@@ -76,7 +76,8 @@ def test_weights_are_folders_that_diffusers_opens_and_the_rest_needs_no_pickle(t
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    model: Any = unet.to(memory_format=torch.channels_last)
+    model: Any = unet
+    model.to(memory_format=torch.channels_last)
     average = Average(model, 0.5)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 2, 8)).sample.square().mean().backward()
