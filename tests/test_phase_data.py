@@ -128,7 +128,7 @@ def test_each_phase_reads_its_own_data_also_after_kills(made: tuple[Path, Path, 
     read = {
         phase: {key for (p, _), keys in what_was_read(whole).items() if p == phase for key in keys} for phase in PHASES
     }
-    assert read["adapt"] == ids["few"], "16 draws of 6 samples: all of them and no other"
+    assert read["adapt"] == ids["few"], "20 draws of 6 samples: all of them and no other"
     assert read["distill"] <= ids["main"] | ids["owls"] and read["distill"] & ids["owls"]
     assert read["distill"] & (ids["main"] - ids["few"])
 
