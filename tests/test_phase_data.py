@@ -72,11 +72,11 @@ def train_and_note(recipe: str, out: str, die_at: tuple[str, int] | None = None)
     read = MixedStream.read_draws
     notes = os.open(Path(out).with_suffix(".keys"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def note(stream: MixedStream, draws: Any, following: Any, size_px: int) -> Any:
+    def note(self: MixedStream, draws: Any, following: Any, size_px: int) -> Any:
         phase = PHASES[(Path(out) / "training" / "adapt" / "unet").exists()]
         if (phase, draws[0] // 4) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        found = read(stream, draws, following, size_px)
+        found = read(self, draws, following, size_px)
         os.write(notes, (json.dumps([phase, draws[0] // 4, [e.id for e in found]]) + "\n").encode())
         return found
 
@@ -128,7 +128,7 @@ def test_each_phase_reads_its_own_data_also_after_kills(made: tuple[Path, Path, 
     read = {
         phase: {key for (p, _), keys in what_was_read(whole).items() if p == phase for key in keys} for phase in PHASES
     }
-    assert read["adapt"] == ids["few"], "16 draws of 6 samples: all of them and no other"
+    assert read["adapt"] == ids["few"], "20 draws of 6 samples: all of them and no other"
     assert read["distill"] <= ids["main"] | ids["owls"] and read["distill"] & ids["owls"]
     assert read["distill"] & (ids["main"] - ids["few"])
 

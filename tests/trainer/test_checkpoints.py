@@ -79,7 +79,8 @@ def test_weights_are_folders_that_diffusers_opens_and_the_rest_needs_no_pickle(t
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    model: Any = unet.to(memory_format=torch.channels_last)
+    model: Any = unet
+    model.to(memory_format=torch.channels_last)
     average = Average(model, 0.5)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 2, 8)).sample.square().mean().backward()
@@ -186,7 +187,7 @@ def test_the_better_of_two_bests_counts_and_a_damaged_one_is_refused(tmp_path: P
     assert kept is not None and (kept["step"], again.score) == (6, 0.9)
     assert torch.equal(kept["average"]["weight"], model.weight)
     with pytest.raises(CorruptShard, match="another recipe"):
-        Best(tmp_path / CHECKPOINTS, "another").recall()
+        Best(tmp_path / CHECKPOINTS, Identity({"it is": "another"})).recall()
     found = best_checkpoint(tmp_path / CHECKPOINTS)
     assert found is not None
     damage(found[0], "average/diffusion_pytorch_model.safetensors")
