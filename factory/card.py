@@ -33,13 +33,16 @@ _BALANCE_VALUES = 12
 class _Facts:
     """What the card says of the samples: numbers and counts, never the samples."""
 
+    count: int = 0
     clip: array[float] = field(default_factory=lambda: array("d"))
     scores: dict[str, array[float]] = field(default_factory=dict)
     attributes: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, facts: dict[str, Any]) -> None:
         """The `json` of a sample."""
-        self.clip.append(facts["clip_score"])
+        self.count += 1
+        # A crop that nobody judged has none.
+        self.clip.extend([] if facts["clip_score"] is None else [facts["clip_score"]])
         for name, value in facts.get("scores", {}).items():
             self.scores.setdefault(name, array("d")).extend([] if value is None else [value])
         for key, value in facts.get("attributes", {}).items():
@@ -50,7 +53,7 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     """Write README.md, card-samples.png and croissant.json of the packed data set in `folder`; returns the README's path."""
     shards = manifest_shards(folder)
     facts, pictures = _read(folder, list(shards))
-    count = len(facts.clip)
+    count = facts.count
     publish_bytes(folder / GRID, _grid(pictures))
     publish_bytes(
         folder / CROISSANT, (json.dumps(_croissant(folder, shards, count, name, recipe), indent=2) + "\n").encode()
@@ -83,7 +86,7 @@ def _grid(pictures: list[np.ndarray]) -> bytes:
 
 
 def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, funnel: dict[str, Any], name: str) -> str:
-    count = len(facts.clip)
+    count = facts.count
     drawn = bool(recipe.make.painters())
     parts = [
         "---",
@@ -108,7 +111,7 @@ def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, fun
         *(f"| {reason.replace('|', '/')} | {count:,} |" for reason, count in funnel["reasons"].items()),
         "",
         "planned = kept + rejected + dead. "
-        f"CLIP score of what is kept: {_spread(facts.clip)} (median, 5% and 95% quantile; by the filter's own CLIP).",
+        f"CLIP score of what is kept{_of_how_many(facts)}: {_spread(facts.clip)} (median, 5% and 95% quantile; by the filter's own CLIP).",
         "",
         *_scores(facts.scores),
         *_balance(facts.attributes),
@@ -217,6 +220,11 @@ def _scores(values: dict[str, array[float]]) -> list[str]:
         return []
     rows = [f"| {name} | {_spread(found)} | {len(found):,} |" for name, found in sorted(values.items())]
     return ["| score | median, 5% and 95% quantile | pictures |", "|---|---|---:|", *rows, ""]
+
+
+def _of_how_many(facts: _Facts) -> str:
+    judged = len(facts.clip)
+    return "" if judged == facts.count else f", of the {judged:,} whose crop was judged"
 
 
 def _spread(scores: array[float]) -> str:
