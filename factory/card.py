@@ -111,7 +111,7 @@ def _readme(folder: Path, shards: int, facts: _Facts, recipe: FactoryRecipe, fun
         *(f"| {reason.replace('|', '/')} | {count:,} |" for reason, count in funnel["reasons"].items()),
         "",
         "planned = kept + rejected + dead. "
-        f"CLIP score of what is kept: {_spread(facts.clip)} (median, 5% and 95% quantile; by the filter's own CLIP).",
+        f"CLIP score of what is kept{_of_how_many(facts)}: {_spread(facts.clip)} (median, 5% and 95% quantile; by the filter's own CLIP).",
         "",
         *_scores(facts.scores),
         *_balance(facts.attributes),
@@ -199,6 +199,11 @@ def _scores(values: dict[str, array[float]]) -> list[str]:
         return []
     rows = [f"| {name} | {_spread(found)} | {len(found):,} |" for name, found in sorted(values.items())]
     return ["| score | median, 5% and 95% quantile | pictures |", "|---|---|---:|", *rows, ""]
+
+
+def _of_how_many(facts: _Facts) -> str:
+    judged = len(facts.clip)
+    return "" if judged == facts.count else f", of the {judged:,} whose crop was judged"
 
 
 def _spread(scores: array[float]) -> str:

@@ -117,7 +117,8 @@ def fetch(place: str, sha256: str, folder: Path = Path()) -> bytes:
     try:
         file = source["file"] if is_url(source["file"]) else str(folder / source["file"])
         if "column" in source:
-            data = read_cell(file, *source["at"], source["column"])
+            group, row = source["at"]
+            data = read_cell(file, group, row, source["column"])
         else:
             data = read_range(file, source["at"], source["size"])
     except (OSError, EOFError, zlib.error, KeyError, pa.ArrowInvalid, IndexError) as error:

@@ -151,7 +151,8 @@ def _transform(profile: bytes | None, mode: str) -> Any:
         return None
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if found.profile.xcolor_space.strip() != spaces[mode]:
+        inner: Any = found.profile  # of Pillow's own C code, which has no types
+        if inner.xcolor_space.strip() != spaces[mode]:
             return None
         transform = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB")
         if mode == "RGB":

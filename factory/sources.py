@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow.parquet as pq
-from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportMissingTypeStubs]
+from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportMissingTypeStubs, reportAttributeAccessIssue]
 
 from cluster.cache import is_url
 from cluster.errors import RecipeError

@@ -246,6 +246,7 @@ def test_from_a_shard_to_a_packed_data_set(tiny_models: Path, tmp_path: Path) ->
     whole = shard.read_bytes()
     shard.unlink()
     assert repair(recipe, out, "wild").rebuilt and shard.read_bytes() == whole
+    assert "12 real pictures" in (card := (orig / "README.md").read_text()) and "whose crop was judged" in card
 
 
 def test_raw_texts_are_for_pictures_that_came_with_some() -> None:
