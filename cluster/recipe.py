@@ -60,7 +60,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, where: str) -> Any:
     """As `yaml.safe_load`, but a key that stands twice, of which that would silently take the last, raises RecipeError."""
-    loader = yaml.SafeLoader(text)
+    loader: Any = yaml.SafeLoader(text)  # its methods have no types
     try:
         node = loader.get_single_node()
         if node is None:
@@ -71,7 +71,7 @@ def parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def _refuse_doubled(loader: yaml.SafeLoader, node: yaml.Node, path: list[str], where: str, seen: set[int]) -> None:
+def _refuse_doubled(loader: Any, node: yaml.Node, path: list[str], where: str, seen: set[int]) -> None:
     """`seen`: what was looked at before, for an alias names a node again, and may name the one that it stands in."""
     if id(node) in seen or not isinstance(node, yaml.CollectionNode):
         return

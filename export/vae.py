@@ -69,6 +69,6 @@ def _misfits(vae: Any, own: Any) -> str:
     # A small decoder is fed the UNet's own latents, and says so by a factor of 1.
     if scale != student and not (isinstance(vae, AutoencoderTiny) and scale == 1):
         return f"its scaling_factor is {scale:g}, and the student's {student:g}"
-    if getattr(vae.config, "shift_factor", None):
-        return f"it shifts latents (shift_factor {vae.config.shift_factor:g}), which builds do not"
+    if shift := getattr(vae.config, "shift_factor", None):
+        return f"it shifts latents (shift_factor {shift:g}), which builds do not"
     return ""

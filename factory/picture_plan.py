@@ -126,7 +126,7 @@ def _mend(final: Path, parts: list[Path], unit_images: int) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         batches = pq.ParquetFile(final).iter_batches(_ROWS_AT_ONCE)
         there: Iterator[dict[str, Any]] = (row for batch in batches for row in batch.to_pylist())
-        return (fresh.get(number, row) for number, row in enumerate(there))
+        return (fresh[number] if number in fresh else row for number, row in enumerate(there))
 
     publish_file(final, lambda place: write_rows(place, rows()))
 

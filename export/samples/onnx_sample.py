@@ -52,7 +52,7 @@ for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = np.concatenate(model("vae_decoder").run(None, {"latent": x})[0], 1).transpose(1, 2, 0) * 255
+rgb = np.concatenate(np.asarray(model("vae_decoder").run(None, {"latent": x})[0]), 1).transpose(1, 2, 0) * 255
 body = zlib.compress(np.insert(rgb.round().astype(np.uint8).reshape(len(rgb), -1), 0, 0, axis=1).tobytes())
 parts = [(b"IHDR", struct.pack(">2I5B", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
 png = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]

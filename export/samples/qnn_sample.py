@@ -55,5 +55,5 @@ for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
     if "next_alpha" in row:
         x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = np.concatenate(model("vae_decoder").run(None, {"latent": x})[0], 1).transpose(1, 2, 0) * 255
+rgb = np.concatenate(np.asarray(model("vae_decoder").run(None, {"latent": x})[0]), 1).transpose(1, 2, 0) * 255
 Image.fromarray(rgb.round().astype(np.uint8)).save(ASKED.out)

@@ -111,7 +111,7 @@ def values_inside(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(threads), providers=list(providers)
     )
-    return dict(zip(wanted, (value.astype(np.float32) for value in session.run(wanted, inputs)), strict=True))
+    return dict(zip(wanted, (np.asarray(value, np.float32) for value in session.run(wanted, inputs)), strict=True))
 
 
 def _placed(path: Path, providers: list[Any], wanted: str) -> dict[str, Any]:

@@ -84,11 +84,10 @@ def _refuse_pickle(recipe: OpenClipScorer, folder: str | None) -> None:
     else:
         import open_clip
 
-        path = Path(recipe.pretrained or "")
+        tag = recipe.pretrained or ""
+        path = Path(tag)
         if not path.exists():
-            path = Path(
-                open_clip.download_pretrained(open_clip.get_pretrained_cfg(recipe.model, recipe.pretrained)) or ""
-            )
+            path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(recipe.model, tag)) or "")
         name = path.name if path.suffix in (".bin", ".pt", ".pth") else ""
     if name:
         raise StageError(

@@ -165,7 +165,9 @@ def test_a_kill_while_an_old_one_goes_leaves_no_torn_one(tmp_path: Path, monkeyp
 
 def test_a_file_of_an_older_version_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"weights")
-    with pytest.raises(CorruptShard, match=r"state\.pt: was written by an older version.*Finish this training with the version"):
+    with pytest.raises(
+        CorruptShard, match=r"state\.pt: was written by an older version.*Finish this training with the version"
+    ):
         train(tmp_path)
     assert (tmp_path / "state.pt").read_bytes() == b"weights"
 
