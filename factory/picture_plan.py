@@ -109,7 +109,7 @@ def _mend(final: Path, parts: list[Path], unit_images: int) -> None:
 
     Rows keep their places, so the rest of the ledger stays true. The plan is changed last: killed before, this is done again.
     """
-    known, fresh, changed = Seen(), dict[int, dict[str, Any]](), set[int]()
+    known, fresh, changed = Seen(), dict[int, Any](), set[int]()
     for batch in pq.ParquetFile(final).iter_batches(_ROWS_AT_ONCE, columns=["id"]):
         for key in batch["id"].to_pylist():
             known.add(bytes.fromhex(key))
@@ -126,7 +126,7 @@ def _mend(final: Path, parts: list[Path], unit_images: int) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         batches = pq.ParquetFile(final).iter_batches(_ROWS_AT_ONCE)
         there: Iterator[dict[str, Any]] = (row for batch in batches for row in batch.to_pylist())
-        return (fresh[number] if number in fresh else row for number, row in enumerate(there))
+        return (fresh.get(number, row) for number, row in enumerate(there))
 
     publish_file(final, lambda place: write_rows(place, rows()))
 
