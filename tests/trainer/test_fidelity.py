@@ -144,15 +144,15 @@ def stand_in(monkeypatch) -> list[tuple[int, ...]]:
         return {"x": x}
 
     package: Any = types.ModuleType("torch_fidelity")
-    package.utils = types.ModuleType("torch_fidelity.utils")
-    package.utils.create_feature_extractor = network
+    utils: Any = types.ModuleType("torch_fidelity.utils")
+    utils.create_feature_extractor = network
     package.metric_isc = types.SimpleNamespace(isc_features_to_metric=lambda *_: {"inception_score_mean": 1.5})
     package.metric_fid = types.SimpleNamespace(
         fid_features_to_statistics=statistics,
         fid_statistics_to_metric=lambda *_: {"frechet_inception_distance": 7.0},
     )
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
-    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", package.utils)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", utils)
     monkeypatch.setattr(fidelity_module, "FEATURES", str(WIDTH))
     return shown
 
