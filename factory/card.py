@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.storage import digest_file, publish_bytes
+from cluster.storage import publish_bytes
+from factory.croissant import croissant
 from factory.pack import MANIFEST, manifest_shards, read_shard
-from factory.provenance import Part, licences, provenance
+from factory.provenance import Part, provenance
 from factory.recipe import FactoryRecipe
 from factory.select import SUMMARY
 from factory.stages import decode_picture
@@ -56,7 +57,7 @@ def write_card(folder: Path, recipe: FactoryRecipe, funnel: dict[str, Any], name
     publish_bytes(folder / GRID, _grid(pictures))
     publish_bytes(
         folder / CROISSANT,
-        (json.dumps(_croissant(folder, shards, facts.count, name, recipe), indent=2) + "\n").encode(),
+        (json.dumps(croissant(folder, shards, facts.count, name, recipe), indent=2) + "\n").encode(),
     )
     publish_bytes(folder / CARD, _readme(folder, len(shards), facts, recipe, funnel, name).encode())
     return folder / CARD
@@ -216,72 +217,3 @@ def _spread(scores: array[float]) -> str:
 def _size(count: int) -> str:
     bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
     return next((label for bound, label in bounds if count < bound), "n>1M")
-
-
-def _croissant(folder: Path, shards: dict[str, str], count: int, name: str, recipe: FactoryRecipe) -> dict[str, Any]:
-    """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set, the models that the samples come from."""
-    fields, parts = ("id", "shard", "prompt", "picture_kind"), provenance(recipe, folder)
-    return {
-        "@context": {
-            "@language": "en",
-            "@vocab": "https://schema.org/",
-            "cr": "http://mlcommons.org/croissant/",
-            "sc": "https://schema.org/",
-            "dct": "http://purl.org/dc/terms/",
-            "conformsTo": "dct:conformsTo",
-        },
-        "@type": "sc:Dataset",
-        "name": name,
-        "description": f"{count} pictures with texts in WebDataset shards",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
-        **({"license": bound} if (bound := licences(parts)) else {}),
-        "isBasedOn": [
-            {
-                "@type": "sc:CreativeWork",
-                "name": one.name,
-                "version": one.mark,
-                "description": one.part,
-                **({"license": one.licence} if one.licence else {}),
-                **({"url": one.url} if one.url else {}),
-            }
-            for one in parts
-        ],
-        "distribution": [
-            {
-                "@type": "cr:FileObject",
-                "@id": "manifest",
-                "name": "manifest",
-                "contentUrl": MANIFEST,
-                "encodingFormat": "application/x-parquet",
-                "sha256": digest_file(folder / MANIFEST),
-            },
-            *(
-                {
-                    "@type": "cr:FileObject",
-                    "@id": shard,
-                    "name": shard,
-                    "contentUrl": shard,
-                    "encodingFormat": "application/x-tar",
-                    "sha256": digest,
-                }
-                for shard, digest in shards.items()
-            ),
-        ],
-        "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": "samples",
-                "name": "samples",
-                "field": [
-                    {
-                        "@type": "cr:Field",
-                        "@id": f"samples/{field}",
-                        "name": field,
-                        "dataType": "sc:Text",
-                        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": field}},
-                    }
-                    for field in fields
-                ],
-            }
-        ],
-    }

@@ -142,7 +142,8 @@ def test_what_stages_ask_of_nodes_is_what_nodes_are_started_with(tmp_path: Path)
     script = (tmp_path / "slurm" / "slurm.sbatch").read_text()
     assert script.count("""--resources='{"npu": 4}' --labels=zone=a """) == 2
     subprocess.run(["bash", "-n", tmp_path / "slurm" / "slurm.sbatch"], check=True)
-    apart = cluster_view(PAPER, [PLACED.replace("score: {labels: {zone: a", "score: {labels: {zone: b")])
+    elsewhere = PLACED.replace("score: {labels: {zone: a", "score: {labels: {zone: b")
+    apart = cluster_view(PAPER, [elsewhere, "factory.make.score_gpus=0"])
     with pytest.raises(EdgeFusionError, match="nodes of a Slurm job are all alike"):
         render(apart, "slurm", Options(), tmp_path / "none")
 

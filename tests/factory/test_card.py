@@ -95,6 +95,7 @@ def test_croissant_is_what_its_own_library_takes(data: Path) -> None:
     """Checks by hand hold everywhere; MLCommons' library, where it is installed, checks all of the format."""
     tree = json.loads((data / CROISSANT).read_text())
     assert tree["conformsTo"] == "http://mlcommons.org/croissant/1.0" and tree["@type"] == "sc:Dataset"
+    assert tree["@context"]["recordSet"] == "cr:recordSet", "without it readers find no record set"
     objects = {one["@id"]: one for one in tree["distribution"]}
     for one in objects.values():
         assert one["sha256"] == digest_file(data / one["contentUrl"])

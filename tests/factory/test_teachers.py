@@ -71,9 +71,9 @@ def test_from_the_plan_to_the_card(
     opened: list[int] = []
     start = image.Painter.__init__
 
-    def counted(self: image.Painter, recipe: Any, key: str) -> None:
+    def counted(self: image.Painter, recipe: Any, *given: Any) -> None:
         opened.append(recipe.steps)
-        start(self, recipe, key)
+        start(self, recipe, *given)
 
     monkeypatch.setattr(image.Painter, "__init__", counted)
     recipe, out = recipe_of(tiny_models, prompts), tmp_path / "data"
