@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +73,7 @@ def verify_bundle(
     target = find_target(facts["target"])
     target.require()
     check_open(target, folder)
-    found["measured_on"] = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, {target.runtime()}"
+    found["measured_on"] = f"{target.hardware(threads)}, {target.runtime()}"
     found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)

@@ -27,7 +27,7 @@ def require_fidelity() -> Any:
 
 def fidelity(
     made: Sequence[Path], real: Sequence[Callable[[], np.ndarray]], size_px: int
-) -> dict[str, dict[str, float] | None]:
+) -> dict[str, dict[str, float | None] | None]:
     """`inception_score` of the pictures and, with references, `fid`; all resized to `size_px` first, as BK-SDM does (256).
 
     The score's interval is its standard deviation over ten splits; the package gives none for FID.
@@ -56,5 +56,5 @@ def fidelity(
     fid = found.get("frechet_inception_distance")
     return {
         "inception_score": {"value": score, "low": score - spread, "high": score + spread},
-        "fid": None if fid is None else {"value": fid, "low": fid, "high": fid},
+        "fid": None if fid is None else {"value": fid, "low": None, "high": None},
     }

@@ -254,13 +254,13 @@ class _Run:
         """Go back to the last state and past the draws that led here, or stop with what the user can do."""
         self.optimiser.zero_grad(set_to_none=True)
         key = f"trainer.{self.phase}"
-        kept = f"the state of step {self.kept} is kept" if self.state.exists() else "nothing was saved"
+        kept = f"the state of step {self.kept} is kept" if self.has_state else "nothing was saved"
         calmer = f"Lower {key}.learning_rate or raise {key}.warmup_steps, and train into a new output folder"
         if self.settings.on_spike == "stop":
             raise StageError(
                 f"{spike}; {kept}", where=str(self.folder), remedy=f"{calmer}; or set {key}.on_spike to rollback"
             )
-        if self.rollbacks >= MAX_ROLLBACKS or not self.state.exists():
+        if self.rollbacks >= MAX_ROLLBACKS or not self.has_state:
             raise StageError(
                 f"{spike}, after {self.rollbacks} rollbacks; {kept}", where=str(self.folder), remedy=calmer
             )
@@ -279,6 +279,9 @@ class _Run:
         found = load_state(
             self.state, self.accelerator.unwrap_model(self.model), self.average.model, self.optimiser, self.identity
         )
+        # Asked of the disk now, while nobody writes, and never again: a state may be on its way there, and workers that disagreed about
+        # that would wait for each other for ever.
+        self.has_state = self.state.exists()
         self.step, more = found.step, found.more
         self.skipped, self.rollbacks = int(more.get("skipped", 0)), int(more.get("rollbacks", 0))
         self.watch = LossWatch(self.settings.spike_factor, more.get("losses", []))
@@ -297,7 +300,7 @@ class _Run:
         if self.empty is not None:  # a state is gathered by all, so the main process's clock is everyone's
             told = torch.tensor(float(due and self.accelerator.is_main_process), device=self.accelerator.device)
             due = float(self.accelerator.reduce(told)) > 0  # pyright: ignore[reportArgumentType]
-        base = self.settings.on_spike == "rollback" and not self.state.exists()
+        base = self.settings.on_spike == "rollback" and not self.has_state
         if base or (due and self.kept < self.step < self.settings.steps):
             self._save()
 
@@ -317,7 +320,7 @@ class _Run:
             state = state_of(self.step, model, self.average.model, self.optimiser, self.identity, more)
             if main:
                 self.writing.run(lambda: save_state(self.state, state))
-        self.kept, self.saved_at = self.step, time.monotonic()
+        self.kept, self.saved_at, self.has_state = self.step, time.monotonic(), True
 
     def _note(self, loss: float) -> None:
         if self.log:

@@ -118,11 +118,11 @@ def training_identity(
         told["validation"]["prompts"] = looks.prompts or recipe.grid_prompts
     facts = {"seed": seed, "trainer": told, "data": {str(i): fact for i, fact in enumerate(data, 1)}}
     # A limit decided no weight then either.
-    tree = recipe.model_dump(mode="json") | {"max_corrupt_share": _defaults(recipe, "")["max_corrupt_share"]}
+    tree = recipe.model_dump(mode="json") | {"max_corrupt_share": defaults_of(recipe, "")["max_corrupt_share"]}
     older = {
-        hashlib.sha256(f"{one} {digest}".encode()).hexdigest() for one in _older_digests(tree, _defaults(recipe, ""))
+        hashlib.sha256(f"{one} {digest}".encode()).hexdigest() for one in _older_digests(tree, defaults_of(recipe, ""))
     }
-    return Identity(facts, _defaults(recipe, "trainer."), frozenset(older))
+    return Identity(facts, defaults_of(recipe, "trainer."), frozenset(older))
 
 
 def decoder_identity(recipe: DecoderRecipe, files_digest: str) -> Identity:
@@ -130,28 +130,25 @@ def decoder_identity(recipe: DecoderRecipe, files_digest: str) -> Identity:
     tree = recipe.model_dump(mode="json")
     told = {name: value for name, value in tree.items() if name not in ("model", "data", "threads")}
     told["fit"] = {name: value for name, value in tree["fit"].items() if name not in _OF_PHASE}
-    older = {f"{one}{files_digest}" for one in _older_digests(tree, {})}
-    return Identity({**told, "latents": files_digest}, _defaults(recipe, ""), frozenset(older))
+    older = {f"{one}{files_digest}" for one in _older_digests(tree, defaults_of(recipe, ""))}
+    return Identity({**told, "latents": files_digest}, defaults_of(recipe, ""), frozenset(older))
 
 
-def _defaults(settings: Settings, above: str) -> dict[str, Any]:
+def defaults_of(settings: Settings, above: str) -> dict[str, Any]:
     """Dotted key to default, as JSON, of all that is set; keys that must be given have none."""
     found: dict[str, Any] = {}
     for name, info in type(settings).model_fields.items():
         if not info.is_required():
             found[f"{above}{name}"] = to_jsonable_python(info.get_default(call_default_factory=True))
         if isinstance(value := getattr(settings, name), Settings):
-            found |= _defaults(value, f"{above}{name}.")
+            found |= defaults_of(value, f"{above}{name}.")
     return found
 
 
 def _older_digests(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
     """Digests of the whole recipe by the versions that kept those: without the keys that each did not have yet, if they are at their defaults."""
     tree = json.loads(json.dumps(tree))
-    for key in LATER:
-        _take(tree, key)
-    yield _digest(tree)
-    for keys in _CAME:
+    for keys in (LATER, *_CAME):
         if any(_take(tree, key) not in (defaults.get(key), _ABSENT) for key in keys):
             return
         yield _digest(tree)

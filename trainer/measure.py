@@ -41,7 +41,7 @@ METRICS = {
     "cmmd": "CMMD ↓",
     "fid_judge": "FID of judge ↓",
     "fid": "FID ↓",
-    "inception_score": "IS ↑",
+    "inception_score": "IS ↑ (± sd)",
 }
 _WITHOUT_ATTRIBUTES = "no prompt says an attribute that the data set records; give --data, or set attribute_words"
 Tick = Callable[[str, int, int], object]
@@ -81,9 +81,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
         )
     among = min(recipe.among, len(questions.prompts))
     clip = Clip(OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained))
-    judge = Judge(
-        clip, fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained, folder
-    )
+    judge = Judge(clip, _judge_digest(recipe), folder)
     texts = clip.texts(questions.prompts)
     real = (
         judge.embed("references: judging", questions.references, questions.key, tick) if questions.references else None
@@ -112,7 +110,8 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
         "among": among,
         "references": len(questions.references),
         "judge": judge.digest,
-        "interval": "95%, bootstrap over pictures",
+        "interval": "95%, bootstrap over pictures"
+        + ("; of inception_score one standard deviation over ten splits; fid has none" if recipe.fidelity else ""),
         "absent": _absent(recipe, questions) | ({} if asked else {"attributes": _WITHOUT_ATTRIBUTES}),
         "rows": rows,
     }
@@ -255,11 +254,19 @@ def table(report: dict[str, Any]) -> Table:
     return shown
 
 
-def _cell(found: dict[str, float] | None) -> str:
+def _cell(found: dict[str, float | None] | None) -> str:
     if not found:
         return ""
-    half = (found["high"] - found["low"]) / 2
-    return f"{found['value']:.3f} ± {half:.3f}"
+    if found["low"] is None or found["high"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"
+
+
+def _judge_digest(recipe: EvaluateRecipe) -> str:
+    """What makes a judge this judge. A weight tag alone would not: `openai` is the tag of many models, and embeddings are kept by this."""
+    if recipe.judge_pretrained is None:
+        return fingerprint(recipe.judge)
+    return f"{recipe.judge} {recipe.judge_pretrained}"
 
 
 def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:

@@ -47,21 +47,11 @@ def recall_hits(picture_embeddings: np.ndarray, text_embeddings: np.ndarray, amo
     return hits
 
 
-def recall_at_1(picture_embeddings: np.ndarray, text_embeddings: np.ndarray, among: int = 256) -> float:
-    """Share of pictures (N x D) whose own text (N x D) is the nearest of `among` texts; chance is 1 / among."""
-    return float(recall_hits(picture_embeddings, text_embeddings, among).mean())
-
-
 def clip_scores(picture_embeddings: np.ndarray, text_embeddings: np.ndarray) -> np.ndarray:
     """N cosines of pictures (N x D) and their own texts (N x D), unscaled: as a paper's 0.28, not 28."""
     pictures, texts = _unit(picture_embeddings), _unit(text_embeddings)
     _refuse_unpaired(pictures, texts)
     return (pictures * texts).sum(axis=1)
-
-
-def clip_score(picture_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
-    """Mean cosine of pictures and their own texts, unscaled."""
-    return float(clip_scores(picture_embeddings, text_embeddings).mean())
 
 
 def cmmd(made: np.ndarray, real: np.ndarray) -> float:

@@ -13,7 +13,15 @@ import trainer.fit as fit
 import trainer.loop as loop
 from cluster.errors import CorruptShard, LedgerConflict
 from trainer.decoder import _refuse_another
-from trainer.identity import _CAME, IDLE, _digest, _older_digests, decoder_identity, training_identity
+from trainer.identity import (
+    _CAME,
+    IDLE,
+    _digest,
+    _older_digests,
+    decoder_identity,
+    defaults_of,
+    training_identity,
+)
 from trainer.recipe import AdaptRecipe, DecoderRecipe, DistillRecipe, TrainerRecipe
 
 PHASE = {"batch_images": 4, "learning_rate": 1e-3, "steps": 4, "checkpoint_s": 1e-9}
@@ -86,9 +94,11 @@ def test_a_key_that_came_since_counts_only_off_its_default() -> None:
     assert identity("distill").changes(then) == ["trainer.gone: then 3, now no such key"]
 
 
-def test_digests_of_older_versions() -> None:
+def test_digests_of_older_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinned: these digests lie in checkpoints. A key that came since must stand in `LATER`, and no change may move them."""
-    one, other = (list(_older_digests(r.model_dump(mode="json"), {})) for r in (recipe(), DecoderRecipe(data="d")))
+    one, other = (
+        list(_older_digests(r.model_dump(mode="json"), defaults_of(r, ""))) for r in (recipe(), DecoderRecipe(data="d"))
+    )
     assert one[0].startswith(TRAINER_DIGEST), "list the new key in trainer.identity.LATER"
     assert other[0].startswith(DECODER_DIGEST), "list the new key in trainer.identity.LATER"
     whole = identity().older
@@ -97,10 +107,19 @@ def test_digests_of_older_versions() -> None:
     identity().refuse_another(hashlib.sha256(f"{one[0]} d".encode()).hexdigest(), Path("state.pt"))
     with pytest.raises(CorruptShard, match="an older version wrote it"):
         identity().refuse_another("ffff", Path("state.pt"))
+    with monkeypatch.context() as patch:  # a key that came since, and its default's digests as if it were not there
+        patch.setattr("trainer.identity.LATER", ("loaders",))
+        assert before_loaders() in identity().older and not identity(loaders=0).older
     tree = recipe().model_dump(mode="json")
     del tree["own_view"], tree["loaders"]
     before = hashlib.sha256(f"{_digest(tree)} d".encode()).hexdigest()
     assert before in whole and before not in identity(loaders=0).older
+
+
+def before_loaders() -> str:
+    tree = recipe().model_dump(mode="json")
+    del tree["loaders"]
+    return hashlib.sha256(f"{_digest(tree)} d".encode()).hexdigest()
 
 
 TRAINER_DIGEST, DECODER_DIGEST = "3a42be1f49850233", "465ee9d01c402d4e"

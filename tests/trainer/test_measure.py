@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 import trainer.measure as measure_module
 from cluster.errors import RecipeError, TargetUnavailable
+from factory.models.clip import Clip
+from factory.recipe import OpenClipScorer
 from trainer.cli import app
 from trainer.measure import evaluate, measure, read_questions, table
 from trainer.models import open_pipeline
@@ -174,6 +177,29 @@ def test_fidelity_gets_both_sets_at_the_published_size(tiny_models, student, dat
     report = evaluate(recipe(tiny_models, data, student, fidelity=True, fidelity_px=64, steps=[1]), tmp_path)
     row = report["rows"][-1]
     assert row["fid"]["value"] == 7.0 and row["inception_score"]["low"] == 2.5
+    # The package gives no interval for FID, and "± 0.000" would be one.
+    assert row["fid"]["low"] is row["fid"]["high"] is None and "fid has none" in report["interval"]
+    shown = table(report)
+    cells = {str(column.header): list(column.cells)[-1] for column in shown.columns}
+    assert cells["FID ↓"] == "7.000" and cells["IS ↑ (± sd)"] == "3.000 ± 0.500"
+
+
+def test_embeddings_of_one_judge_are_not_taken_for_anothers(tiny_models, student, data, tmp_path, monkeypatch) -> None:
+    """Many models share a weight tag such as `openai`."""
+
+    def opened(scorer: OpenClipScorer) -> Any:
+        clip = Clip(OpenClipScorer(model=str(tiny_models / "clip")))
+        turn = -1.0 if scorer.model == "ViT-B-16" else 1.0
+        return types.SimpleNamespace(batch=4, texts=clip.texts, pictures=lambda p: turn * clip.pictures(p))
+
+    monkeypatch.setattr(measure_module, "Clip", opened)
+    scores = {
+        judge: evaluate(
+            recipe(tiny_models, data, student, judge=judge, judge_pretrained="openai", steps=[1]), tmp_path
+        )["rows"][-1]["clip_score"]["value"]
+        for judge in ("ViT-B-32", "ViT-B-16")
+    }
+    assert scores["ViT-B-16"] == pytest.approx(-scores["ViT-B-32"]) and scores["ViT-B-32"] != 0
 
 
 def test_one_prompt_beside_reference_pictures_is_refused_in_words(tiny_models, student, data, tmp_path) -> None:

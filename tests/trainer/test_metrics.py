@@ -9,13 +9,12 @@ from scipy.linalg import sqrtm
 import trainer.metrics as metrics
 from trainer.metrics import (
     bootstrap,
-    clip_score,
+    clip_scores,
     cmmd,
     cmmd_interval,
     frechet_distance,
     frechet_interval,
     mean_interval,
-    recall_at_1,
     recall_hits,
 )
 
@@ -27,10 +26,10 @@ def rng() -> np.random.Generator:
 
 def test_recall_of_perfect_wrong_and_dumb_encoders(rng) -> None:
     texts = np.eye(8)
-    assert recall_at_1(texts * 3, texts, 8) == 1.0
-    assert recall_at_1(np.roll(texts, 1, axis=0), texts, 8) == 0.0
-    assert recall_at_1(np.ones((8, 8)), texts, 8) == pytest.approx(1 / 8)
-    chance = recall_at_1(rng.normal(size=(2048, 32)), rng.normal(size=(2048, 32)), 16)
+    assert recall_hits(texts * 3, texts, 8).mean() == 1.0
+    assert recall_hits(np.roll(texts, 1, axis=0), texts, 8).mean() == 0.0
+    assert recall_hits(np.ones((8, 8)), texts, 8).mean() == pytest.approx(1 / 8)
+    chance = recall_hits(rng.normal(size=(2048, 32)), rng.normal(size=(2048, 32)), 16).mean()
     assert chance == pytest.approx(1 / 16, abs=0.025)
 
 
@@ -49,9 +48,9 @@ def test_recall_does_not_depend_on_how_many_rows_are_held(monkeypatch, rng) -> N
     assert recall_hits(pictures, texts, 20).tolist() == whole.tolist()
 
 
-def test_clip_score_is_the_mean_cosine() -> None:
+def test_clip_scores_are_cosines() -> None:
     pictures, texts = np.array([[2.0, 0.0], [3.0, 3.0]]), np.array([[5.0, 0.0], [0.0, 1.0]])
-    assert clip_score(pictures, texts) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert clip_scores(pictures, texts).tolist() == pytest.approx([1, math.sqrt(0.5)])
 
 
 def test_cmmd_of_two_points_and_against_plain_loops(monkeypatch, rng) -> None:
@@ -120,9 +119,9 @@ def test_the_quick_bootstrap_of_cmmd_is_the_plain_one(rng) -> None:
 @pytest.mark.parametrize(
     ("call", "word"),
     [
-        (lambda: recall_at_1(np.eye(4), np.eye(4), 5), "at least as many pairs"),
-        (lambda: recall_at_1(np.eye(4), np.eye(5), 2), "not pairs"),
-        (lambda: clip_score(np.zeros((2, 2)), np.eye(2)), "no direction"),
+        (lambda: recall_hits(np.eye(4), np.eye(4), 5), "at least as many pairs"),
+        (lambda: recall_hits(np.eye(4), np.eye(5), 2), "not pairs"),
+        (lambda: clip_scores(np.zeros((2, 2)), np.eye(2)), "no direction"),
         (lambda: cmmd(np.full((2, 2), np.nan), np.eye(2)), "not a number"),
         (lambda: cmmd(np.eye(2), np.eye(3)), "one width"),
         (lambda: frechet_distance(np.eye(2)[:1], np.eye(2)), "at least two"),
