@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,8 @@ class Work:
     """Whose decoder draws, where it is not the student's own."""
     keep: Sequence[str]
     student: Path
+    made_with: dict[str, Any]
+    """The student, prompts and recipe that a finished bundle is held to."""
 
 
 def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
@@ -71,7 +72,7 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         name, precisions = mix.name + variant, mix.graphs()
         names = _lower(target, precisions, place, work, variant)
         if plan is not None and variant == TILED:
-            check_tiles(place / names["unet"], plan)
+            check_tiles(target.readable(place / names["unet"]), plan)
         facts = builds[name] = {
             "graphs": names,
             "precisions": precisions,
@@ -91,10 +92,11 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         if precisions["unet"] != "fp32" and not variant:
             facts["parity"]["block_snr_db"] = _blocks(target, place / names["unet"], work, blocks)
         ms = parity.latency_ms(build, work.tokens[0], arrays_of(work.graphs), recipe.latency_runs)
-        kind = f"{target.times_kind(precisions)}_ms"
-        facts[kind] = ms
+        kind = target.times_kind(precisions)
+        facts[f"{kind}_ms"] = ms
         if plan is not None and variant == TILED:
-            facts["tiling"] = tiling_facts(plan, ms["unet"], builds[mix.name][kind]["unet"], work.compiled)
+            untiled = builds[mix.name][f"{kind}_ms"]["unet"]
+            facts["tiling"] = tiling_facts(plan, kind, ms["unet"], untiled, work.compiled)
         sheet.append(pictures)
     _describe(target, place, work, builds, sheet, blocks)
 
@@ -196,7 +198,7 @@ def _describe(
         "target": target.name,
         **({} if target.device in ("", "CPU") else {"device": target.device}),
         "runtime": target.runtime(),
-        "measured_on": f"{platform.machine()} {target.where()}, {recipe.threads} threads",
+        "measured_on": target.hardware(recipe.threads),
         "steps": recipe.steps,
         "latent_shape": list(work.reference.shape),
         "scheduler": work.reference.scheduler,
@@ -204,6 +206,7 @@ def _describe(
         "tokenizer": {"length": tokenizer.model_max_length, "pad": tokenizer.pad_token_id},
         "prompts": list(work.prompts),
         "student": provenance(work.student, recipe.sources),
+        "made_with": work.made_with,
         "keep": list(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict
 from cluster.storage import publish_folder, sweep_dead
 from export import parity
 from export.build import Work, arrays_of, build_target, prove_tiles
@@ -25,12 +25,13 @@ from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
-from export.student import open_student
+from export.student import check_parts, open_student
 from export.targets.judge import compile_plan
 from export.targets.registry import find_target, target_of
 from export.tiled_build import lower_tiled, plan_unet
 from export.vae import open_decoder, vae_facts
 from factory.models import fingerprint
+from trainer.identity import Identity, defaults_of
 
 Progress = Callable[[str], None]
 LOWERED = ".graphs"
@@ -40,9 +41,16 @@ LOWERED = ".graphs"
 def export_student(
     student: Path, prompts: Sequence[str], recipe: ExportRecipe, folder: Path, progress: Progress = lambda what: None
 ) -> None:
-    """Write `folder/TARGET` for every target of the recipe; a target with a bundle.json is finished and left alone."""
+    """Write `folder/TARGET` for every target of the recipe; a target with a bundle.json is finished and left alone.
+
+    Raises LedgerConflict for a finished one of another student or recipe.
+    """
     for name in get_args(Target):  # a killed export may have had more targets
         sweep_dead(folder / name)
+    check_parts(student)
+    made_with = identity_of(student, prompts, recipe)
+    for name in recipe.targets:
+        _refuse_another(folder / name, made_with)
     todo: list[Target] = [target for target in recipe.targets if not (folder / target / BUNDLE).exists()]
     if not todo:
         return
@@ -106,12 +114,34 @@ def export_student(
         vae=vae,
         keep=keep,
         student=student,
+        made_with=made_with.facts,
     )
     for name in todo:
         progress(f"building {name}")
         target = find_target(name, recipe.openvino_device)
         publish_folder(folder / name, lambda place, target=target: build_target(target, place, work))
     shutil.rmtree(folder / LOWERED)
+
+
+def identity_of(student: Path, prompts: Sequence[str], recipe: ExportRecipe) -> Identity:
+    """What makes a bundle this one's: the student, the prompts, and the recipe but for which targets there are and how they are timed."""
+    told = recipe.model_dump(mode="json", exclude={"targets", "threads", "latency_runs", "pages", "sources"})
+    words = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    facts = {"student": fingerprint(str(student)), "prompts": words, "export": told}
+    return Identity(facts, defaults_of(recipe, "export."))
+
+
+def _refuse_another(place: Path, wanted: Identity) -> None:
+    """A finished bundle must not be taken for one that was asked for and never built."""
+    if not (place / BUNDLE).exists():
+        return
+    then = read_bundle(place).get("made_with")  # bundles of older versions do not say
+    if then is not None and (found := wanted.changes(then)):
+        raise LedgerConflict(
+            f"holds a bundle of another student or recipe: {'; '.join(found)}",
+            where=str(place),
+            remedy="Choose another --out folder, or delete that one to build it anew",
+        )
 
 
 def _mark_of(student: Path, recipe: ExportRecipe) -> str:

@@ -55,7 +55,7 @@ def write_card(place: Path, facts: dict[str, Any]) -> None:
 def _text(facts: dict[str, Any]) -> str:
     side = facts["latent_shape"][-1]
     first = next(iter(facts["builds"]))
-    library = find_target(facts["target"]).library
+    target = find_target(facts["target"])
     parts = [
         f"# {facts['student']['name']} for {facts['target']}",
         "",
@@ -69,7 +69,7 @@ def _text(facts: dict[str, Any]) -> str:
         "",
         "## Run it",
         "",
-        f"    pip install numpy {library} tokenizers",
+        f"    pip install {' '.join(('numpy', target.library, *target.sample_needs, 'tokenizers'))}",
         f'    python sample.py "{facts["prompts"][0]}" --seed 3 --build {first} --out picture.png',
         "",
         "`sha256sum -c SHA256SUMS` finds a damaged file; `edgefusion export verify .` repeats the whole proof.",
@@ -90,8 +90,8 @@ def _text(facts: dict[str, Any]) -> str:
         "",
         "## Figures",
         "",
-        f"Against PyTorch in float32 on {len(facts['prompts'])} prompts; times on {facts['measured_on']} with {facts['runtime']}. Measured: what this CPU needs. "
-        "Emulated: the CPU plays a chip's arithmetic, so that pictures are true and times say nothing of the chip. No phone or NPU was at hand.",
+        f"Against PyTorch in float32 on {len(facts['prompts'])} prompts; times on {facts['measured_on']} with {facts['runtime']}. Measured: what that machine needs. "
+        "Emulated: a CPU plays a chip's arithmetic, so that pictures are true and times say nothing of the chip. No phone or NPU was at hand.",
         "",
         "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms | kind of time |",
         "|---|---|---|---|---|---|---|",

@@ -58,9 +58,10 @@ def student(
 
     recipe = load_recipe(ExportRecipe, None, [*as_overrides({"vae": vae}), *(overrides or [])])
     quiet()
+    there = [target for target in recipe.targets if (out / target / "bundle.json").exists()]
     export_student(Path(resolve(model)), read_prompts(prompts), recipe, out, typer.echo)
     for target in recipe.targets:
-        typer.echo(f"built {out / target}")
+        typer.echo(f"{out / target} is there already" if target in there else f"built {out / target}")
 
 
 @app.command()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,13 +85,6 @@ class TiledDecoder(nn.Module):
         self._noting = False
         return self._tiles(x, self._later, x.shape[-1] // latent.shape[-1])
 
-    def with_own_statistics(self, latent: torch.Tensor) -> torch.Tensor:
-        """As `forward`, but every tile normalised by itself: to compare with."""
-        x, self._noting = self._early(latent), True
-        drawn = self._tiles(x, self._later, x.shape[-1] // latent.shape[-1])
-        self._noting = False
-        return drawn
-
     def _early(self, latent: torch.Tensor) -> torch.Tensor:
         x = self.decoder.mid_block(self.decoder.conv_in(latent), None)
         *blocks, before, _ = self.decoder.up_blocks
@@ -151,18 +143,3 @@ def joined(parts: Sequence[torch.Tensor], begins: Sequence[int], tile: int, fact
         else:
             kept.append(part.narrow(axis, start, end - start))
     return torch.cat(kept, dim=axis)
-
-
-def seam_ratio(whole: torch.Tensor, tiled: torch.Tensor, tile: int, overlap: int, factor: int) -> float:
-    """How much larger the error's steps from pixel to pixel are where tiles meet than elsewhere; 1: nothing marks the seams."""
-    found: list[float] = []
-    for axis in (-1, -2):
-        side = whole.shape[axis] // factor
-        steps = (tiled - whole).diff(dim=axis).abs().transpose(axis, -1).flatten(0, -2).mean(dim=0)
-        begins = starts(side, tile, overlap)
-        near = torch.zeros(len(steps), dtype=torch.bool)
-        for before, after in pairwise(begins):
-            near[after * factor - 1 : (before + tile) * factor] = True
-        if near.any() and not near.all() and float(steps[~near].mean()) > 0:
-            found.append(float(steps[near].mean() / steps[~near].mean()))
-    return max(found, default=1.0)

@@ -16,14 +16,19 @@ from export.runtime import GRAPHS, Build, Call
 from export.ssim import ssim
 
 _CEILING_DB = 200.0
-"""Stands for `equal`: decibels of no difference are infinite, which JSON cannot hold."""
+"""Stands for `equal`: decibels of no difference are infinite, which JSON cannot hold. Its negative stands for what is not a number."""
 
 
 def snr_db(wanted: np.ndarray, got: np.ndarray) -> float:
-    """10 log10 of signal over error power."""
+    """10 log10 of signal over error power; -200 of what is not a number, 200 of what is equal."""
     error = float(np.square(wanted.astype(np.float64) - got).sum())
     signal = float(np.square(wanted.astype(np.float64)).sum())
-    return round(min(_CEILING_DB, 10 * np.log10(signal / error)) if error > 0 else _CEILING_DB, 2)
+    if error == 0:
+        return _CEILING_DB
+    # The error of what is not a number is none either, and compares as neither more nor less than anything.
+    if not np.isfinite(error) or signal == 0:
+        return -_CEILING_DB
+    return round(float(np.clip(10 * np.log10(signal / error), -_CEILING_DB, _CEILING_DB)), 2)
 
 
 def psnr_db(wanted: np.ndarray, got: np.ndarray) -> float:
@@ -83,6 +88,9 @@ def failures(
         found.append("a picture is blank")
     least = {"fp32": gates.fp32_snr_db, "fp16": gates.half_snr_db, "bf16": gates.half_snr_db}
     for name, db in parity["graph_snr_db"].items():
+        if db <= -_CEILING_DB:
+            found.append(f"{name}: gives what is not a number, or anything but zero where PyTorch gives zero")
+            continue
         if precisions[name] in least and not db >= least[precisions[name]]:
             found.append(f"{name}: SNR {db} dB is under {least[precisions[name]]}")
     if set(precisions.values()) != {"fp32"} and not parity["psnr_db"] >= gates.quantised_psnr_db:

@@ -10,6 +10,7 @@ from cluster.errors import EdgeFusionError, StageError
 from export.recipe import ExportRecipe
 from trainer.guidance import fix_guidance, takes_guidance
 from trainer.models import open_pipeline
+from trainer.sample import is_few_step
 
 _PARTS = {
     "tokenizer": ("tokenizer_config.json",),
@@ -34,6 +35,7 @@ def open_student(folder: Path, recipe: ExportRecipe) -> Any:
             where=str(folder),
             remedy="Save the student again; --debug shows the library's report",
         ) from error
+    check_scheduler(pipeline, folder)
     if takes_guidance(pipeline.unet):
         if recipe.guidance_scale is None:
             raise EdgeFusionError(
@@ -70,6 +72,26 @@ def check_parts(folder: Path, allow_pickle: bool) -> None:
         raise StageError(
             "is no JSON", where=str(folder / "model_index.json"), remedy="Save the student again"
         ) from error
+
+
+def check_scheduler(pipeline: Any, folder: Path) -> None:
+    """Raises StageError for a scheduler whose steps are not those of `runtime.Build`: parity would compare a build with the same wrong steps."""
+    scheduler = pipeline.scheduler
+    refused = {
+        f"a {type(scheduler).__name__}, and builds draw in the few steps of LCM's or TCD's": not is_few_step(pipeline),
+        f"for {scheduler.config.get('prediction_type')}, not epsilon or v_prediction": scheduler.config.get(
+            "prediction_type"
+        )
+        not in ("epsilon", "v_prediction"),
+        # clip_sample is switched off by diffusers' own pipeline.
+        "told to clip what it predicts (thresholding), which a build does not": scheduler.config.get("thresholding"),
+    }
+    if found := [what for what, holds in refused.items() if holds]:
+        raise StageError(
+            f"the student's scheduler is {found[0]}",
+            where=str(folder / "scheduler"),
+            remedy="Give a few-step student, such as OUT/student of a run with trainer.distill.steps, or zoo:student-fewstep",
+        )
 
 
 def _has(place: Path, name: str) -> bool:

@@ -35,15 +35,17 @@ def lower_tiled(graph: Graph, plan: Plan, folder: Path) -> None:
 
 
 def tiling_facts(
-    plan: Plan, unet_ms: float, untiled_unet_ms: float, compiled: dict[str, Any] | None = None
+    plan: Plan, kind: str, unet_ms: float, untiled_unet_ms: float, compiled: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """For bundle.json. Four kinds of number, never mixed: what is null was not obtained."""
+    """For bundle.json. Four kinds of number, never mixed: what is null was not obtained. `kind` of the times: measured or emulated."""
     facts = plan.facts()
+    times = {"where": "this CPU, not the NPU", "unet_ms": unet_ms, "untiled_unet_ms": untiled_unet_ms}
     return {
         "profile": facts["profile"],
         "plan": [{k: v for k, v in row.items() if k != "predicted"} for row in facts["blocks"]],
         "predicted": {row["name"]: row["predicted"] for row in facts["blocks"]},
         "compiler_estimated": compiled,
         "emulated": None,
-        "measured": {"where": "this CPU, not the NPU", "unet_ms": unet_ms, "untiled_unet_ms": untiled_unet_ms},
+        "measured": None,
+        kind: times,
     }

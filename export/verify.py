@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -76,9 +75,7 @@ def verify_bundle(
     target = target_of(facts)
     target.require()
     check_open(target, folder)
-    found["measured_on"] = (
-        f"{platform.machine()} {target.where()}, {threads} thread{'s' * (threads > 1)}, {target.runtime()}"
-    )
+    found["measured_on"] = f"{target.hardware(threads)}, {target.runtime()}"
     found["busy"] = _busy()
     found["built_with"] = facts["runtime"]
     reference = read_reference(folder)

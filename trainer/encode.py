@@ -61,12 +61,7 @@ def encode(
         stale.unlink()
     stream.close()
     bindings = {shard: _binding(encoders, sha256, recipe.dtype) for shard, sha256 in shards.items()}
-    todo = [
-        shard
-        for shard in shards
-        if _bound_to(file_of(folder, shard)) != bindings[shard]
-        or (shard in sound and digest_file(file_of(folder, shard)) != sound[shard])
-    ]
+    todo = [shard for shard in shards if not _is_sound(file_of(folder, shard), bindings[shard], sound.get(shard))]
     done = len(shards) - len(todo)
     tick(done, len(shards))
     # No Ray object may hold the recipe's path relative to another folder: it is absolute from here on.
@@ -147,17 +142,32 @@ class _Encode:
                 raise StageError(
                     f"{name} of {shard} hold what is no number in {self.recipe.dtype}", remedy="Use dtype float32"
                 )
-        publish_bytes(file_of(self.folder, shard), save(tensors, {"binding": binding}))
+        # Both under one key: of several safetensors takes another order each time, and the bytes would differ.
+        publish_bytes(file_of(self.folder, shard), save(tensors, {"binding": f"{binding} {_digest_of(tensors)}"}))
 
 
 def _binding(encoders: str, shard_sha256: str, dtype: str) -> str:
     return hashlib.sha256(json.dumps([encoders, shard_sha256, dtype]).encode()).hexdigest()
 
 
-def _bound_to(path: Path) -> str | None:
-    """The binding in a file's header; None if there is no whole header."""
+def _is_sound(path: Path, binding: str, sha256: str | None) -> bool:
+    """Whether a file is there, bound to `binding`, and as it was written: by the index's digest, or by its own where no index was written."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("binding")
+            bound, _, own = (file.metadata() or {}).get("binding", "").partition(" ")
+            if bound != binding:
+                return False
+            if sha256 is not None:
+                return digest_file(path) == sha256
+            return own == _digest_of({name: file.get_tensor(name) for name in ("latents", "text")})
     except (OSError, SafetensorError):
-        return None
+        return False
+
+
+def _digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, types, shapes and numbers; it lies in the file itself, so that no kill comes between the two."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

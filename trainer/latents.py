@@ -16,6 +16,8 @@ class Encoder:
     """The frozen VAE and text encoder of a pipeline, on the device from their first use on.
 
     What a data set brings encoded is taken as it is. With `cache`, each other sample is encoded once and then kept in memory.
+    Float sums depend on the size of a batch, so batches are filled up: what is in memory already must not change what the rest becomes,
+    or a resumed training, which has nothing in memory, would not be the undisturbed one.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Encoder:
         }
         fresh: dict[bytes, torch.Tensor] = {}
         if todo:
-            pixels = np.stack([e.pixels(self.size_px)[:, :: -1 if m else 1] for e, m in todo.values()])
+            live = sum(not e.encoded for e in examples)
+            pixels = np.stack(_filled([e.pixels(self.size_px)[:, :: -1 if m else 1] for e, m in todo.values()], live))
             pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
             vae = self.pipeline.vae.to(self.device)
-            fresh = dict(zip(todo, encode_scaled(vae, pictures.to(self.device, vae.dtype)).float(), strict=True))
+            fresh = dict(zip(todo, encode_scaled(vae, pictures.to(self.device, vae.dtype)).float(), strict=False))
         if self.cache:
             self._latents |= fresh
         return torch.stack(
@@ -81,18 +84,27 @@ class Encoder:
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> torch.Tensor:
         """B T D text states."""
-        todo = sorted({p for p in prompts if p not in self._texts})
+        if "" in prompts and "" not in self._texts:
+            self._texts[""] = self._states([""])[0]  # it comes at every step, so it is kept, and made by itself
+        todo = sorted({p for p in prompts if p and p not in self._texts})
         fresh: dict[str, torch.Tensor] = {}
         if todo:
-            tokenizer = self.pipeline.tokenizer
-            tokens = tokenizer(
-                todo, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-            )
-            states = self.pipeline.text_encoder.to(self.device)(tokens["input_ids"].to(self.device))[0].float()
-            fresh = dict(zip(todo, states, strict=True))
-        # The empty prompt comes at every step.
-        self._texts |= fresh if self.cache else {p: state for p, state in fresh.items() if not p}
+            fresh = dict(zip(todo, self._states(_filled(todo, len(prompts))), strict=False))
+        if self.cache:
+            self._texts |= fresh
         return torch.stack([fresh[p] if p in fresh else self._texts[p] for p in prompts])
+
+    def _states(self, prompts: list[str]) -> torch.Tensor:
+        tokenizer = self.pipeline.tokenizer
+        tokens = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        )
+        return self.pipeline.text_encoder.to(self.device)(tokens["input_ids"].to(self.device))[0].float()
+
+
+def _filled(batch: list[Any], size: int) -> list[Any]:
+    """The batch and, up to `size`, its last one again."""
+    return batch + [batch[-1]] * (size - len(batch))
 
 
 def encode_scaled(vae: Any, pictures: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ number of workers trains on the same numbers and a resumed run repeats nothing a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         partner, lora = None, None
+        hooks = contextlib.ExitStack()
         if isinstance(settings, AdaptRecipe):
-            loss_at: LossAt = _adapt_loss(settings, recipe, teacher, student, encoder, stream, schedule, seed)
+            loss_at: LossAt = _adapt_loss(settings, recipe, teacher, student, encoder, stream, schedule, seed, hooks)
         else:
             lora, opponent = settings.lora, None
             if lora:
@@ -104,19 +106,20 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
         looks = _looks(recipe, phase, settings, pipeline, stream, accelerator)
         sharded = recipe.sharding != "none"
         identity = training_identity(recipe, phase, seed, stream.identity())
-        average: Any = fit(
-            phase,
-            settings,
-            identity,
-            student,
-            loss_at,
-            folder / phase,
-            accelerator,
-            partner,
-            looks,
-            sharded,
-            recipe.checkpoints,
-        )
+        with hooks:
+            average: Any = fit(
+                phase,
+                settings,
+                identity,
+                student,
+                loss_at,
+                folder / phase,
+                accelerator,
+                partner,
+                looks,
+                sharded,
+                recipe.checkpoints,
+            )
         if accelerator.is_main_process:
             average.to(memory_format=torch.contiguous_format)
             if lora:
@@ -179,10 +182,14 @@ def _adapt_loss(
     stream: MixedStream,
     schedule: NoiseSchedule,
     seed: int,
+    hooks: contextlib.ExitStack,
 ) -> LossAt:
+    """`hooks` takes what must be closed when the phase ends: the teacher goes on to the next one, and would hold features for nobody."""
     assert recipe.student != "whole"  # the recipe sees to it that nothing is adapted then
     names = feature_names(len(teacher.config["block_out_channels"]), teacher.config["layers_per_block"], recipe.student)
     own, theirs = Features(student, names[0]), Features(teacher, names[1])
+    hooks.callback(own.close)
+    hooks.callback(theirs.close)
 
     def loss_at(model: UNet2DConditionModel, _average: Average, step: int, share: slice) -> torch.Tensor:
         draw = generator(seed, "adapt", step)

@@ -95,7 +95,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
     )
     judge = Judge(
         clip,
-        fingerprint(recipe.judge) if recipe.judge_pretrained is None else recipe.judge_pretrained,
+        _judge_digest(recipe),
         folder,
         recipe.judge_px,
     )
@@ -262,11 +262,19 @@ def table(report: dict[str, Any]) -> Table:
     return shown
 
 
-def _cell(found: dict[str, float] | None) -> str:
+def _cell(found: dict[str, float | None] | None) -> str:
     if not found:
         return ""
-    half = (found["high"] - found["low"]) / 2
-    return f"{found['value']:.3f} ± {half:.3f}"
+    if found["low"] is None or found["high"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"
+
+
+def _judge_digest(recipe: EvaluateRecipe) -> str:
+    """What makes a judge this judge. A weight tag alone would not: `openai` is the tag of many models, and embeddings are kept by this."""
+    if recipe.judge_pretrained is None:
+        return fingerprint(recipe.judge)
+    return f"{recipe.judge} {recipe.judge_pretrained}"
 
 
 def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:

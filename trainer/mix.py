@@ -8,9 +8,7 @@ cannot be read comes another of its data set, chosen by the draw number and the 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from factory.views import MAIN, view_folder
 from trainer.ahead import ReadAhead
 from trainer.options import OnCorrupt, Phase
 from trainer.recipe import TrainerRecipe
-from trainer.stream import CorruptSample, EndlessOrder, Example, ShardStream
+from trainer.stream import CorruptSample, Example, ShardStream
 
 CYCLE = 1024
 """Draws after which every data set had exactly its share; shares are rounded to 1 / 1,024."""
@@ -105,15 +103,16 @@ class MixedStream:
     ) -> None:
         """`encoders` and `on_corrupt` as in ShardStream; `key` is where a recipe says the weights. Raises CorruptShard for shards, members or encodings that are not what the
         manifest says, RecipeError for a share that vanishes."""
-        self.parts = [ShardStream(source.folder, seed, check, encoders, on_corrupt) for source in sources]
+        # The first keeps the order that it would have alone.
+        self.parts = [
+            ShardStream(source.folder, seed + 7919 * i, check, encoders, on_corrupt) for i, source in enumerate(sources)
+        ]
         sizes = [len(part) for part in self.parts]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         weights = [
             float(size) if source.weight is None else source.weight for source, size in zip(sources, sizes, strict=True)
         ]
         self.quotas = quotas(weights, [str(source.folder) for source in sources], key)
-        # The first keeps the order that it would have alone.
-        self._orders = [EndlessOrder(size, seed + 7919 * i) for i, size in enumerate(sizes)]
         self.seed = seed
         self._cycle: tuple[int, np.ndarray, np.ndarray] | None = None
         self.max_corrupt_share = max_corrupt_share
@@ -137,9 +136,10 @@ class MixedStream:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def batch_rows(self, step: int, batch: int) -> list[int]:
-        """Row numbers of the global batch at `step`."""
-        return [self._row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
+    def row_at(self, draw: int) -> int:
+        """Row number of a draw, from any thread; the global batch at a step is the draws `step * batch` to `(step + 1) * batch`."""
+        with self._lock:
+            return self._row_at(draw)
 
     def first_prompts(self, count: int) -> list[str]:
         """Of the first samples, as the manifests have them."""
@@ -168,8 +168,7 @@ class MixedStream:
 
         A picture is decoded at `size_px` before it is handed out for the first time.
         """
-        with self._lock:
-            row = self._row_at(draw)
+        row = self.row_at(draw)
         for attempt in range(1, _TRIES + 1):
             if row not in self.skipped and row not in self._new:
                 try:
@@ -224,11 +223,6 @@ class MixedStream:
         """What makes this mixture this mixture, a row a data set: its manifest, its encodings if they are read, its slots of a cycle."""
         return [part.identity() | {"slots": quota} for part, quota in zip(self.parts, self.quotas, strict=True)]
 
-    def digest(self) -> str:
-        """The same as one digest, by the rule that checkpoints of older versions hold."""
-        facts = [[part.digest(), quota] for part, quota in zip(self.parts, self.quotas, strict=True)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
     def facts(self) -> list[dict[str, Any]]:
         """A row a data set, for the log: folder, samples, share of the draws, whether encodings are read, and what was left out."""
         found: list[dict[str, Any]] = []
@@ -269,7 +263,7 @@ class MixedStream:
 
     def _row_at(self, draw: int) -> int:
         if len(self.parts) == 1:
-            return self._orders[0].row_at(draw)
+            return self.parts[0].row_at(draw)
         cycle, slot = divmod(draw, CYCLE)
         if self._cycle is None or self._cycle[0] != cycle:
             slots = np.repeat(np.arange(len(self.parts)), self.quotas)
@@ -282,7 +276,7 @@ class MixedStream:
             self._cycle = (cycle, slots, before)
         part = int(self._cycle[1][slot])
         turn = cycle * self.quotas[part] + int(self._cycle[2][slot])
-        return self.starts[part] + self._orders[part].row_at(turn)
+        return self.starts[part] + self.parts[part].row_at(turn)
 
 
 def quotas(weights: Sequence[float], names: Sequence[str], key: str = "trainer.more_data") -> list[int]:

@@ -164,9 +164,9 @@ class ShardStream:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch_rows(self, step: int, batch: int) -> list[int]:
-        """Row numbers of the global batch at `step`."""
-        return self._order.batch(step, batch)
+    def row_at(self, draw: int) -> int:
+        """Row number of a draw of its endless order."""
+        return self._order.row_at(draw)
 
     def read(self, row: int) -> Example:
         """From any thread; one at a time is at the files."""

@@ -21,7 +21,9 @@ class LossWatch:
         """What is wrong with `loss`, in words that follow "the loss of adapt at step 7", or None."""
         if not math.isfinite(loss):
             return f"is {loss}"
-        if len(self.losses) >= LEAST and loss > self.factor * (usual := statistics.median(self.losses)):
+        usual = statistics.median(self.losses) if len(self.losses) >= LEAST else 0.0
+        # An adversarial loss may be usual at zero and below, of which nothing is a multiple.
+        if usual > 0 and loss > self.factor * usual:
             return f"jumped to {loss:.4g} (median of the {len(self.losses)} before: {usual:.4g})"
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -48,16 +48,6 @@ class Reach:
     out: Named
 
 
-def weights_of(attention: Any) -> Weights:
-    """Of a diffusers Attention."""
-    out = attention.to_out[0]
-    query, key, value, joined = (
-        layer.weight.detach().float().numpy() for layer in (attention.to_q, attention.to_k, attention.to_v, out)
-    )
-    bias = np.zeros(len(joined), np.float32) if out.bias is None else out.bias.detach().float().numpy()
-    return Weights(query, key, value, joined, bias)
-
-
 def random_weights(block: Block, seed: int = 0) -> Weights:
     """Weights of a usual size for shapes whose real ones are not at hand: costs do not depend on them."""
     rng = np.random.default_rng(seed)
@@ -73,33 +63,6 @@ def random_weights(block: Block, seed: int = 0) -> Weights:
         draw(width, width),
         np.zeros(width, np.float32),
     )
-
-
-def attend(
-    block: Block, weights: Weights, hidden: np.ndarray, context: np.ndarray | None = None
-) -> tuple[np.ndarray, Reach]:
-    """The block in float32, hidden 1 T C and context 1 S C_key to 1 T C, and the reach of every activation on the way."""
-    seen = hidden if context is None else context
-    query, key, value = hidden @ weights.query.T, seen @ weights.key.T, seen @ weights.value.T
-    mixed, largest = np.empty_like(query), 0.0
-    for head in range(block.heads):
-        part = slice(head * block.head_width, (head + 1) * block.head_width)
-        scores = query[..., part] @ key[..., part].transpose(0, 2, 1) / math.sqrt(block.head_width)
-        largest = max(largest, float(np.abs(scores).max()))
-        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        mixed[..., part] = shares / shares.sum(axis=-1, keepdims=True) @ value[..., part]
-    out = mixed @ weights.out.T + weights.bias
-    reach = Reach(
-        hidden=_largest(hidden),
-        context=_largest(seen),
-        query=_largest(query) / math.sqrt(block.head_width),
-        key=_largest(key),
-        value=_largest(value),
-        scores=largest,
-        mixed=_largest(mixed),
-        out=_largest(out),
-    )
-    return out, reach
 
 
 def attend_heads(
@@ -184,7 +147,3 @@ def _row_maximum(ops: Ops, scores: Tensor) -> Tensor:
             parts = [ops.binary("MAXIMUM", a, b, scores.reach) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         scores = parts[0]
     return ops.reduce("REDUCE_MAX", scores, scores.reach)
-
-
-def _largest(x: np.ndarray) -> float:
-    return float(np.abs(x).max())

@@ -5,6 +5,7 @@ A target is one file with one subclass; `registry` finds it by its name in a rec
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -48,6 +49,8 @@ class EdgeTarget:
     extra: str = ""
     sample: str = ""
     """Whose sample program draws from its bundles; its own unless this says another's."""
+    sample_needs: tuple[str, ...] = ()
+    """What that program needs beside numpy, tokenizers and `library`."""
     from_onnx: bool = True
     """Whether graphs are lowered from ONNX, and so can be tiled; others are lowered from the module."""
     device: str = ""
@@ -75,6 +78,10 @@ class EdgeTarget:
     def files(self, path: Path) -> list[Path]:
         """All that belongs to a lowered graph."""
         return [path]
+
+    def readable(self, path: Path) -> Path:
+        """The file in which the operators of a lowered graph can be read."""
+        return path
 
     def not_here(self) -> str:
         """Why a build cannot be run on this machine, in words; empty where it can."""
@@ -104,9 +111,9 @@ class EdgeTarget:
         """Name and version of what runs the build."""
         return f"{self.library} {metadata.version(self.library)}"
 
-    def where(self) -> str:
-        """What a build runs on, beside this machine's name."""
-        return self.device or "CPU"
+    def hardware(self, threads: int) -> str:
+        """What a build is timed on, on this machine."""
+        return f"{platform.machine()} {self.device or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
     def times_kind(self, precisions: dict[str, str]) -> str:
         """`measured` or `emulated`: what the times of a build on this machine are."""

@@ -52,10 +52,11 @@ class CoreMl(EdgeTarget):
         model.save(str(path))
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
-        import coremltools as ct  # pyright: ignore[reportMissingImports]
-
         if self.not_here():
             return super().open(folder, names, threads)
+        self.require()
+        import coremltools as ct  # pyright: ignore[reportMissingImports]
+
         models = {graph: ct.models.MLModel(str(folder / names[graph])) for graph in GRAPHS}
 
         def call(model: Any) -> Call:

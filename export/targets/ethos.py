@@ -15,16 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.blocks import Block
 from export.profile import Profile
-from export.targets.attention import Reach, Softmax, Weights, attend, attend_heads, mix, random_weights, weights_of
-from export.targets.litert_run import LiteRtModel
+from export.targets.attention import Reach, Softmax, Weights, attend_heads, random_weights
 from export.targets.tflite import INSTALL, Writer
 
-__all__ = ["Reach", "Softmax", "Weights", "attend", "estimate", "lower", "lower_head", "random_weights", "weights_of"]
+__all__ = ["Reach", "Softmax", "Weights", "estimate", "lower", "random_weights"]
 
 
 @dataclass(frozen=True)
@@ -70,16 +67,6 @@ def lower(
     writer.save([out, *(groups if len(groups) > 1 else [])], path)
 
 
-def lower_head(
-    queries: int, keys: int, head_width: int, query_tiles: int, path: Path, softmax: Softmax = "parts"
-) -> None:
-    """Write the core of one head, softmax(Q K^T) V, inputs Q 1 T D, K 1 S D, V 1 S D: what the tiles are about, alone."""
-    writer = Writer()
-    query = writer.input([1, queries, head_width], 4.0)
-    key, value = (writer.input([1, keys, head_width], 4.0) for _ in range(2))
-    writer.save([mix(writer, query, key, value, query_tiles, 8.0, 4.0, softmax)], path)
-
-
 def estimate(path: Path, profile: Profile, compiled: Path | None = None) -> Estimate:
     """What Vela says of a TFLite file on the profile's chip, with the profile's SRAM dedicated to the NPU.
 
@@ -122,11 +109,6 @@ def estimate(path: Path, profile: Profile, compiled: Path | None = None) -> Esti
         on_npu,
         round(float(row["sram_memory_used"]) * 1024),
     )
-
-
-def emulate(path: Path, *inputs: np.ndarray) -> np.ndarray:
-    """Run a written file with LiteRT's kernels on the CPU, float inputs to float output. Proves the arithmetic, not the speed."""
-    return LiteRtModel(path)(*inputs)
 
 
 def _vela() -> str:

@@ -89,6 +89,7 @@ TARGETS = {
         extra="npu",
         sample="litert",
         from_onnx=False,
+        sample_needs=("onnxruntime", "pillow"),
         emulated=("w8a16",),
     )
 }

@@ -39,6 +39,7 @@ class ExecuTorch(EdgeTarget):
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
         """Loaded programs. ExecuTorch's runtime takes as many threads as the machine has cores, whatever `threads` says."""
+        self.require()
         import torch
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
@@ -74,6 +75,12 @@ _ORDER = {"text_encoder": ("input_ids",), "unet": ("latent", "timestep", "text")
 
 TARGETS = {
     "executorch": ExecuTorch(
-        "executorch", ".pte", "executorch", packages={"executorch": "executorch"}, extra="executorch", from_onnx=False
+        "executorch",
+        ".pte",
+        "executorch",
+        packages={"executorch": "executorch"},
+        extra="executorch",
+        from_onnx=False,
+        sample_needs=("torch", "pillow"),
     )
 }

@@ -106,5 +106,7 @@ TARGETS = {
         packages={"ai_edge_litert": "ai-edge-litert"},
         extra="npu",
         from_onnx=False,
+        sample_needs=("onnxruntime", "pillow"),
+        emulated=("fp16",),  # encoder and decoder, by ONNX Runtime's CPU
     )
 }

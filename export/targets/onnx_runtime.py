@@ -52,7 +52,9 @@ class OnnxRuntime(EdgeTarget):
         self.require()
         options = session_options(threads)
         sessions = {
-            graph: onnxruntime.InferenceSession(str(folder / names[graph]), options, providers=self._providers())
+            graph: onnxruntime.InferenceSession(
+                str(folder / names[graph]), options, providers=self._providers(names[graph])
+            )
             for graph in GRAPHS
         }
 
@@ -65,19 +67,35 @@ class OnnxRuntime(EdgeTarget):
         """From ONNX Runtime's own profile of one run: which nodes ran on which provider."""
         if self.provider == "CPUExecutionProvider":
             return None
-        return _placed(path, self._providers(), self.provider)
+        return _placed(path, self._providers(path.name), self.provider)
 
     def tensors(
         self, path: Path, names: Sequence[str], inputs: dict[str, np.ndarray], threads: int
     ) -> dict[str, np.ndarray]:
-        return values_inside(path, names, inputs, threads, self._providers())
+        return values_inside(path, names, inputs, threads, self._providers(path.name))
 
-    def _providers(self) -> list[Any]:
+    def runtime(self) -> str:
+        """By the module: onnxruntime-gpu brings it in the place of onnxruntime, whose own version is then nowhere."""
+        import onnxruntime
+
+        return f"{self.library} {onnxruntime.__version__}"
+
+    def hardware(self, threads: int) -> str:
+        if self.provider == "CPUExecutionProvider":
+            return super().hardware(threads)
+        import torch
+
+        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "an NVIDIA GPU"
+        return f"{name} by {self.provider}"
+
+    def _providers(self, name: str) -> list[Any]:
+        """For the graph in the file `name`: TensorRT would take halves for a graph in float32 too, if it were let."""
         if self.name != "tensorrt":
             return (
                 [self.provider] if self.provider == "CPUExecutionProvider" else [self.provider, "CPUExecutionProvider"]
             )
-        return [(self.provider, {"trt_fp16_enable": True}), "CUDAExecutionProvider", "CPUExecutionProvider"]
+        half = {"trt_fp16_enable": ".fp16." in name}
+        return [(self.provider, half), "CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def session_options(threads: int) -> Any:
@@ -144,11 +162,13 @@ _GPU = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
 
 TARGETS = {
     "onnx": OnnxRuntime("onnx", ".onnx", "onnxruntime", emulated=("fp16", "w8a16")),
-    "cuda": OnnxRuntime("cuda", ".onnx", "onnxruntime", provider="CUDAExecutionProvider", install=_GPU, sample="onnx"),
+    "cuda": OnnxRuntime(
+        "cuda", ".onnx", "onnxruntime-gpu", provider="CUDAExecutionProvider", install=_GPU, sample="onnx"
+    ),
     "tensorrt": OnnxRuntime(
         "tensorrt",
         ".onnx",
-        "onnxruntime",
+        "onnxruntime-gpu",
         provider="TensorrtExecutionProvider",
         install=f"{_GPU} and tensorrt",
         sample="onnx",

@@ -1,7 +1,7 @@
 """Qualcomm's HTP (the NPU of Snapdragon chips), by the compiler in onnxruntime-qnn's x86 wheel: context binaries for one chip.
 
 Nothing here ran on a phone. Pictures and SNR of a build are of the same graph played by ONNX Runtime's CPU, integers and halves as
-the chip has them; times so taken say nothing of it. The wheel's own emulator of the NPU runs small blocks (`emulator`) and dies of a
+the chip has them; times so taken say nothing of it. The wheel's own emulator of the NPU runs small blocks (tests/export/test_qnn.py) and dies of a
 whole UNet. Read the wheel's licence before you pass a context binary on.
 """
 
@@ -53,6 +53,10 @@ class Qnn(EdgeTarget):
 
     def files(self, path: Path) -> list[Path]:
         return [path, *(p for p in (_binary(path), _origin(path)) if p.exists())]
+
+    def readable(self, path: Path) -> Path:
+        """A context binary shows nothing of what is in it."""
+        return _origin(path) if _origin(path).exists() else path
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         if precision == "fp32":
@@ -186,22 +190,6 @@ def compile_context(origin: Path, path: Path, chip: Chip = SM8650) -> None:
         ) from failure
 
 
-def emulator(origin: Path) -> Any:
-    """A session in which the whole of a small graph runs on the emulated NPU. A whole UNet kills the process in `run` (onnxruntime-qnn 2.7)."""
-    import onnxruntime
-
-    options = _options({})
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    with _native_log() as said:
-        try:
-            return onnxruntime.InferenceSession(str(origin), options)
-        except Exception as error:
-            failure = error
-    raise StageError(
-        f"the NPU's emulator does not take the graph: {refused(said) or failure}", where=origin.name
-    ) from failure
-
-
 def refused(said: Sequence[str]) -> str:
     """What the compiler's log says of operators that it does not take: `Einsum (node_einsum)`, ...; empty if nothing."""
     import re
@@ -267,6 +255,7 @@ TARGETS = {
         "onnxruntime-qnn",
         packages={"onnxruntime_qnn": "onnxruntime-qnn"},
         extra="qnn",
+        sample_needs=("pillow",),
         emulated=("fp16", "w8a16", "w8a8"),
     )
 }

@@ -92,7 +92,7 @@ def write_webdataset(samples: list[Sample], folder: Path) -> None:
 
 def read_ours(folder: Path) -> None:
     stream = ShardStream(folder, seed=1, check=False)
-    for row in stream.batch_rows(0, len(stream)):
+    for row in map(stream.row_at, range(len(stream))):
         stream.read(row)
     stream.close()
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
-from export.decode_tiles import TiledDecoder, seam_ratio
+from export.decode_tiles import TiledDecoder, starts
 from factory.models import quiet, resolve
 
 
@@ -62,10 +63,33 @@ def decode(asked: Any, way: str, file: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     with torch.inference_mode():
-        picture = decoder.with_own_statistics(latent) if way == "own" else decoder(latent)
+        picture = with_own_statistics(decoder, latent) if way == "own" else decoder(latent)
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     torch.save(picture.clamp(-1, 1).clone(), file)
     print(f"{more / 1024:.0f} {time.process_time() - began:.1f}")
+
+
+def with_own_statistics(decoder: Any, latent: torch.Tensor) -> torch.Tensor:
+    """As a TiledDecoder draws, but every tile normalised by itself."""
+    x, decoder._noting = decoder._early(latent), True
+    drawn = decoder._tiles(x, decoder._later, x.shape[-1] // latent.shape[-1])
+    decoder._noting = False
+    return drawn
+
+
+def seam_ratio(whole: torch.Tensor, tiled: torch.Tensor, tile: int, overlap: int, factor: int) -> float:
+    """How much larger the error's steps from pixel to pixel are where tiles meet than elsewhere; 1: nothing marks the seams."""
+    found: list[float] = []
+    for axis in (-1, -2):
+        side = whole.shape[axis] // factor
+        steps = (tiled - whole).diff(dim=axis).abs().transpose(axis, -1).flatten(0, -2).mean(dim=0)
+        begins = starts(side, tile, overlap)
+        near = torch.zeros(len(steps), dtype=torch.bool)
+        for before, after in pairwise(begins):
+            near[after * factor - 1 : (before + tile) * factor] = True
+        if near.any() and not near.all() and float(steps[~near].mean()) > 0:
+            found.append(float(steps[near].mean() / steps[~near].mean()))
+    return max(found, default=1.0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from export.blocks import Block, attention_blocks, read_architecture
 from export.profile import Profile, load_profile
 from export.solve import solve
 from export.targets import ethos
+from export.targets.attention import mix
 from export.targets.judge import USUAL_REACH
+from export.targets.tflite import Writer
 
 Judge = Callable[[Callable[[], None]], "ethos.Estimate | str"]
 
@@ -57,6 +59,16 @@ def main(name: str = "ethos-u85-1024", size_px: int = 512) -> None:
     Console(width=110).print(table)
 
 
+def lower_head(
+    queries: int, keys: int, head_width: int, query_tiles: int, path: Path, softmax: ethos.Softmax = "parts"
+) -> None:
+    """Write the core of one head, softmax(Q K^T) V, inputs Q 1 T D, K 1 S D, V 1 S D: what the tiles are about, alone."""
+    writer = Writer()
+    query = writer.input([1, queries, head_width], 4.0)
+    key, value = (writer.input([1, keys, head_width], 4.0) for _ in range(2))
+    writer.save([mix(writer, query, key, value, query_tiles, 8.0, 4.0, softmax)], path)
+
+
 def _judge_block(block: Block, alone: bool, table: Table, path: Path, judge: Judge, profile: Profile) -> None:
     weights = ethos.random_weights(block)
     chosen = solve([block], profile).blocks[0].chosen
@@ -70,7 +82,7 @@ def _judge_block(block: Block, alone: bool, table: Table, path: Path, judge: Jud
                 continue
             if alone:
                 size = (block.queries, block.keys, block.head_width)
-                said = judge(lambda size=size, t=tiles, s=softmax: ethos.lower_head(*size, t, path, s))
+                said = judge(lambda size=size, t=tiles, s=softmax: lower_head(*size, t, path, s))
             else:
                 said = judge(
                     lambda g=group, t=tiles, s=softmax: ethos.lower(block, g, t, path, weights, USUAL_REACH, s)

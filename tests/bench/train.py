@@ -178,7 +178,7 @@ def theirs(pipeline: Any, student: UNet2DConditionModel, data: Path) -> Callable
 
     def one() -> None:
         nonlocal step
-        examples = [stream.read(row) for row in stream.batch_rows(step, BATCH)]
+        examples = [stream.read(stream.row_at(draw)) for draw in range(step * BATCH, (step + 1) * BATCH)]
         step += 1
         pixels = torch.from_numpy(np.stack([e.pixels(SIZE_PX) for e in examples])).permute(0, 3, 1, 2)
         text = say([e.prompt for e in examples])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.errors import EdgeFusionError, StageError
-from export.bundle import _mark_of, export_student
+from cluster.errors import EdgeFusionError, LedgerConflict, StageError
+from export.bundle import _mark_of, export_student, identity_of
 from export.graph import Graph, to_onnx
 from export.recipe import DecoderRecipe, ExportRecipe
+from export.student import open_student
 from factory.models import resolve
 
 RECIPE = ExportRecipe(calibration_prompts=1, parity_prompts=1, latency_runs=1, threads=1)
@@ -58,6 +59,52 @@ def test_a_student_with_a_missing_or_broken_part_is_refused(
         export_student(student, ["a fox"], RECIPE, tmp_path / "out")
     assert said in str(caught.value)
     assert not list(tmp_path.glob("out/*/bundle.json")) and not list(tmp_path.glob("out/onnx*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "is a PNDMScheduler, and builds draw in the few steps"),
+        ({"prediction_type": "sample"}, "is for sample, not epsilon or v_prediction"),
+        ({"thresholding": True}, "is told to clip what it predicts"),
+    ],
+)
+def test_a_scheduler_whose_steps_no_build_makes_is_refused(change: dict, said: str, tmp_path: Path) -> None:
+    """The build and PyTorch's reference share the loop: parity alone would prove the wrong picture."""
+    student = Path(shutil.copytree(resolve("zoo:student-fewstep"), tmp_path / "student"))
+    if "_class_name" in change:
+        index = json.loads((student / "model_index.json").read_text())
+        (student / "model_index.json").write_text(
+            json.dumps(index | {"scheduler": ["diffusers", change["_class_name"]]})
+        )
+    path = student / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StageError, match=said):
+        open_student(student, None)
+
+
+def test_a_finished_bundle_is_not_taken_for_another_students_or_recipes(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    for part in ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        (student / part).parent.mkdir(parents=True, exist_ok=True)
+        (student / part).write_text("{}")
+    for part in ("text_encoder", "unet", "vae"):
+        (student / part).mkdir()
+        for name in ("config.json", "weights.safetensors"):
+            (student / part / name).write_text("{}")
+    recipe = RECIPE.model_copy(update={"targets": ["onnx"]})
+    bundle = tmp_path / "out" / "onnx" / "bundle.json"
+    bundle.parent.mkdir(parents=True)
+    bundle.write_text(json.dumps({"made_with": identity_of(student, ["a fox"], recipe).facts}))
+    (tmp_path / "out" / ".openvino.partial-1-ffff").mkdir()  # a killed export's, of a target that is not asked for now
+    export_student(student, ["a fox"], recipe.model_copy(update={"threads": 7, "latency_runs": 9}), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["onnx"]
+    with pytest.raises(LedgerConflict, match=r"out/onnx.*export\.steps: then 2, now 4"):
+        export_student(student, ["a fox"], recipe.model_copy(update={"steps": 4}), tmp_path / "out")
+    with pytest.raises(LedgerConflict, match='prompts: then "'):
+        export_student(student, ["a pizza"], recipe, tmp_path / "out")
+    bundle.write_text("{}")  # an older version's
+    export_student(student, ["a pizza"], recipe, tmp_path / "out")
 
 
 def test_a_module_that_the_converter_refuses_is_named(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from cluster.errors import ParityError, StageError
 from export import parity
 from export.build import prove_tiles
-from export.decode_tiles import TiledDecoder, joined, seam_ratio, starts
+from export.decode_tiles import TiledDecoder, joined, starts
 from export.graph import decoder_graph, to_onnx
 from export.recipe import ExportRecipe
 from export.runtime import Build
 from factory.models import resolve
+from tests.bench.decode_tiles import seam_ratio, with_own_statistics
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_held_statistics_leave_no_seams(shipped: Any) -> None:
     assert parity.psnr_db(as_picture(wanted), as_picture(got)) > 40
     assert seam_ratio(wanted, got, 8, 2, 8) < 1.6
     # With each tile's own statistics in their place it is another picture.
-    own = tiled.with_own_statistics(latent)
+    own = with_own_statistics(tiled, latent)
     assert parity.psnr_db(as_picture(wanted), as_picture(own)) < parity.psnr_db(as_picture(wanted), as_picture(got)) - 6
     weights = {id(one) for one in shipped.decoder.parameters()}
     assert {id(one) for one in tiled.parameters()} == weights  # shared, not copied

@@ -2,13 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.errors import StageError
 from export.parity import snr_db
-from export.targets.qnn import compile_context, emulator, quantise_qnn, refused
+from export.targets.qnn import _native_log, _options, compile_context, quantise_qnn, refused
 
 needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="needs onnxruntime-qnn")
 
@@ -32,6 +33,22 @@ def write_block(path: Path, extra: str = "") -> None:
 
     torch.manual_seed(0)
     to_onnx(Graph("block", Block().eval(), {"x": torch.randn(1, 64, 32)}, "y"), path)
+
+
+def emulator(origin: Path) -> Any:
+    """A session in which the whole of a small graph runs on the emulated NPU. A whole UNet kills the process in `run` (onnxruntime-qnn 2.7)."""
+    import onnxruntime
+
+    options = _options({})
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    with _native_log() as said:
+        try:
+            return onnxruntime.InferenceSession(str(origin), options)
+        except Exception as error:
+            failure = error
+    raise StageError(
+        f"the NPU's emulator does not take the graph: {refused(said) or failure}", where=origin.name
+    ) from failure
 
 
 @needs_qnn

@@ -1,6 +1,8 @@
 import json
+import re
+import tomllib
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.bundle import export_student, open_bundle
 from export.card import _text
 from export.graph import Graph, decoder_graph
-from export.parity import snr_db
+from export.parity import failures, snr_db
 from export.proof import read_reference, reference_inputs
 from export.quantise_openvino import quantise_openvino
-from export.recipe import PRECISIONS, ExportRecipe, Target
+from export.recipe import PRECISIONS, ExportRecipe, GateRecipe, Target
 from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
 from export.targets.registry import MODULES, find_target, target_of
 from factory.models import resolve
@@ -38,6 +40,100 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it() -> None:
     target = EdgeTarget("odd", ".odd", "odd-runtime", packages={"no_such_package_here": "odd-runtime"}, extra="odd")
     with pytest.raises(TargetUnavailable, match=r"odd needs odd-runtime.*pip install 'edgefusion\[odd\]'"):
         target.require()
+
+
+EXTRAS = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if find_target(name).packages])
+def test_the_line_that_installs_a_targets_packages_is_pyprojects(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = find_target(name)
+    brought = {re.split("[<>=[]", one)[0] for one in EXTRAS[target.extra]}
+    assert set(target.packages.values()) <= brought and target.library in brought
+    monkeypatch.setattr("export.targets.contract.find_spec", lambda module: None)
+    line = rf"target {name} needs .*pip install 'edgefusion\[{target.extra}\]'"
+    with pytest.raises(TargetUnavailable, match=line):
+        target.require()
+    with pytest.raises(TargetUnavailable, match=line):
+        export_student(STUDENT, PROMPTS, ExportRecipe(targets=[name], precisions=["fp32", "w8a16"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if target.not_here():
+        line = target.not_here()  # no package would help
+    if name != "qnn":  # whose bundles are played by ONNX Runtime
+        with pytest.raises(TargetUnavailable, match=line):
+            target.open(tmp_path, {}, 1)
+
+
+def test_every_extra_that_an_error_names_is_there() -> None:
+    said = [
+        (path, extra)
+        for folder in ("cluster", "factory", "trainer", "export")
+        for path in Path(folder).rglob("*.py")
+        for extra in re.findall(r"edgefusion\[([a-z0-9-]+)\]", path.read_text())
+    ]
+    assert len(said) > 5 and [one for one in said if one[1] not in EXTRAS] == []
+
+
+def test_the_cards_line_brings_what_the_sample_imports(student_bundles: Path) -> None:
+    facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
+    for name in MODULES:
+        target = find_target(name)
+        first = (Path("export/samples") / f"{target.sample or name}_sample.py").read_text().splitlines()[0]
+        needs = set(first.split("pip install ")[1].split(".")[0].replace(" (on macOS)", "").split())
+        if target.library == "onnxruntime-gpu":
+            needs = needs - {"onnxruntime"} | {"onnxruntime-gpu"}
+        line = next(one for one in _text(facts | {"target": name}).splitlines() if "pip install" in one)
+        assert set(line.split()[2:]) == needs, name
+
+
+def test_onnx_runtimes_version_is_told_whoever_brought_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu takes the place of onnxruntime, of which no distribution is left then."""
+    import onnxruntime
+
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"there is no {name}"))
+    assert find_target("cuda").runtime() == f"onnxruntime-gpu {onnxruntime.__version__}"
+    assert find_target("onnx").runtime() == f"onnxruntime {onnxruntime.__version__}"
+
+
+def test_times_are_labelled_with_what_took_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100")
+    assert find_target("onnx").hardware(2).endswith("CPU, 2 threads")
+    assert find_target("cuda").hardware(2) == "NVIDIA H100 by CUDAExecutionProvider"
+    mixed = {"text_encoder": "fp16", "unet": "w8a16", "vae_decoder": "fp16"}
+    assert find_target("litert").times_kind(mixed) == "emulated", "ONNX Runtime's CPU plays the halves"
+    assert (
+        find_target("litert").times_kind(mixed | dict.fromkeys(("text_encoder", "vae_decoder"), "fp32")) == "measured"
+    )
+
+
+def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
+    target: Any = find_target("tensorrt")
+    halves = {name: target._providers(name)[0][1]["trt_fp16_enable"] for name in ("unet.onnx", "unet.fp16.onnx")}
+    assert halves == {"unet.onnx": False, "unet.fp16.onnx": True}
+
+
+def test_tiles_are_looked_for_where_they_can_be_seen(tmp_path: Path) -> None:
+    """Qualcomm's file is one operator, the context binary."""
+    path, origin = tmp_path / "unet.w8a16.onnx", tmp_path / "unet.w8a16.source.onnx"
+    path.touch()
+    assert find_target("qnn").readable(path) == path == find_target("onnx").readable(path)
+    origin.touch()
+    assert find_target("qnn").readable(path) == origin
+
+
+def test_what_is_no_number_is_never_near() -> None:
+    zero, one = np.zeros(4), np.ones(4)
+    wrong = np.array([1, 1, 1, np.nan])
+    assert snr_db(one, one) == 200 and snr_db(one, wrong) == snr_db(one, one / 0.0) == snr_db(zero, one) == -200
+    build = {"text_encoder": "fp32", "unet": "w8a16", "vae_decoder": "fp32"}
+    proof = {"graph_snr_db": {"text_encoder": 99.0, "unet": snr_db(one, wrong), "vae_decoder": 99.0}, "psnr_db": 99.0}
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert failures(build, proof, [picture], GateRecipe()) == [
+        "unet: gives what is not a number, or anything but zero where PyTorch gives zero"
+    ]
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])

@@ -50,8 +50,9 @@ def test_a_bundle_holds_proven_tiled_builds_beside_the_untiled(bundles, target, 
         tiling = facts["builds"][name]["tiling"]
         assert tiling["profile"] == "small-npu" and any(row["tiled"] for row in tiling["plan"])
         assert set(tiling["predicted"]) == {row["name"] for row in tiling["plan"]}
-        assert tiling["compiler_estimated"] is None and tiling["emulated"] is None
-        assert tiling["measured"]["unet_ms"] > 0 and "not the NPU" in tiling["measured"]["where"]
+        kind, other = ("emulated", "measured") if name.startswith("w8a16") else ("measured", "emulated")
+        assert tiling["compiler_estimated"] is None and tiling[other] is None
+        assert tiling[kind]["unet_ms"] > 0 and "not the NPU" in tiling[kind]["where"]
     assert open_bundle(bundles / target, "fp32-tiled", 1)[0].shape == (1, 16, 8, 8)
 
 
@@ -70,5 +71,12 @@ def test_a_recipe_may_ask_the_compiler_and_its_word_is_kept_apart(tmp_path) -> N
     with pytest.raises(EdgeFusionError, match=r"not an Arm NPU|\[npu\]"):
         export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], asked, tmp_path)
     plan = solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-1024"))
-    facts = tiling_facts(plan, 1.0, 2.0, {"a": {"untiled": {}, "chosen": {}}})
+    facts = tiling_facts(plan, "measured", 1.0, 2.0, {"a": {"untiled": {}, "chosen": {}}})
     assert facts["compiler_estimated"] == {"a": {"untiled": {}, "chosen": {}}} and facts["emulated"] is None
+
+
+def test_times_of_integers_that_a_cpu_plays_are_not_called_measured() -> None:
+    plan = solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-1024"))
+    emulated, measured = (tiling_facts(plan, kind, 1.0, 2.0) for kind in ("emulated", "measured"))
+    assert emulated["emulated"] == measured["measured"] and emulated["emulated"]["untiled_unet_ms"] == 2.0
+    assert emulated["measured"] is None and measured["emulated"] is None

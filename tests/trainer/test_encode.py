@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 import trainer.encode as encode_module
@@ -160,6 +162,20 @@ def test_interrupted_it_goes_on_and_ends_in_the_same_bytes(
         "shard-000001.safetensors": 2,
         "shard-000002.safetensors": 1,
     }
+
+
+def test_a_file_that_no_index_vouches_for_is_read_before_it_is_trusted(tiny_models: Path, own: Path) -> None:
+    """A kill came before the index: zeros in the middle of a file, behind a whole header, are not taken for encodings."""
+    wanted = encode(settings(tiny_models, own), InProcess())
+    whole, torn, older = (own / ENCODINGS / f"shard-{i:06d}.safetensors" for i in range(3))
+    (own / ENCODINGS / INDEX).unlink()
+    torn.write_bytes((content := torn.read_bytes())[:-2000] + bytes(2000))
+    with safe_open(older, "pt") as file:  # as a version without digests wrote it
+        tensors, bound = {name: file.get_tensor(name) for name in ("latents", "text")}, file.metadata()["binding"]
+    older.write_bytes(save(tensors, {"binding": bound.split()[0]}))
+    before = whole.stat().st_mtime_ns
+    assert encode(settings(tiny_models, own), InProcess()) == wanted
+    assert whole.stat().st_mtime_ns == before and torn.read_bytes() == content
 
 
 def times_written(names: list[str]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from trainer.fit import MAX_ROLLBACKS, fit
 from trainer.identity import Identity
 from trainer.recipe import PhaseRecipe
 from trainer.state import METRICS, read_log
+from trainer.watch import LossWatch
 from trainer.workers import new_accelerator
 
 
@@ -115,6 +117,31 @@ def test_a_rollback_goes_past_the_batches_that_led_to_the_spike_and_survives_a_k
     again = train(tmp_path / "broken", harm, on_spike="rollback")
     assert torch.equal(again.weight, model.weight)
     assert [r["loss"] for r in read_log(tmp_path / "broken" / METRICS)] == [r["loss"] for r in rows]
+
+
+def test_a_spike_while_the_first_state_is_still_being_written_rolls_back(tmp_path, monkeypatch) -> None:
+    """What is on its way to the disk is a state: whether it has arrived must decide nothing."""
+    saved, count = fit_module.save_state, []
+
+    def slowly(*args: object) -> None:
+        count.append(args)
+        time.sleep(0.5)
+        saved(*args)
+
+    monkeypatch.setattr(fit_module, "save_state", slowly)
+    train(tmp_path / "spiked", lambda draw, loss: loss * float("nan") if draw == 1 else loss, on_spike="rollback")
+    assert [row["step"] for row in read_log(tmp_path / "spiked" / METRICS)] == list(range(1, 61))
+    count.clear()
+    train(tmp_path / "calm", on_spike="rollback", checkpoint_s=1e9, steps=3)
+    assert len(count) == 1, "the state to go back to is saved once"
+
+
+def test_losses_at_zero_and_below_are_no_spikes_of_one_another() -> None:
+    """An adversarial term may be larger than the rest."""
+    watch = LossWatch(10.0, [-0.05] * 30)
+    assert watch.trouble(-0.04) is None and watch.trouble(0.5) is None
+    assert watch.trouble(float("nan")) == "is nan"
+    assert "jumped to 1 " in (LossWatch(10.0, [0.05] * 30).trouble(1.0) or "")
 
 
 def test_a_rollback_without_an_end_stops(tmp_path) -> None:

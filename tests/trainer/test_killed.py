@@ -39,7 +39,7 @@ def train_and_note(recipe: dict, data: Path, out: Path) -> None:
 
     def note(stream, encoder, step, batch, share):
         phase = "distill" if (out / "adapt" / "unet").exists() else "adapt"
-        keys = [stream.read(row).id for row in stream.batch_rows(step, batch)]
+        keys = [stream.read(stream.row_at(draw)).id for draw in range(step * batch, (step + 1) * batch)]
         os.write(notes, (json.dumps([phase, step, keys]) + "\n").encode())
         return read(stream, encoder, step, batch, share)
 

@@ -69,6 +69,23 @@ def test_interrupted_at_every_step_equals_undisturbed(tiny_models, data, tmp_pat
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_the_teacher_keeps_no_features_once_phase_1_is_over(tiny_models, data, tmp_path, monkeypatch) -> None:
+    """Else phase 2 would hold six of its feature maps from one pass to the next."""
+    hooks: dict[str, int] = {}
+
+    def look(phase: str, *rest: object) -> object:
+        unet = next(one for one in seen if one is not None)
+        hooks[phase] = sum(len(module._forward_hooks) for module in unet.modules())
+        return whole(phase, *rest)
+
+    seen: list = []
+    whole, opened = loop.fit, loop.open_pipeline
+    monkeypatch.setattr(loop, "fit", look)
+    monkeypatch.setattr(loop, "open_pipeline", lambda name: (found := opened(name), seen.append(found.unet))[0])
+    loop.train(recipe(tiny_models), data, tmp_path, seed=1)
+    assert hooks["adapt"] > 0 and hooks["distill"] == 0
+
+
 def loop_log(folder: Path) -> list[dict]:
     from trainer.state import read_log
 

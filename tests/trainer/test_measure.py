@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 
 import trainer.measure as measure_module
 from cluster.errors import RecipeError
+from factory.models.clip import Clip
+from factory.recipe import OpenClipScorer
 from trainer.cli import app
 from trainer.judging import EvaluateRecipe
 from trainer.measure import evaluate, measure, read_questions, table
@@ -170,6 +174,24 @@ def test_a_better_model_scores_better() -> None:
     assert better["recall_at_1"]["low"] > worse["recall_at_1"]["high"]
     assert better["clip_score"]["low"] > worse["clip_score"]["high"]
     assert better["cmmd"]["value"] < worse["cmmd"]["value"] and better["fid_judge"]["high"] < worse["fid_judge"]["low"]
+
+
+def test_embeddings_of_one_judge_are_not_taken_for_anothers(tiny_models, student, data, tmp_path, monkeypatch) -> None:
+    """Many models share a weight tag such as `openai`."""
+
+    def opened(scorer: OpenClipScorer) -> Any:
+        clip = Clip(OpenClipScorer(model=str(tiny_models / "clip")))
+        turn = -1.0 if scorer.model == "ViT-B-16" else 1.0
+        return types.SimpleNamespace(batch=4, texts=clip.texts, pictures=lambda p: turn * clip.pictures(p))
+
+    monkeypatch.setattr(measure_module, "Clip", opened)
+    scores = {
+        judge: evaluate(
+            recipe(tiny_models, data, student, judge=judge, judge_pretrained="openai", steps=[1]), tmp_path
+        )["rows"][-1]["clip_score"]["value"]
+        for judge in ("ViT-B-32", "ViT-B-16")
+    }
+    assert scores["ViT-B-16"] == pytest.approx(-scores["ViT-B-32"]) and scores["ViT-B-32"] != 0
 
 
 def test_one_prompt_beside_reference_pictures_is_refused_in_words(tiny_models, student, data, tmp_path) -> None:

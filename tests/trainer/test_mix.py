@@ -23,6 +23,7 @@ from trainer.encode import encode
 from trainer.latents import Encoder
 from trainer.mix import CYCLE, MixedStream, Source, quotas, sources_of
 from trainer.recipe import AdaptRecipe, DistillRecipe, EncodeRecipe, TrainerRecipe
+from trainer.stream import ShardStream
 
 
 def write(folder: Path, name: str, count: int) -> Path:
@@ -53,9 +54,14 @@ def recipe(models: Path, **changes: object) -> TrainerRecipe:
     )
 
 
+def batch_rows(stream: MixedStream | ShardStream, step: int, batch: int) -> list[int]:
+    """Row numbers of the global batch at `step`."""
+    return [stream.row_at(draw) for draw in range(step * batch, (step + 1) * batch)]
+
+
 def test_shares_are_kept_and_each_set_shows_all_before_any_twice(two: tuple[Path, Path]) -> None:
     stream = MixedStream([Source(two[0], 3.0), Source(two[1], 1.0)], seed=5)
-    rows = [row for step in range(2 * CYCLE // 4) for row in stream.batch_rows(step, 4)]
+    rows = [row for step in range(2 * CYCLE // 4) for row in batch_rows(stream, step, 4)]
     for start in (0, CYCLE):
         assert sum(row >= 30 for row in rows[start : start + CYCLE]) == CYCLE // 4
     for own, count in (([r for r in rows if r < 30], 30), ([r for r in rows if r >= 30], 10)):
@@ -67,20 +73,18 @@ def test_shares_are_kept_and_each_set_shows_all_before_any_twice(two: tuple[Path
 def test_a_batch_is_a_function_of_the_draw_and_any_world_size_sees_it(two: tuple[Path, Path]) -> None:
     sources = [Source(two[0]), Source(two[1])]
     whole, other = MixedStream(sources, 5), MixedStream(sources, 5)
-    wanted = {step: whole.batch_rows(step, 8) for step in range(300)}
-    assert all(other.batch_rows(step, 8) == wanted[step] for step in reversed(range(300)))
+    wanted = {step: batch_rows(whole, step, 8) for step in range(300)}
+    assert all(batch_rows(other, step, 8) == wanted[step] for step in reversed(range(300)))
     # A rank takes its slice of the same global batch (loop.py); batches of half the size are the same draws, too.
-    assert all(other.batch_rows(2 * s, 4) + other.batch_rows(2 * s + 1, 4) == wanted[s] for s in range(300))
-    assert MixedStream(sources, 6).batch_rows(0, 64) != MixedStream(sources, 5).batch_rows(0, 64)
+    assert all(batch_rows(other, 2 * s, 4) + batch_rows(other, 2 * s + 1, 4) == wanted[s] for s in range(300))
+    assert batch_rows(MixedStream(sources, 6), 0, 64) != batch_rows(MixedStream(sources, 5), 0, 64)
 
 
 def test_without_weights_all_samples_count_alike_and_one_set_keeps_its_order(two: tuple[Path, Path]) -> None:
     assert MixedStream([Source(two[0]), Source(two[1])]).quotas == [768, 256]
-    from trainer.stream import ShardStream
-
     alone = ShardStream(two[0], seed=9)
-    assert [MixedStream([Source(two[0])], 9).batch_rows(s, 7) for s in range(9)] == [
-        alone.batch_rows(s, 7) for s in range(9)
+    assert [batch_rows(MixedStream([Source(two[0])], 9), s, 7) for s in range(9)] == [
+        batch_rows(alone, s, 7) for s in range(9)
     ]
 
 
@@ -112,7 +116,7 @@ def test_a_view_can_stand_in_for_the_main_selection(tiny_models: Path, two: tupl
     found = sources_of(recipe(tiny_models, own_view="synt-cur", own_weight=2.0), two[0])
     assert found == [Source(two[0] / "views" / "synt-cur", 2.0)]
     stream = MixedStream(found, seed=3)
-    assert {stream.read(row).prompt for row in stream.batch_rows(0, 10)} == {f"synt-cur {i}" for i in range(5)}
+    assert {stream.read(row).prompt for row in batch_rows(stream, 0, 10)} == {f"synt-cur {i}" for i in range(5)}
     stream.close()
     with pytest.raises(ValueError, match="own_view"):
         recipe(tiny_models, own_view="../elsewhere")
