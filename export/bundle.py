@@ -47,7 +47,7 @@ def export_student(
     """
     for name in get_args(Target):  # a killed export may have had more targets
         sweep_dead(folder / name)
-    check_parts(student)
+    check_parts(student, recipe.allow_pickle)
     made_with = identity_of(student, prompts, recipe)
     for name in recipe.targets:
         _refuse_another(folder / name, made_with)

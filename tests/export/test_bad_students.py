@@ -80,7 +80,7 @@ def test_a_scheduler_whose_steps_no_build_makes_is_refused(change: dict, said: s
     path = student / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(StageError, match=said):
-        open_student(student, None)
+        open_student(student, RECIPE)
 
 
 def test_a_finished_bundle_is_not_taken_for_another_students_or_recipes(tmp_path: Path) -> None:
