@@ -71,7 +71,7 @@ ROAD = (
     ("vae", 10500),
     ("clip", 800),
     ("judge", 2400),
-    ("captioner", 1500),
+    ("captioner", 3000),
     ("writer", 700),
     ("teacher", 9800),
     ("student", 2400),
