@@ -161,7 +161,7 @@ def test_what_is_not_there_is_told_by_the_phases_key(made: tuple[Path, Path, Pat
     def run(*changes: str, out: Path = tmp_path / "out") -> None:
         Chain(load_recipe(Recipe, recipe, changes), out).run("student")
 
-    with pytest.raises(RecipeError, match=r"trainer\.adapt\.data\.own_view is fwe, .*there are: few"):
+    with pytest.raises(RecipeError, match=r"trainer\.adapt\.data\.own_view is fwe, .*there are: chosen, few"):
         run("trainer.adapt.data.own_view=fwe")
     with pytest.raises(RecipeError, match=r"trainer\.distill\.data\.more_data\.0\.data: there is no packed data set"):
         run("trainer.distill.data.more_data=[{data: nowhere}]")
