@@ -85,8 +85,9 @@ def test_encodings_beside_a_remote_data_set_train_as_those_on_disk(
         assert f"sent {sent} of 1 files to {url}/encodings" in done.output
     settings = recipe(tiny_models, url)
     loop.train(settings, [Source(own)], tmp_path / "local", seed=1)
-    monkeypatch.setattr(ShardStream, "_bytes", lambda *_: pytest.fail("a shard was read"))
-    loop.train(settings, sources_of(settings, data, cache), tmp_path / "remote", seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardStream, "_bytes", lambda *_: pytest.fail("a shard was read"))
+        loop.train(settings, sources_of(settings, data, cache), tmp_path / "remote", seed=1)
     assert students(tmp_path / "remote") == students(tmp_path / "local") != {}
     (fact,) = json.loads((tmp_path / "remote" / "data.json").read_text())
     assert fact["data"] == url and fact["encodings"]["dtype"] == "float32"
