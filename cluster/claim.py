@@ -103,8 +103,11 @@ def _last(folder: Path) -> int:
 def _numbers(folder: Path) -> list[int]:
     try:
         found = [_CLAIM.fullmatch(name) for name in os.listdir(folder)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:  # a server that does not answer is no proof that nobody is there
+        words = f"cannot be listed ({error.strerror})"
+        raise EdgeFusionError(words, where=str(folder), remedy="Check the file system and the permissions") from error
     return [int(match[1]) for match in found if match]
 
 

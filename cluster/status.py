@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -183,7 +184,11 @@ def _make(
 
 def _ledger_rate(paths: list[Path], beat: Facts) -> float | None:
     """Pictures a second between this run's first and last commit; before that models were loaded."""
-    times = sorted((p.stat().st_mtime, p) for p in paths)
+    times: list[tuple[float, Path]] = []
+    for path in paths:
+        with suppress(OSError):  # given back since the listing (retry-failed, repair)
+            times.append((path.stat().st_mtime, path))
+    times.sort()
     # Files are dated by the storage's clock, and so is the step's beginning where the driver could tell.
     began = beat.get("step_began_there") or beat.get("step_began", 0.0)
     times = [(when, path) for when, path in times if when >= began]

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute
 
-from cluster.errors import StageError
+from cluster.errors import LedgerConflict, StageError
 from cluster.runner import Runner
 from cluster.stage import DEAD, Unit
 from cluster.storage import sweep_partials
 from factory.budget import forget_set_aside
 from factory.dead import all_through, write_letters
 from factory.decisions import Decision, digest_decisions, read_decisions
-from factory.index import load_columns
+from factory.index import Columns, load_columns
 from factory.ingest import fetch
 from factory.ledger import further_scores, read_entry, read_pictures
 from factory.live import Show, following
-from factory.pack import Sample, pack, packed_decisions
+from factory.pack import MANIFEST, Sample, is_packed_as, pack, packed_decisions
 from factory.pixels import open_crops
 from factory.plan import Progress
 from factory.recipe import CropRecipe, FactoryRecipe, SelectRecipe
-from factory.select import select, summarise, write_selection
+from factory.retry import built_on
+from factory.select import Selection, is_selected_as, select, selected_contents, summarise, write_selection
 from factory.stages import CAPTIONS, CROPS, encode_picture, make_stages
 from factory.teachers import teacher_of
 from factory.units import plan_files, plan_units, read_table, read_units, units_left
 
 pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
+_TRAINED_ON = "training/data.json"
+"""Below the output folder: which data sets a training reads."""
 NOTES = "attempts"
 """Folder of the data set that holds what workers are about to try (cluster/quarantine.py); gone when all are through."""
 
@@ -82,25 +85,76 @@ def _dead_in_plan(folder: Path) -> set[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a selection will pack."""
+
+    rules: SelectRecipe
+    decisions: Mapping[str, Decision]
+    columns: Columns
+    selection: Selection
+
+    @property
+    def mark(self) -> str:
+        return digest_decisions(self.decisions)
+
+
+def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path) -> Choice:
+    """Apply the rules and what people decided to the ledger. Raises LedgerConflict if a run was trained on what is packed in `target`, and
+    it would become another."""
+    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    columns = load_columns(folder, recipe.make.unit_images)
+    choice = Choice(rules, decisions, columns, select(columns, rules, decisions))
+    if _is_trained_on(folder, target) and _is_packed(recipe, target, choice) is False:
+        raise LedgerConflict(
+            f"{', '.join(built_on(folder))} in {folder.parent} was made from the selection as it is, and it would become another",
+            where=str(target),
+            remedy="Make the new one beside it (edgefusion factory select DATASET --name NAME --rule ...), delete those to build them anew, "
+            "or copy the dataset folder and go on in the copy",
+        )
+    return choice
+
+
 def select_and_pack(
     recipe: FactoryRecipe, folder: Path, rules: SelectRecipe | None = None, target: Path | None = None
 ) -> dict[str, Any]:
     """Apply the rules and what people decided to the ledger and pack what is kept; returns the funnel. The manifest is written last.
 
-    Without `rules` those of the recipe, without `target` into `folder` itself.
+    Without `rules` those of the recipe, without `target` into `folder` itself. Raises LedgerConflict as `choose` does.
     """
-    rules, target = rules or recipe.select, target or folder
-    decisions = {} if rules.people == "ignore" else read_decisions(folder)
-    columns = load_columns(folder, recipe.make.unit_images)
-    selection = select(columns, rules, decisions)
-    summary = summarise(columns, selection, rules)
-    mark = digest_decisions(decisions)
-    write_selection(target, selection, {**summary, "decisions_sha256": mark})
+    target = target or folder
+    choice = choose(recipe, folder, rules or recipe.select, target)
+    summary = summarise(choice.columns, choice.selection, choice.rules)
+    if not _is_packed(recipe, target, choice):
+        # Killed on the way, the old shards must not stand there by the new rules.
+        (target / MANIFEST).unlink(missing_ok=True)
+    write_selection(target, choice.selection, {**summary, "decisions_sha256": choice.mark})
     if target == folder:
-        write_letters(folder, selection)
-    samples = _samples(recipe, folder, selection.kept, decisions, rules)
-    pack(samples, target, recipe.pack.samples_per_shard, mark)
+        write_letters(folder, choice.selection)
+    samples = _samples(recipe, folder, choice.selection.kept, choice.decisions, choice.rules)
+    pack(samples, target, recipe.pack.samples_per_shard, choice.mark)
     return summary["funnel"]
+
+
+def _is_packed(recipe: FactoryRecipe, target: Path, choice: Choice) -> bool | None:
+    """What is packed in `target` has the same samples, words and shards, by its manifest, or where that is gone by its selection; None if
+    neither says."""
+    ids = np.sort(choice.columns.ids[choice.selection.kept])
+    same = is_packed_as(target, ids, recipe.pack.samples_per_shard, choice.mark)
+    if same is None:
+        return is_selected_as(target, choice.selection, choice.rules, choice.mark)
+    return same and selected_contents(target) in (None, (choice.rules.text, choice.rules.crop))
+
+
+def _is_trained_on(folder: Path, target: Path) -> bool:
+    """A run was built on the data set in `folder`: on its main selection, whose counts its report shows, or on the view in `target`."""
+    if target == folder or not built_on(folder):
+        return bool(built_on(folder))
+    try:
+        told = json.loads((folder.parent / _TRAINED_ON).read_text())
+        return any(Path(fact["data"]).parts[-3:] == target.resolve().parts[-3:] for fact in told)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def is_packed(folder: Path) -> bool:

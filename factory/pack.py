@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -67,11 +68,13 @@ class Sample:
 def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000, decisions_sha256: str = "") -> Path:
     """Write shards of `samples` in the order of their ids, then the manifest; returns the manifest's path.
 
+    An older manifest goes before the first shard that it does not vouch for: killed on the way, the data set is whole or says that it is not.
     Rerunning with the same samples writes the same bytes. They are spilled to disk first and sorted by id there: one shard and the ids lie
     in memory, however many samples come. `decisions_sha256` says which human decisions went in; the manifest keeps it, so that later ones
     show. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    before = _vouched(folder)
     written: list[pa.Table] = [_SCHEMA.empty_table()]
     with tempfile.TemporaryFile(dir=folder) as spill:
         places = _spill(samples, spill)
@@ -79,8 +82,12 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
             part = [_unspill(spill, *place) for place in places[start : start + samples_per_shard]]
             name = shard_name(start // samples_per_shard)
             data = shard_bytes(part)
+            if not before or before.get(name) != hashlib.sha256(data).hexdigest():
+                (folder / MANIFEST).unlink(missing_ok=True)
             written.append(_rows(part, name, publish_bytes(folder / name, data)))
     stale = {path.name for path in folder.glob("shard-*.tar")} - {table["shard"][0].as_py() for table in written[1:]}
+    if stale:
+        (folder / MANIFEST).unlink(missing_ok=True)
     for name in stale:
         (folder / name).unlink()
     table = pa.concat_tables(written).combine_chunks()
@@ -90,6 +97,14 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     pq.write_table(table, sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
+
+
+def _vouched(folder: Path) -> dict[str, str]:
+    """As `manifest_shards`; empty where there is no manifest that can be read."""
+    try:
+        return manifest_shards(folder)
+    except EdgeFusionError:
+        return {}
 
 
 def _rows(samples: list[Sample], shard: str, digest: str) -> pa.Table:
@@ -194,6 +209,20 @@ def _no_manifest(folder: Path) -> EdgeFusionError:
         )
     return CorruptShard(
         "there is no manifest", where=str(folder / MANIFEST), remedy="Packing did not finish: run it again"
+    )
+
+
+def is_packed_as(folder: Path, ids: np.ndarray, samples_per_shard: int, decisions_sha256: str) -> bool | None:
+    """The manifest lists these ids (bytes of hex, sorted), in shards of that size, and was packed by these decisions; None if no manifest says."""
+    try:
+        table = pq.read_table(folder / MANIFEST, columns=["id", "shard"])
+    except (pa.ArrowInvalid, OSError):
+        return None
+    shards = {at: shard_name(at // samples_per_shard) for at in (samples_per_shard - 1, samples_per_shard)}
+    return (
+        np.array_equal(np.array(table["id"].to_pylist(), ids.dtype), ids)
+        and all(table["shard"][at].as_py() == name for at, name in shards.items() if at < len(table))
+        and packed_decisions(folder) == decisions_sha256
     )
 
 

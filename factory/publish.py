@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,23 +57,27 @@ def publish(folder: Path, url: str, told: Told = lambda what, done, of: None) ->
     """
     manifest_table(folder)  # refuses what is no data set, in words
     shards, data = manifest_shards(folder), (folder / MANIFEST).read_bytes()
-    store = RemoteStore(url)
+    store, mark = RemoteStore(url), _digest(data)
     there = store.names()
     stale = sorted(name for name in there if SHARD.fullmatch(name) and name not in shards)
-    if MANIFEST in there and store.read(MANIFEST) == data:
+    claim = _claimed(store) if CLAIM in there else {}
+    if _is_there(store, there, data) and claim.get("manifest_sha256", mark) == mark:
         # A rerun, or shards there were damaged: whoever reads meanwhile finds the right manifest.
         sent = _send_shards(folder, store, shards, there, told, lambda: None)
         _finish(folder, store, stale)
-        if CLAIM in there and _claimed(store).get("manifest_sha256") == _digest(data):
+        _refuse_changed_here(folder, data)
+        if claim:
             store.remove(CLAIM)
         return Published(str(store), sent, len(shards) - sent, len(stale))
-    with _claim(store, _digest(data), told) as still_mine:
-        # From here on nobody takes what is there for a whole data set.
-        store.remove(MANIFEST)
+    with _claim(store, mark, told) as still_mine:
+        # From here on nobody takes what is there for a whole data set; unless another packer of this very one just ended.
+        if not _is_there(store, store.names(), data):
+            store.remove(MANIFEST)
         sent = _send_shards(folder, store, shards, there, told, still_mine)
         _finish(folder, store, stale)
         still_mine()
         _refuse_changed(folder, store, shards)
+        _refuse_changed_here(folder, data)
         store.publish_new(MANIFEST, data)
     return Published(str(store), sent, len(shards) - sent, len(stale))
 
@@ -120,6 +124,17 @@ def _finish(folder: Path, store: RemoteStore, stale: list[str]) -> None:
             store.publish(name, (folder / name).read_bytes())
 
 
+def _is_there(store: RemoteStore, names: Collection[str], manifest: bytes) -> bool:
+    return MANIFEST in names and store.read(MANIFEST) == manifest
+
+
+def _refuse_changed_here(folder: Path, manifest: bytes) -> None:
+    """Packing anew begins with the manifest: while it is what it was, so is every shard that was sent. Raises LedgerConflict."""
+    path = folder / MANIFEST
+    if not path.exists() or path.read_bytes() != manifest:
+        raise LedgerConflict("was packed anew meanwhile", where=str(folder), remedy="Run the same command again")
+
+
 def _refuse_changed(folder: Path, store: RemoteStore, shards: dict[str, str]) -> None:
     """The manifest vouches for what is there, so a last look: raises LedgerConflict if anybody meddled."""
     sizes = store.names()
@@ -144,7 +159,8 @@ def _claim(store: RemoteStore, mark: str, told: Told) -> Generator[Callable[[], 
 
     def still_mine() -> None:
         found = _claimed(store)
-        if found.get("manifest_sha256") != mark:
+        # None is there once another packer of this very data set has ended.
+        if found.get("manifest_sha256", mark) != mark:
             raise LedgerConflict(
                 f"{_who(found)} packs another data set to this place",
                 where=str(store),

@@ -82,6 +82,8 @@ def _mend(recipe: FactoryRecipe, folder: Path, target: Path, name: str) -> list[
     ):
         return [path.name for path in broken]
     before = _contents(target)
+    if broken:  # a manifest by which nothing could be rebuilt does not say what was packed; the selection may
+        (target / MANIFEST).unlink(missing_ok=True)
     select_and_pack(recipe, folder, rules or view_rules(recipe, name), target)
     return sorted(file for file, data in _contents(target).items() if before.get(file) != data)
 

@@ -70,10 +70,14 @@ def _data_set(folder: Path, proof: str) -> Path:
     return folder / "dataset" if (folder / "dataset" / proof).exists() else folder
 
 
+def built_on(data: Path) -> list[str]:
+    """What a run has made of the data set in `data`, by its names in the output folder."""
+    return [name for name in _BUILT_ON if (data.parent / name).exists()] if data.resolve().name == "dataset" else []
+
+
 def refuse_if_built(data: Path) -> None:
     """Raise LedgerConflict if a run already built something on the data set in `data`, which is about to change."""
-    built = [name for name in _BUILT_ON if (data.parent / name).exists()] if data.resolve().name == "dataset" else []
-    if built:
+    if built := built_on(data):
         raise LedgerConflict(
             f"{', '.join(built)} there was made from the data set as it is",
             where=str(data.parent),

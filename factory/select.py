@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError
 from cluster.storage import publish_bytes
@@ -26,6 +28,7 @@ from factory.ledger import MADE
 from factory.plan import table_bytes
 from factory.recipe import ScoreRule, SelectRecipe
 
+pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 SELECTION, SUMMARY, REFILL = "selection.parquet", "selection.json", "refill.jsonl"
 KEPT, REJECTED, DEAD = "kept", "rejected", "dead"
 _SCHEMA = pa.schema([("id", pa.string()), ("outcome", pa.string()), ("reason", pa.string()), ("cluster", pa.string())])
@@ -280,6 +283,27 @@ def summarise(columns: Columns, selection: Selection, recipe: SelectRecipe) -> d
         "lacking": lacking(recipe.wanted, attributes, kept),
         "diversity": diversity(columns, kept),
     }
+
+
+def is_selected_as(folder: Path, selection: Selection, rules: SelectRecipe, decisions_sha256: str) -> bool | None:
+    """What was selected in `folder` keeps the same rows with the same words; None if nothing that can be read says."""
+    try:
+        table = pq.read_table(folder / SELECTION, columns=["id", "outcome"])
+        said = json.loads((folder / SUMMARY).read_text())["decisions_sha256"]
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError):
+        return None
+    kept = table.filter(pc.equal(table["outcome"], KEPT))["id"].to_pylist()
+    same = said == decisions_sha256 and set(kept) == set(selection.ids[selection.kept].astype(str))
+    return same and selected_text(folder) in (None, rules.text)
+
+
+def selected_contents(folder: Path) -> tuple[str, str] | None:
+    """By which words and which crop the selection in `folder` judges and packs; None if nothing that can be read says."""
+    try:
+        rules = json.loads((folder / SUMMARY).read_text())["rules"]
+        return rules["text"], rules.get("crop", "made")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_selection(folder: Path, selection: Selection, summary: Mapping[str, Any]) -> None:

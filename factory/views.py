@@ -16,10 +16,11 @@ from cluster.errors import CorruptShard, LedgerConflict, RecipeError, StageError
 from cluster.recipe import build_recipe, override
 from factory.card import write_card
 from factory.decisions import digest_decisions, read_decisions
-from factory.make import select_and_pack
+from factory.make import choose, select_and_pack
 from factory.pack import MANIFEST
 from factory.publish import Published, Told, publish
 from factory.recipe import VIEW_NAME, FactoryRecipe, SelectRecipe
+from factory.retry import built_on
 from factory.select import SUMMARY
 
 VIEWS = "views"
@@ -65,6 +66,10 @@ def pack_view(
 
 def pack_all(recipe: FactoryRecipe, folder: Path, title: str, told: Told = _quiet) -> dict[str, Any]:
     """Every selection of the recipe, the main one last, so that its manifest vouches for all; returns the main funnel."""
+    if built_on(folder):
+        # Refused as a whole, or one selection would be packed anew before another is refused.
+        for name in (*recipe.views, MAIN):
+            choose(recipe, folder, view_rules(recipe, name), view_folder(folder, name))
     for name in recipe.views:
         pack_view(recipe, folder, name, title, told=told)
     return pack_view(recipe, folder, MAIN, title, told=told)

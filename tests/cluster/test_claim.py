@@ -15,7 +15,7 @@ import pytest
 
 from cluster import claim
 from cluster.claim import claimed, is_claim, refuse_second_driver
-from cluster.errors import LedgerConflict
+from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.machine import every, this_machine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,6 +143,22 @@ def test_one_that_was_silent_for_too_long_is_told_and_writes_no_more(
             still_mine()
         time.sleep(0.3)
     assert list(claims(tmp_path)) == ["claim-000002.json"] and claims(tmp_path)["claim-000002.json"]["pid"] == 1
+
+
+def test_a_place_that_cannot_be_looked_at_or_written_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EdgeFusionError, match="could not be written"), claimed(place, "edgefusion run", print):
+            pass
+
+    def listdir(place: Path) -> list[str]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(EdgeFusionError, match="cannot be listed"), claimed(tmp_path, "edgefusion run", print):
+        pass
 
 
 def test_without_hard_links_a_folder_is_held_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

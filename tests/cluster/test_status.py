@@ -222,6 +222,12 @@ def test_damage_is_counted_and_hides_nothing_else(out: Path) -> None:
     assert facts["unreadable"] == 1 and facts["samples"]["made"] == 7 and facts["state"] == "unknown"
 
 
+def test_an_entry_that_is_given_back_while_status_looks_costs_nothing(out: Path) -> None:
+    beats(out)
+    (out / "dataset" / "ledger" / "unit-00002.parquet").symlink_to("nowhere")  # listed, and gone when it is looked at
+    assert stage(out, "make")["per_s"] == pytest.approx(0.8, rel=1e-2)
+
+
 def test_a_unit_that_kills_workers_is_a_suspect(out: Path) -> None:
     notes = out / "dataset" / "attempts"
     notes.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
+from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict, RecipeError
 from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Chain, Recipe
@@ -107,6 +107,66 @@ def test_bad_names_and_rules_say_what_is_wrong(dataset: Path) -> None:
     recipe.write_text(recipe.read_text().replace("trainer:", "  views: {a: {min_clip: 3}}\ntrainer:"))
     with pytest.raises(RecipeError, match=r"views\.a\.min_clip"):
         run("select", dataset, "--recipe", recipe)
+
+
+def test_what_was_trained_on_stays_as_it_is(dataset: Path, ids: list[str]) -> None:
+    recipe, training = dataset.parent / "recipe.yaml", dataset.parent / "training"
+    recipe.write_text(recipe.read_text().replace("trainer:", "  views: {few: {best: 6}}\ntrainer:"))
+    select_command(dataset)
+    run("select", dataset, "--name", "late", "--recipe", recipe, "--rule", "best=4")
+    training.mkdir()
+    (training / "data.json").write_text(json.dumps([{"data": str(dataset / "views" / "late"), "samples": 4}]))
+    views = [dataset / "views" / name for name in ("few", "late")]
+
+    def packed() -> list[dict[str, bytes]]:
+        return [{n: d for n, d in digests(p).items() if n != "decisions.jsonl"} for p in (dataset, *views)]
+
+    before = packed()
+    assert "kept 18 " in select_command(dataset), "the same comes out"
+    run("select", dataset, "--name", "late", "--recipe", recipe, "--rule", "best=4")
+    assert packed() == before
+    for change in ("factory.select.min_clip=0.5", "factory.select.best=17", "factory.pack.samples_per_shard=5"):
+        with pytest.raises(
+            LedgerConflict, match=r"dataset: training in .* was made from the selection as it is.*--name NAME"
+        ):
+            run("select", dataset, "--recipe", recipe, "--set", change)
+    with pytest.raises(LedgerConflict, match="views/late: training in"):
+        run("select", dataset, "--name", "late", "--recipe", recipe, "--rule", "best=5")
+    mark = Overlay(dataset).decide(ids[20], {"caption": "an owl"}, "ada")
+    with pytest.raises(LedgerConflict, match="training in"):
+        select_command(dataset)
+    assert packed() == before
+    # Nobody was trained on these.
+    assert "kept 5 " in run("select", dataset, "--name", "few", "--recipe", recipe, "--rule", "best=5")
+    assert "kept 3 " in run("select", dataset, "--name", "new", "--recipe", recipe, "--rule", "best=3")
+    # What lost its manifest is packed again if it comes out the same.
+    (dataset / "manifest.parquet").unlink()
+    with pytest.raises(LedgerConflict, match="training in"):
+        select_command(dataset)
+    Overlay(dataset).decide(ids[20], {"caption": None}, "ada", expect=mark.number)
+    select_command(dataset)
+    assert packed()[0] == before[0]
+
+
+@pytest.mark.parametrize("change", ["factory.select.min_clip=0.5", "factory.pack.samples_per_shard=5"])
+@pytest.mark.parametrize("at", ["factory.make.pack", "factory.pack.publish_bytes"])
+def test_killed_while_it_packs_anew_the_old_manifest_vouches_for_nothing(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, change: str, at: str
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    select_command(dataset)
+    words = ["select", str(dataset), "--recipe", str(dataset.parent / "recipe.yaml")]
+    monkeypatch.setattr(at, killed)
+    CliRunner().invoke(app, words)
+    assert verify(dataset) == 18, "the same again: it was true all the time"
+    CliRunner().invoke(app, [*words, "--set", change])
+    with pytest.raises(CorruptShard, match="there is no manifest"):
+        verify(dataset)
+    monkeypatch.undo()
+    select_command(dataset)
+    assert verify(dataset) == 18
 
 
 def test_the_recipe_of_the_run_is_the_default(dataset: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from cluster.errors import CorruptShard
+from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.storage import publish_bytes
 from factory.pack import MANIFEST, Sample, first_prompts, pack, read_manifest, read_shard, shard_bytes
 from factory.verify import find_damage, verify
@@ -51,6 +51,30 @@ def test_packing_fewer_samples_again_leaves_no_stale_shard(tmp_path) -> None:
     pack(some(25), tmp_path, samples_per_shard=10)
     pack(some(25)[:5], tmp_path, samples_per_shard=10)
     assert verify(tmp_path) == 5
+
+
+@pytest.mark.parametrize("count", [25, 7, 0])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3])
+def test_killed_while_it_packs_other_samples_it_is_whole_or_says_that_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, writes: int
+) -> None:
+    left = [writes]
+
+    def publish(path: Path, data: bytes) -> str:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return publish_bytes(path, data)
+
+    pack(some(25), tmp_path, samples_per_shard=10)
+    other = [Sample(s.id, s.picture, s.picture_kind, "another prompt", s.facts) for s in some(25)[:count]]
+    monkeypatch.setattr("factory.pack.publish_bytes", publish)
+    try:
+        pack(other, tmp_path, samples_per_shard=10)
+        assert verify(tmp_path) == count
+    except KeyboardInterrupt:
+        with pytest.raises(EdgeFusionError, match=r"there is no manifest|is no data set folder"):
+            verify(tmp_path)
 
 
 @pytest.mark.parametrize("position", [10, 600, 1500, 4000, -600])

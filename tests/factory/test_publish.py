@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from cluster.cache import CacheRecipe, RemoteFolder
 from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict, RecipeError
+from cluster.machine import this_machine
 from cluster.recipe import build_recipe
 from cluster.remote import RemoteStore
 from factory.cli import app
@@ -254,6 +255,57 @@ def test_where_a_store_does_not_date_its_files_a_claim_is_watched(
     assert told[0] == f"waiting to see whether process 7 on elsewhere still packs to {bucket}"
     publish(packed, bucket)
     assert CLAIM not in store.names() and verify(store) == 9
+
+
+def test_another_packer_that_is_at_work_is_waited_for_though_the_manifest_there_is_ours(
+    packed: Path, tmp_path: Path
+) -> None:
+    """Between its claim and its first change; else what it has sent would go as shards of nobody."""
+    url = f"memory://{tmp_path.name}-claimed"
+    publish(packed, url)
+    claim = {"manifest_sha256": "0" * 64, "host": "here", "machine": this_machine(), "pid": os.getppid()}
+    RemoteStore(url).publish(CLAIM, json.dumps(claim).encode())
+    RemoteStore(url).publish("shard-000009.tar", b"of the other set")
+    with pytest.raises(LedgerConflict, match=f"process {os.getppid()} on here is packing another data set"):
+        publish(packed, url)
+    assert "shard-000009.tar" in RemoteStore(url).names()
+
+
+def test_two_packers_of_one_set_do_not_undo_each_other(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, honest, seen = f"memory://{tmp_path.name}-twice", RemoteStore.send, list[bool]()
+
+    def send(self: RemoteStore, name: str, local: Path) -> None:
+        if not seen:
+            seen.append(True)
+            publish(packed, url)  # the other one overtakes this one and ends
+        honest(self, name, local)
+        seen.append(MANIFEST in self.names())
+
+    monkeypatch.setattr(RemoteStore, "send", send)
+    publish(packed, url)
+    assert verify(RemoteStore(url)) == 9 and CLAIM not in RemoteStore(url).names() and seen[-1]
+
+
+def test_a_set_that_is_packed_anew_while_it_is_sent_is_not_vouched_for(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, honest = f"memory://{tmp_path.name}-anew", RemoteStore.send
+
+    def send(self: RemoteStore, name: str, local: Path) -> None:
+        if name == "shard-000002.tar":  # it was proven, and is another when it is read
+            other = [Sample(s.id, s.picture[::-1], s.picture_kind, s.prompt, s.facts) for s in some(9)]
+            pack(other, packed, samples_per_shard=3)
+        honest(self, name, local)
+
+    monkeypatch.setattr(RemoteStore, "send", send)
+    with pytest.raises(LedgerConflict, match="was packed anew meanwhile"):
+        publish(packed, url)
+    assert MANIFEST not in RemoteStore(url).names()
+    RemoteStore(url).remove(CLAIM)  # as the next process does, for the one that left it is gone
+    publish(packed, url)
+    assert verify(RemoteStore(url)) == 9
 
 
 def test_one_whose_claim_is_taken_stops(

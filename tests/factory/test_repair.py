@@ -72,6 +72,17 @@ def test_what_the_ledger_can_rebuild_comes_back_to_the_byte(packed: Path, what: 
     assert "whole, nothing to do" in run("repair", packed, "--recipe", recipe)
 
 
+@pytest.mark.parametrize(
+    "what", ["a bit of the manifest", "a missing manifest", "two shards", "a bit of the selection"]
+)
+def test_what_a_run_was_trained_on_comes_back_too(packed: Path, what: str) -> None:
+    whole, recipe = contents(packed), packed.parent / "recipe.yaml"
+    (packed.parent / "training").mkdir()
+    DAMAGE[what](packed)
+    run("repair", packed, "--recipe", recipe)
+    assert contents(packed) == whole
+
+
 def test_only_what_is_broken_is_written(packed: Path) -> None:
     flip(packed / "shard-000001.tar")
     before = {p: p.stat().st_mtime_ns for p in packed.glob("*.tar")}
