@@ -294,7 +294,7 @@ def is_selected_as(folder: Path, selection: Selection, rules: SelectRecipe, deci
         return None
     kept = table.filter(pc.equal(table["outcome"], KEPT))["id"].to_pylist()
     same = said == decisions_sha256 and set(kept) == set(selection.ids[selection.kept].astype(str))
-    return same and selected_text(folder) in (None, rules.text)
+    return same and selected_contents(folder) in (None, (rules.text, rules.crop))
 
 
 def selected_contents(folder: Path) -> tuple[str, str] | None:
