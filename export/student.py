@@ -76,19 +76,17 @@ def check_parts(folder: Path, allow_pickle: bool) -> None:
 
 def check_scheduler(pipeline: Any, folder: Path) -> None:
     """Raises StageError for a scheduler whose steps are not those of `runtime.Build`: parity would compare a build with the same wrong steps."""
-    scheduler = pipeline.scheduler
-    refused = {
-        f"a {type(scheduler).__name__}, and builds draw in the few steps of LCM's or TCD's": not is_few_step(pipeline),
-        f"for {scheduler.config.get('prediction_type')}, not epsilon or v_prediction": scheduler.config.get(
-            "prediction_type"
-        )
-        not in ("epsilon", "v_prediction"),
-        # clip_sample is switched off by diffusers' own pipeline.
-        "told to clip what it predicts (thresholding), which a build does not": scheduler.config.get("thresholding"),
-    }
-    if found := [what for what, holds in refused.items() if holds]:
+    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    wrong = ""
+    if not is_few_step(pipeline):
+        wrong = f"a {kind}, and builds draw in the few steps of LCM's or TCD's"
+    elif config.get("prediction_type") not in ("epsilon", "v_prediction"):
+        wrong = f"for {config.get('prediction_type')}, not epsilon or v_prediction"
+    elif config.get("thresholding"):  # clip_sample is switched off by diffusers' own pipeline
+        wrong = "told to clip what it predicts (thresholding), which a build does not"
+    if wrong:
         raise StageError(
-            f"the student's scheduler is {found[0]}",
+            f"the student's scheduler is {wrong}",
             where=str(folder / "scheduler"),
             remedy="Give a few-step student, such as OUT/student of a run with trainer.distill.steps, or zoo:student-fewstep",
         )
