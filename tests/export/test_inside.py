@@ -62,7 +62,7 @@ def test_a_hurt_block_shows_it_and_those_before_do_not(lowered: tuple[Any, Path]
     model, blocks = onnx.load(str(path)), unet_blocks(path)
     hurt = next(n for n in model.graph.node if n.op_type == "Conv" and "up_blocks.0.resnets.0" in module_of(n))
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == hurt.input[1])
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.5), weight.name))
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
     onnx.save(model, str(tmp_path / "hurt.onnx"))
     inputs = {name: tensor.numpy() for name, tensor in graph.inputs.items()}
     plain, other = (
