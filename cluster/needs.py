@@ -89,9 +89,9 @@ class RunView:
     unit_images: int = 1
     phases: tuple[Phase, ...] = ()
     vllm_model: str = ""
+    """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     vllm_revision: str | None = None
     """Commit of that model on the hub, if the recipe pins one."""
-    """The language model that a vLLM server would have to serve; empty if the recipe has no use for one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
     server_drops: tuple[str, ...] = ()

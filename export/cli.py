@@ -53,12 +53,13 @@ def student(
     from cluster.recipe import as_overrides, load_recipe
     from export.bundle import export_student
     from export.prompts import read_prompts
+    from export.proof import BUNDLE
     from export.recipe import ExportRecipe
     from factory.models import quiet, resolve
 
     recipe = load_recipe(ExportRecipe, None, [*as_overrides({"vae": vae}), *(overrides or [])])
     quiet()
-    there = [target for target in recipe.targets if (out / target / "bundle.json").exists()]
+    there = [target for target in recipe.targets if (out / target / BUNDLE).exists()]
     export_student(Path(resolve(model)), read_prompts(prompts), recipe, out, typer.echo)
     for target in recipe.targets:
         typer.echo(f"{out / target} is there already" if target in there else f"built {out / target}")

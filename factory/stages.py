@@ -67,9 +67,8 @@ class _Render:
     def __init__(self, recipe: MakeRecipe) -> None:
         set_threads(recipe.threads)
         self.recipe, self.teachers, self.kind = recipe, recipe.painters(), recipe.picture_kind
-        self.device = (
-            pick_device()
-        )  # asked now: a teacher that is opened later is opened outside of the stage's opening
+        # Asked now: a teacher that is opened later is opened outside of the stage's opening.
+        self.device = pick_device()
         self.name = next(iter(self.teachers)) if len(self.teachers) == 1 else None
         self.painter: Painter | None = None
         self.late_s = 0.0

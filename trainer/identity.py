@@ -10,16 +10,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from cluster.errors import CorruptShard
 from cluster.recipe import Settings
-from trainer.options import Phase
+from trainer.options import PHASES
 from trainer.recipe import DecoderRecipe, TrainerRecipe
 
-_PHASES: tuple[str, ...] = get_args(Phase)
 _OF_PHASE = ("checkpoint_s", "spike_factor", "on_spike", "accumulation", "compile_backend")
 _OF_PLACE = (
     "gradient_checkpointing",
@@ -32,7 +31,7 @@ _OF_PLACE = (
     "cache_latents",
     "threads",
 )
-IDLE = (*((key,) for key in _OF_PLACE), *((phase, key) for phase in _PHASES for key in _OF_PHASE))
+IDLE = (*((key,) for key in _OF_PLACE), *((phase, key) for phase in PHASES for key in _OF_PHASE))
 """Keys of a TrainerRecipe that decide no weight: where and in how many parts it is computed, when it is saved, when it stops."""
 _OF_DATA = ("own_view", "own_weight", "more_data", "encodings")
 """What they, and a phase's own `data`, say is in the data's own digests, wherever the data lie."""
@@ -80,7 +79,7 @@ def training_identity(recipe: TrainerRecipe, phase: str, seed: int, data: list[d
     """Of a phase. `data`: what each data set is, in order."""
     aside = {*_OF_PLACE, *_OF_DATA, *_OF_SAMPLES, *(("distill",) if phase == "adapt" else ())}
     told = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in aside}
-    for part in _PHASES:
+    for part in PHASES:
         for key in (*_OF_PHASE, "data"):
             told.get(part, {}).pop(key, None)
     looks = recipe.validation

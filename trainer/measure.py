@@ -93,12 +93,7 @@ def evaluate(recipe: EvaluateRecipe, folder: Path, tick: Tick = lambda what, don
     clip = Clip(
         OpenClipScorer(model=recipe.judge, pretrained=recipe.judge_pretrained, allow_pickle=recipe.allow_pickle)
     )
-    judge = Judge(
-        clip,
-        _judge_digest(recipe),
-        folder,
-        recipe.judge_px,
-    )
+    judge = Judge(clip, _judge_digest(recipe), folder, recipe.judge_px)
     inception = Inception(recipe.fidelity_px) if recipe.fidelity else None
     of_inception = Judge(inception, inception.digest, folder) if inception else None
     texts = clip.texts(questions.prompts)
@@ -262,11 +257,9 @@ def table(report: dict[str, Any]) -> Table:
     return shown
 
 
-def _cell(found: dict[str, float | None] | None) -> str:
+def _cell(found: dict[str, float] | None) -> str:
     if not found:
         return ""
-    if found["low"] is None or found["high"] is None:
-        return f"{found['value']:.3f}"
     return f"{found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""A training that needs more memory than there is: what to change, said by key; and which keys those are."""
+"""A training that needs more memory than there is: what to change, said by key."""
 
 from __future__ import annotations
 
