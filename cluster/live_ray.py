@@ -65,6 +65,10 @@ class RayDesk:
     def end(self, stage: str, unit: str, samples: int, seconds: float) -> None:
         self._say(stage, unit, samples, seconds)
 
+    def flush(self) -> None:
+        """Send what is kept back, before this process ends."""
+        self._send()
+
     def _say(self, stage: str, unit: str, samples: int, seconds: float | None) -> None:
         with self._lock:
             now = time.monotonic()

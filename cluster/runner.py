@@ -12,7 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -30,6 +30,7 @@ from cluster.places import TRAIN, PodGroup, PodPlace, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
+from cluster.tracing import flush
 
 _WINDOW_UNITS = 2048
 _WINDOW_UNITS_A_WORKER = 16
@@ -274,6 +275,12 @@ class _Mapper:
             self.attempts.end(self.stage, unit)
         self.metrics.worked(unit, done, time.perf_counter() - began)
         return answer
+
+    def __del__(self) -> None:
+        """Ray Data drops it once the stage has no more work, and then ends the process without waiting for what is kept back in it."""
+        with suppress(Exception):
+            self.desk.flush()
+            flush()
 
 
 def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) -> Attempts | None:

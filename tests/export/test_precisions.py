@@ -140,9 +140,10 @@ def test_the_judge_knows_a_picture_by_its_words(student_bundles: Path) -> None:
     right, wrong = (scores(clip, facts["prompts"], drawn) for drawn in (pictures, pictures[::-1]))
     assert right["recall_at_1"] == 1 and wrong["recall_at_1"] == 0
     gates = GateRecipe(clip_margin=0.01, recall_margin=0.1)
-    missed = judge_failures({"pytorch": right, "build": wrong}, gates)
+    missed = judge_failures({"pytorch": right, "build": wrong}, gates, len(pictures))
     assert [line.split()[1] for line in missed] == ["CLIP", "R@1"]
-    assert judge_failures({"pytorch": right, "build": right}, gates) == judge_failures(None, gates) == []
+    same = {"pytorch": right, "build": right}
+    assert judge_failures(same, gates, len(pictures)) == judge_failures(None, gates, len(pictures)) == []
 
 
 def test_a_bundle_has_a_card_with_licences_and_kinds(student_bundles: Path) -> None:

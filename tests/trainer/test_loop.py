@@ -81,7 +81,7 @@ def test_the_teacher_keeps_no_features_once_phase_1_is_over(tiny_models, data, t
     seen: list = []
     whole, opened = loop.fit, loop.open_pipeline
     monkeypatch.setattr(loop, "fit", look)
-    monkeypatch.setattr(loop, "open_pipeline", lambda name: (found := opened(name), seen.append(found.unet))[0])
+    monkeypatch.setattr(loop, "open_pipeline", lambda *given: (found := opened(*given), seen.append(found.unet))[0])
     loop.train(recipe(tiny_models), data, tmp_path, seed=1)
     assert hooks["adapt"] > 0 and hooks["distill"] == 0
 

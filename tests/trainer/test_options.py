@@ -117,7 +117,7 @@ def test_a_phased_students_bundle_takes_the_steps_of_its_pipeline(tiny_models, d
     assert [row["t"] for row in table["steps"]] == [999, 749, 499, 249]
     assert not any("next_alpha" in row for row in table["steps"])
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("export.runtime.noise", lambda *_: latent.numpy())
+    monkeypatch.setattr("export.runtime.noise", lambda *_: latent[0].numpy())
     tokens = pipeline.tokenizer(["a fox"], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
         states = pipeline.text_encoder(tokens["input_ids"])[0]
