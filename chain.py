@@ -26,7 +26,7 @@ from cluster.storage import PARTIAL, publish_bytes, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
 from trainer.identity import IDLE
-from trainer.progress import follow_training
+from trainer.progress import follow_training, is_finished
 from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
@@ -40,6 +40,7 @@ _LIMITS = (
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     *(("trainer", *key) for key in IDLE),
+    ("export", "allow_pickle"),
 )
 """Keys that decide nothing but where a run computes, how a server is asked, what a card says of licences, when it saves and when it stops;
 errors say to change some of them and to run the same command again."""
@@ -118,6 +119,7 @@ class Chain:
 
     def _refuse_hopeless(self, todo: Sequence[str]) -> None:
         """Tell what cannot work before the folder is taken and hours are spent."""
+        from export.vae import check_decoder
         from factory.models import quiet, resolve
         from factory.plan import resolve_models
         from factory.publish import check_place
@@ -129,7 +131,11 @@ class Chain:
                 check_view(self.recipe.factory, self.data, view, key)
         if "train" in todo:
             # A data set that is not there is told now, not after hours of making.
-            sources_by_phase(self.recipe.trainer, self.data, self.recipe.cluster.cache)
+            sources_by_phase(self.recipe.trainer, self.data, self.recipe.cluster.cache, self.training)
+            if (named := self.recipe.trainer.distill.teacher) not in (None, "student"):
+                resolve(named)
+        if "export" in todo and self.recipe.export.vae is not None:
+            check_decoder(self.recipe.export.vae)
         if "select" in todo and self.recipe.factory.pack.to is not None:
             check_place(self.recipe.factory.pack.to)
         resolve_models(self.recipe.factory)
@@ -310,7 +316,7 @@ class Chain:
         recipe, folder, seed = self.recipe.trainer, self.training.resolve(), self.recipe.seed
         for view, key in self._views():
             refuse_stale_view(self.data, view, key)
-        data = sources_by_phase(recipe, self.data, self.recipe.cluster.cache)
+        data = sources_by_phase(recipe, self.data, self.recipe.cluster.cache, folder)
         with follow_training(bars, self.recipe.trainer, folder):
             try:
                 launch(
@@ -392,9 +398,9 @@ class Chain:
         return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, view), count)
 
     def _views(self) -> list[tuple[str | None, str]]:
-        """The selection of the run's own data set that each phase is trained on, and the recipe's key that says so."""
+        """The selection of the run's own data set that each phase still to be trained reads, and the recipe's key that says so."""
         trainer = self.recipe.trainer
-        told = [trainer.data_of(phase) for phase in trainer.phases_run()]
+        told = [trainer.data_of(phase) for phase in trainer.phases_run() if not is_finished(self.training, phase)]
         return [(data.own_view, f"{key}.own_view") for data, key in told]
 
 

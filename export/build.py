@@ -52,8 +52,8 @@ class Work:
     """Whose decoder draws, where it is not the student's own."""
     keep: Sequence[str]
     student: Path
-    made_with: dict[str, Any]
-    """The student, prompts and recipe that a finished bundle is held to."""
+    made_with: dict[str, dict[str, Any]]
+    """Of each target: the student, prompts and recipe that a finished bundle is held to."""
 
 
 def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
@@ -96,7 +96,8 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         facts[f"{kind}_ms"] = ms
         if plan is not None and variant == TILED:
             untiled = builds[mix.name][f"{kind}_ms"]["unet"]
-            facts["tiling"] = tiling_facts(plan, kind, ms["unet"], untiled, work.compiled)
+            where = target.hardware(recipe.threads)
+            facts["tiling"] = tiling_facts(plan, kind, where, ms["unet"], untiled, work.compiled)
         sheet.append(pictures)
     _describe(target, place, work, builds, sheet, blocks)
 
@@ -206,7 +207,7 @@ def _describe(
         "tokenizer": {"length": tokenizer.model_max_length, "pad": tokenizer.pad_token_id},
         "prompts": list(work.prompts),
         "student": provenance(work.student, recipe.sources),
-        "made_with": work.made_with,
+        "made_with": work.made_with[target.name],
         "keep": list(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,

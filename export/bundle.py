@@ -30,12 +30,14 @@ from export.targets.judge import compile_plan
 from export.targets.registry import find_target, target_of
 from export.tiled_build import lower_tiled, plan_unet
 from export.vae import open_decoder, vae_facts
-from factory.models import fingerprint
+from factory.models import fresh_fingerprint
 from trainer.identity import Identity, defaults_of
 
 Progress = Callable[[str], None]
 LOWERED = ".graphs"
 """Folder of the float32 ONNX files while an export goes on."""
+_IDLE = ("targets", "threads", "latency_runs", "pages", "sources", "allow_pickle")
+"""Keys of an ExportRecipe that decide nothing of a target's builds."""
 
 
 def export_student(
@@ -48,9 +50,8 @@ def export_student(
     for name in get_args(Target):  # a killed export may have had more targets
         sweep_dead(folder / name)
     check_parts(student, recipe.allow_pickle)
-    made_with = identity_of(student, prompts, recipe)
     for name in recipe.targets:
-        _refuse_another(folder / name, made_with)
+        _refuse_another(folder / name, identity_of(student, prompts, recipe, name))
     todo: list[Target] = [target for target in recipe.targets if not (folder / target / BUNDLE).exists()]
     if not todo:
         return
@@ -114,7 +115,7 @@ def export_student(
         vae=vae,
         keep=keep,
         student=student,
-        made_with=made_with.facts,
+        made_with={name: identity_of(student, prompts, recipe, name).facts for name in todo},
     )
     for name in todo:
         progress(f"building {name}")
@@ -123,11 +124,13 @@ def export_student(
     shutil.rmtree(folder / LOWERED)
 
 
-def identity_of(student: Path, prompts: Sequence[str], recipe: ExportRecipe) -> Identity:
-    """What makes a bundle this one's: the student, the prompts, and the recipe but for which targets there are and how they are timed."""
-    told = recipe.model_dump(mode="json", exclude={"targets", "threads", "latency_runs", "pages", "sources"})
+def identity_of(student: Path, prompts: Sequence[str], recipe: ExportRecipe, target: Target) -> Identity:
+    """What makes a target's bundle this one's: the student, the prompts, and what of the recipe decides that target's builds."""
+    told = recipe.model_dump(mode="json", exclude={*_IDLE, *(() if target == "openvino" else ("openvino_device",))})
+    told["precisions"] = [mix.model_dump(mode="json") for mix in recipe.builds(target)]
+    told["vae"] = None if recipe.vae is None else fresh_fingerprint(recipe.vae)
     words = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    facts = {"student": fingerprint(str(student)), "prompts": words, "export": told}
+    facts = {"student": fresh_fingerprint(str(student)), "prompts": words, "export": told}
     return Identity(facts, defaults_of(recipe, "export."))
 
 
@@ -147,8 +150,10 @@ def _refuse_another(place: Path, wanted: Identity) -> None:
 def _mark_of(student: Path, recipe: ExportRecipe) -> str:
     """What the lowered graphs hang on: those that an interrupted export left are used again for the very same ones only."""
     keys = recipe.model_dump(mode="json", include={"guidance_scale", "decoder", "tiling", "size_px", "batch_images"})
-    vae = None if recipe.vae is None else fingerprint(recipe.vae)
-    return hashlib.sha256(json.dumps([fingerprint(str(student)), vae, keys], sort_keys=True).encode()).hexdigest()[:16]
+    vae = None if recipe.vae is None else fresh_fingerprint(recipe.vae)
+    return hashlib.sha256(
+        json.dumps([fresh_fingerprint(str(student)), vae, keys], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def scan_student(
@@ -165,6 +170,8 @@ def scan_student(
 
     torch.set_num_threads(recipe.threads)
     pipeline = open_student(student, recipe)
+    if recipe.vae is not None:
+        pipeline.vae = open_decoder(recipe.vae, pipeline, recipe.allow_pickle)
     graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images)
     tokens = _tokenize(pipeline, [prompts[i % len(prompts)] for i in range(max(count, recipe.calibration_prompts))])
     shape = tuple(graphs[1].inputs["latent"].shape)

@@ -91,7 +91,9 @@ def _text(facts: dict[str, Any]) -> str:
         "## Figures",
         "",
         f"Against PyTorch in float32 on {len(facts['prompts'])} prompts; times on {facts['measured_on']} with {facts['runtime']}. Measured: what that machine needs. "
-        "Emulated: a CPU plays a chip's arithmetic, so that pictures are true and times say nothing of the chip. No phone or NPU was at hand.",
+        "Emulated: a CPU plays a chip's arithmetic, so that pictures are true and times say nothing of the chip."
+        + (" No phone or NPU was at hand." if facts.get("device", "CPU") == "CPU" else "")
+        + shared_time(facts),
         "",
         "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms | kind of time |",
         "|---|---|---|---|---|---|---|",
@@ -125,6 +127,12 @@ def _trained_on(rows: Sequence[dict[str, Any]]) -> list[str]:
     told = [f"| {_PHASES[one['phase']]} | {one['data']} | {one['samples']} | {one['share']:.1%} |" for one in rows]
     head = ["| phase | data set | samples | share of the draws |", "|---|---|---|---|"]
     return ["## What it was trained on", "", *head, *told, ""]
+
+
+def shared_time(facts: dict[str, Any]) -> str:
+    """What the time of a picture means where several are drawn at once; empty where not."""
+    at_once = facts["latent_shape"][0]
+    return "" if at_once == 1 else f" The builds draw {at_once} pictures at once; the time of a picture is its share."
 
 
 def _other_decoder(vae: dict[str, Any] | None) -> str:

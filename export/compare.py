@@ -86,7 +86,8 @@ def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) ->
     """One build: what was measured, and apart from it what was forecast."""
     build, steps = found["builds"][name], facts["steps"]
     spread = build.get("measured_ms") or build.get("emulated_ms")
-    times = {"text_encoder": 1, "unet": steps, "vae_decoder": 1}
+    at_once = facts["latent_shape"][0]
+    calls = {"text_encoder": 1 / at_once, "unet": steps / at_once, "vae_decoder": 1 / at_once}  # a picture
     return {
         "label": label,
         "name": name,
@@ -95,7 +96,7 @@ def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) ->
         "parity": build.get("parity"),
         "mib": sum(build["bytes"].values()) / 2**20,
         "ms": spread,
-        "parts": [(graph, spread[graph]["median"] * count) for graph, count in times.items()] if spread else [],
+        "parts": [(graph, spread[graph]["median"] * count) for graph, count in calls.items()] if spread else [],
         "steps": steps,
         "cold": build.get("cold"),
         "forecast": _forecast(facts["builds"][name].get("tiling")),

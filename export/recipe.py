@@ -54,6 +54,10 @@ class GateRecipe(Settings):
     quantised_psnr_db: float = Field(
         default=20.0, description="least PSNR of the pictures of a build that is not fp32 throughout, dB"
     )
+    worst_psnr_db: float = Field(
+        default=10.0,
+        description="least PSNR of the worst of those pictures, dB; pictures of different things have 5 to 10",
+    )
     decoder_psnr_db: float = Field(
         default=40.0, description="least PSNR of pictures decoded in tiles against the whole decoder's, dB"
     )

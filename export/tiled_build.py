@@ -35,11 +35,12 @@ def lower_tiled(graph: Graph, plan: Plan, folder: Path) -> None:
 
 
 def tiling_facts(
-    plan: Plan, kind: str, unet_ms: float, untiled_unet_ms: float, compiled: dict[str, Any] | None = None
+    plan: Plan, kind: str, where: str, unet_ms: float, untiled_unet_ms: float, compiled: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """For bundle.json. Four kinds of number, never mixed: what is null was not obtained. `kind` of the times: measured or emulated."""
+    """For bundle.json. Four kinds of number, never mixed: what is null was not obtained. `kind` of the times: measured or emulated, and
+    `where`: on which machine."""
     facts = plan.facts()
-    times = {"where": "this CPU, not the NPU", "unet_ms": unet_ms, "untiled_unet_ms": untiled_unet_ms}
+    times = {"where": where, "unet_ms": unet_ms, "untiled_unet_ms": untiled_unet_ms}
     return {
         "profile": facts["profile"],
         "plan": [{k: v for k, v in row.items() if k != "predicted"} for row in facts["blocks"]],

@@ -21,15 +21,27 @@ _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": Aut
 _REMEDY = "Give OUT/model of `edgefusion trainer decoder --model STUDENT`, or leave export.vae out"
 
 
-def open_decoder(vae: str, pipeline: Any, allow_pickle: bool = False) -> Any:
-    """The VAE in the folder `vae`, float32. Raises RecipeError for one that does not read the student's latents as its own does."""
+def check_decoder(vae: str) -> str:
+    """diffusers' name of what lies there. Raises RecipeError for a folder that is not there, or holds nothing that could decode; opens no weights."""
     place = Path(resolve(vae))
     try:
         kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"export.vae has no config.json that names a VAE: {first_line(error)}", where=str(place), remedy=_REMEDY
+        ) from error
+    if kind not in _KINDS:
+        raise RecipeError(
+            f"export.vae holds no {' and no '.join(_KINDS)}, but a {kind}", where=str(place), remedy=_REMEDY
+        )
+    return kind
+
+
+def open_decoder(vae: str, pipeline: Any, allow_pickle: bool = False) -> Any:
+    """The VAE in the folder `vae`, float32. Raises RecipeError for one that does not read the student's latents as its own does."""
+    kind, place = check_decoder(vae), Path(resolve(vae))
+    try:
         found = _KINDS[kind].from_pretrained(place, dtype=torch.float32, **weights_of(allow_pickle))
-    except KeyError as error:
-        known = " and ".join(_KINDS)
-        raise RecipeError(f"export.vae holds no {known}: {error}", where=str(place), remedy=_REMEDY) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise StageError(
             f"export.vae cannot be opened: {first_line(error, 'export.allow_pickle')}", where=str(place), remedy=_REMEDY

@@ -150,9 +150,24 @@ def test_each_phase_reads_its_own_data_also_after_kills(made: tuple[Path, Path, 
         part["title"][:7]: [fact["samples"] for fact in part["data"]] for part in _training_part(whole / "training")
     }
     assert shown == {"Phase 1": [6], "Phase 2": [len(ids["main"]), 9]}
+    goes_on_without_the_data_of_a_finished_phase(recipe, whole)
     other = load_recipe(Recipe, recipe, ["trainer.adapt.data=null"])
     with pytest.raises(LedgerConflict, match=r"trainer\.adapt\.data is \{.*\} there and null now"):
         Chain(other, whole)
+
+
+def goes_on_without_the_data_of_a_finished_phase(recipe: Path, out: Path) -> None:
+    noted = (out / "training" / "data.json").read_bytes()
+    shutil.rmtree(out / "dataset" / "views" / "few")
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "training" / "distill")
+    Chain(load_recipe(Recipe, recipe), out).run("student")
+    assert (out / "training" / "data.json").read_bytes() == noted
+    (out / "training" / "adapt" / "checkpoints" / "step-00000001").mkdir(parents=True)  # as a kill leaves them
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "training" / "distill" / "unet")
+    Chain(load_recipe(Recipe, recipe), out).run("student")
+    assert not (out / "training" / "adapt" / "checkpoints").exists()
 
 
 def test_what_is_not_there_is_told_by_the_phases_key(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -172,8 +187,15 @@ def test_what_is_not_there_is_told_by_the_phases_key(made: tuple[Path, Path, Pat
     with pytest.raises(EdgeFusionError, match=r"trainer\.adapt\.data\.own_view is chosen.*factory curate"):
         run("trainer.adapt.data.own_view=chosen", out=tmp_path / "copy")
     assert not (tmp_path / "copy" / "training" / "adapt").exists()
-    with pytest.raises(RecipeError, match=r"own_view says what both phases read.*--set ~trainer\.own_view"):
-        run("trainer.own_view=few")
+    for alone, named in (((), "adapt.data and distill.data"), (("trainer.adapt.steps=0",), "distill.data")):
+        said = rf"own_view says what phases without data of their own read, and {named} name.*--set ~trainer\.own_view"
+        with pytest.raises(RecipeError, match=said):
+            run("trainer.own_view=few", *alone)
+    # What training and export take later is looked for now, not after hours.
+    with pytest.raises(EdgeFusionError, match="nosuch"):
+        run("trainer.distill.teacher=zoo:nosuch")
+    with pytest.raises(EdgeFusionError, match=r"export\.vae has no config\.json that names a VAE"):
+        Chain(load_recipe(Recipe, recipe, [f"export.vae={tmp_path}"]), tmp_path / "out").run()
     run_alone = load_recipe(Recipe, recipe, ["trainer.adapt.steps=0", "trainer.adapt.data.own_view=fwe"])
     assert list(Chain(run_alone, tmp_path / "alone")._views()) == [(None, "trainer.distill.data.own_view")]
 

@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 FACTS = "checkpoint.json"
 _OLDER = "state.pt"
 """What older versions kept in a phase's folder in place of all this."""
+_NO_OTHER = "Delete it: an older one is taken where there is one, else this is trained anew"
 _STUDENT, _AVERAGE, _OPTIMISER, _LOOP = "student", "average", "optimiser.pt", "loop.pt"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 """As diffusers calls it."""
@@ -102,9 +103,8 @@ def newest_checkpoint(phase: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def prove(place: Path) -> None:
+def prove(place: Path, remedy: str = _NO_OTHER) -> None:
     """Raises CorruptShard unless every file of a checkpoint is what was written."""
-    remedy = "Delete it to train this phase anew; with trainer.checkpoints.keep above 1 an older one is taken"
     try:
         files: dict[str, str] = json.loads((place / FACTS).read_text())["files"]
         broken = [name for name, sha256 in files.items() if digest_file(place / name) != sha256]
@@ -143,7 +143,7 @@ def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def best_weights(place: Path) -> dict[str, torch.Tensor]:
     """Of what `best_checkpoint` found; raises CorruptShard."""
-    prove(place)
+    prove(place, "Delete it to go on without that look: the student is then the last average")
     return load_file(place / _AVERAGE / _WEIGHTS)
 
 

@@ -53,6 +53,7 @@ def train_decoder(recipe: DecoderRecipe, folder: Path, tick: Tick = lambda done,
     if (folder / _REPORT).exists() and (folder / _MODEL).exists():
         report = json.loads((folder / _REPORT).read_text())
         _refuse_another(recipe, DecoderRecipe.model_validate(report["recipe"]), folder)
+        forget_checkpoints(folder / "fit")  # a kill may have left them
         return report
     torch.set_num_threads(recipe.threads)
     quiet()

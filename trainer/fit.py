@@ -20,6 +20,7 @@ from torch import nn
 
 from cluster.errors import StageError
 from trainer.checkpoints import CHECKPOINTS, config_of, newest_checkpoint
+from trainer.draws import seed_of
 from trainer.identity import Identity
 from trainer.optimise import new_optimiser, rate_at
 from trainer.options import CheckpointRecipe
@@ -31,9 +32,7 @@ from trainer.state import (
     Best,
     Log,
     load_state,
-    random_state,
     save_state,
-    set_random_state,
     state_of,
 )
 from trainer.use import machine_use
@@ -136,6 +135,7 @@ class _Run:
         rank = accelerator.process_index
         self.share = slice(rank * batch // workers, (rank + 1) * batch // workers)
         self.workers = workers
+        self.layer_seed = int(identity.facts.get("seed", 0)) + 7919 * rank
         self.phase, self.settings, self.identity, self.accelerator = phase, settings, identity, accelerator
         self.folder, self.checkpoints = folder, checkpoints
         self.average = Average(model.train(), settings.ema_decay)
@@ -170,7 +170,8 @@ class _Run:
 
     def one_step(self, loss_at: LossAt) -> None:
         """Look at the loss, keep the state that led to it if it is sound, then learn from it. Past the last step, only look."""
-        self.random = random_state(self.accelerator.device)  # before the loss, which comes again after a resume
+        # Nothing here draws from torch's own generators; a layer of somebody's student, such as dropout, may.
+        torch.manual_seed(seed_of(self.layer_seed, self.phase, self.step + self.skipped))
         try:
             loss, mean = self._loss(loss_at)
             self._validate_if_due()
@@ -186,11 +187,13 @@ class _Run:
         self.step += 1
 
     def result(self) -> Any:
-        """The average to go on with, whole."""
+        """The average to go on with, whole; with `validation.keep: best` the best one, in the main process."""
         self.writing.wait()
         self.accelerator.wait_for_everyone()  # the best one is there
         found = self._whole_average()
-        if self.validation and self.validation.keeps_best and (best := self.best.recall()):
+        # The main process alone: it is the one that uses it, and removes what it was read from.
+        keeps_best = self.validation is not None and self.validation.keeps_best
+        if keeps_best and self.accelerator.is_main_process and (best := self.best.recall()):
             found.load_state_dict(best["average"])
             self.accelerator.print(f"{self.phase}: the average of step {best['step']} drew best ({best['score']:.4f})")
         return found
@@ -304,9 +307,6 @@ class _Run:
             self.accelerator.unwrap_model(self.partner.heads).load_state_dict(more["partner"])
         if self.accelerator.scaler is not None and "scaler" in more:
             self.accelerator.scaler.load_state_dict(more["scaler"])
-        self.random = more.get("random", {})
-        if self.random and self.accelerator.is_main_process:
-            set_random_state(self.random)
         self.best.recall(weights=False)
         self.saved = place is not None
         """Whether there is something to go back to; of one mind in all workers, while the main one is still writing."""
@@ -343,7 +343,6 @@ class _Run:
                 "losses": self.watch.losses,
                 "skipped": self.skipped,
                 "rollbacks": self.rollbacks,
-                "random": self.random,
             }
             if self.partner:
                 more["partner"] = self.accelerator.unwrap_model(self.partner.heads).state_dict()

@@ -21,6 +21,7 @@ from trainer.recipe import DecoderRecipe, TrainerRecipe
 
 _OF_PHASE = ("checkpoint_s", "spike_factor", "on_spike", "accumulation", "compile_backend")
 _OF_PLACE = (
+    "allow_pickle",
     "gradient_checkpointing",
     "on_corrupt",
     "max_corrupt_share",
@@ -94,7 +95,7 @@ def training_identity(recipe: TrainerRecipe, phase: str, seed: int, data: list[d
 def decoder_identity(recipe: DecoderRecipe, files_digest: str) -> Identity:
     """Of a small decoder's training on latents with this digest, which says what `model` and `data` are."""
     tree = recipe.model_dump(mode="json")
-    told = {name: value for name, value in tree.items() if name not in ("model", "data", "threads")}
+    told = {name: value for name, value in tree.items() if name not in ("model", "data", "threads", "allow_pickle")}
     told["fit"] = {name: value for name, value in tree["fit"].items() if name not in _OF_PHASE}
     return Identity({**told, "latents": files_digest}, defaults_of(recipe, ""))
 

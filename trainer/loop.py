@@ -35,6 +35,7 @@ from trainer.memory import explain_training, explains_memory
 from trainer.mix import Data, MixedStream
 from trainer.models import LORA, PHASES, open_pipeline, refuse_misfit, schedule_of, student_for, teacher_of
 from trainer.options import Phase
+from trainer.progress import is_finished
 from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
 from trainer.sample import as_student, as_teacher
 from trainer.shard import shard
@@ -76,7 +77,10 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
     for phase in PHASES:
         settings: AdaptRecipe | DistillRecipe = getattr(recipe, phase)
         done = folder / phase / "unet"
-        if settings.steps == 0 or done.exists():
+        if settings.steps == 0:
+            continue
+        if is_finished(folder, phase):
+            _tidy(recipe, folder / phase, accelerator)  # a kill may have left them
             continue
         stream = streams[phase]
         student: Any = student_for(phase, recipe, pipeline, folder)
@@ -126,11 +130,15 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
                 publish_folder(folder / phase / LORA, lambda place, unet=average: save_lora(unet, place))
                 merge_lora(average)
             publish_folder(done, average.save_pretrained)
-            if not recipe.checkpoints.keep_after:
-                forget_checkpoints(folder / phase)
+        _tidy(recipe, folder / phase, accelerator)
         accelerator.wait_for_everyone()
     end_trackers(accelerator)
     streams.close()
+
+
+def _tidy(recipe: TrainerRecipe, phase: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process and not recipe.checkpoints.keep_after:
+        forget_checkpoints(phase)
 
 
 def _encoders_of(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], pipeline: Any) -> str | None:

@@ -11,6 +11,7 @@ import torch
 
 from cluster.errors import OutOfMemory
 from factory.models.memory import is_out_of_memory
+from trainer.progress import is_finished
 from trainer.recipe import DecoderRecipe, TrainerRecipe
 
 Given = ParamSpec("Given")
@@ -36,12 +37,10 @@ def explains_memory(explain: Callable[..., OutOfMemory]) -> Callable[[Callable[G
 
 
 def explain_training(
-    error: BaseException, recipe: TrainerRecipe, _data: object, folder: Path, *_: object, **__: object
+    error: BaseException, recipe: TrainerRecipe, data: object, folder: Path, *_: object, **__: object
 ) -> OutOfMemory:
     """What ran out in the first phase of `folder` that has no result, and the keys that take less, the cheapest first."""
-    phase = next(
-        (n for n in ("adapt", "distill") if getattr(recipe, n).steps and not (folder / n / "unet").exists()), ""
-    )
+    phase = next((phase for phase in recipe.phases_run() if not is_finished(folder, phase)), "")
     if not phase:  # nothing was to be trained any more
         return OutOfMemory(f"{_device()} is out of memory ({_said(error)})", where="trainer", remedy="Free some of it")
     settings, less = getattr(recipe, phase), list[str]()

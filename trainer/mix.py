@@ -24,6 +24,7 @@ from factory.pack import MANIFEST
 from factory.views import MAIN, view_folder
 from trainer.ahead import ReadAhead
 from trainer.options import OnCorrupt, Phase
+from trainer.progress import is_finished
 from trainer.recipe import TrainerRecipe
 from trainer.stream import CorruptSample, Example, ShardStream
 
@@ -71,9 +72,12 @@ def sources_of(
     return found
 
 
-def sources_by_phase(recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None = None) -> dict[Phase, list[Source]]:
-    """`sources_of` each phase that has steps."""
-    return {phase: sources_of(recipe, own, cache, phase) for phase in recipe.phases_run()}
+def sources_by_phase(
+    recipe: TrainerRecipe, own: Path, cache: CacheRecipe | None, training: Path
+) -> dict[Phase, list[Source]]:
+    """`sources_of` each phase that has steps, but for those that `training` holds finished: their data may be gone."""
+    left: list[Phase] = [phase for phase in recipe.phases_run() if not is_finished(training, phase)]
+    return {phase: sources_of(recipe, own, cache, phase) for phase in left}
 
 
 def _place_of(data: str, cache: CacheRecipe) -> Path | RemoteFolder:

@@ -14,6 +14,7 @@ from factory.models import first_line, resolve, weights_of
 from trainer.guidance import takes_guidance
 from trainer.losses import NoiseSchedule
 from trainer.options import PHASES
+from trainer.progress import is_finished
 from trainer.recipe import TrainerRecipe
 from trainer.surgery import SurgeryError, build_student, student_config
 
@@ -37,7 +38,13 @@ def open_unet(model: str, allow_pickle: bool = False) -> UNet2DConditionModel:
     """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32."""
     place = Path(resolve(model))
     if (place / "config.json").exists() and not (place / "model_index.json").exists():
-        return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32, **weights_of(allow_pickle))
+        try:
+            return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32, **weights_of(allow_pickle))
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"{model} cannot be opened: {first_line(error, 'trainer.allow_pickle')}",
+                remedy="Give a diffusers pipeline folder, or the folder of a UNet",
+            ) from error
     return open_pipeline(model, allow_pickle).unet
 
 
@@ -52,7 +59,7 @@ def schedule_of(pipeline: Any) -> NoiseSchedule:
 def final_unet(folder: Path) -> Path:
     """The UNet of the last phase that ran."""
     for phase in reversed(PHASES):
-        if (folder / phase / "unet").exists():
+        if is_finished(folder, phase):
             return folder / phase / "unet"
     raise EdgeFusionError(
         "no phase was trained", where=str(folder), remedy="Set trainer.adapt.steps or trainer.distill.steps"

@@ -9,7 +9,13 @@ from pathlib import Path
 from rich.progress import Progress
 
 from cluster.machine import every
+from trainer.options import Phase
 from trainer.recipe import TrainerRecipe
+
+
+def is_finished(training: Path, phase: Phase) -> bool:
+    """Whether the folder of a training holds what a phase leaves."""
+    return (training / phase / "unet").exists()
 
 
 @contextmanager

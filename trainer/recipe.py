@@ -267,12 +267,13 @@ class TrainerRecipe(DataRecipe):
 
     @model_validator(mode="after")
     def _all_data_are_read(self) -> TrainerRecipe:
-        if self.adapt.data is None or self.distill.data is None:
+        if any(getattr(self, phase).data is None for phase in self.phases_run()):
             return self
         for name in DataRecipe.model_fields:
             if getattr(self, name) != DataRecipe.model_fields[name].default:
                 raise ValueError(
-                    f"{name} says what both phases read, and adapt.data and distill.data each name data of their own, so nothing reads it; "
+                    f"{name} says what phases without data of their own read, and {' and '.join(f'{phase}.data' for phase in self.phases_run())} "
+                    "name theirs, so nothing reads it; "
                     f"move it there or take it out (--set ~trainer.{name})"
                 )
         return self

@@ -143,20 +143,6 @@ def load_state(path: Path | None, model: nn.Module, average: nn.Module, optimise
         return Found(int(state["step"]), dict(state.get("more", {})))
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of torch's own generators in this process. Nothing here draws from them; a layer of somebody's student, such as dropout, may."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
-def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 @dataclass
 class Best:
     """The weights that drew the best pictures so far, kept below `folder`."""

@@ -17,6 +17,7 @@ from cluster.storage import publish_bytes
 from trainer.ahead import ReadAhead
 from trainer.mix import Data, MixedStream, Source, as_sources
 from trainer.options import Phase
+from trainer.progress import is_finished
 from trainer.recipe import TrainerRecipe
 from trainer.trained_on import DATA, read_data
 
@@ -33,20 +34,25 @@ class Streams:
         seed: int,
         accelerator: Accelerator,
     ) -> None:
-        """`encoders` as in ShardStream. A phase that `folder` holds finished needs its data no more: what was noted of them stays.
+        """`encoders` as in ShardStream. A phase that `folder` holds finished needs its data no more, and may be absent from `data`: what
+        was noted of them stays.
 
         Raises what MixedStream does, all of it before anything is trained.
         """
         self.path, self._main = folder / DATA, accelerator.is_main_process
         groups = _groups(sources_of_phases(recipe, data))
-        self.apart = len(groups) > 1
-        """Whether the phases have different data."""
         noted = read_data(folder)
+        known = {phase for _, phases in groups for phase in phases}
+        gone = [fact for fact in noted if fact.get("phase", next(iter(known), None)) not in known]
+        self.apart = len(groups) > 1 or bool(gone)
+        """Whether the phases have different data."""
         self._parts: list[tuple[Phase, MixedStream | list[dict[str, Any]]]] = []
+        for phase in dict.fromkeys(fact["phase"] for fact in gone):
+            self._parts.append((phase, [fact for fact in gone if fact["phase"] == phase]))
         self._of: dict[Phase, MixedStream] = {}
         for sources, phases in groups:
             kept = [fact for fact in noted if fact.get("phase", phases[0]) == phases[0]]
-            if all((folder / phase / "unet").exists() for phase in phases):
+            if all(is_finished(folder, phase) for phase in phases):
                 self._parts.append((phases[0], kept))
                 continue
             key = recipe.data_of(phases[0])[1] if self.apart else "trainer"
@@ -95,10 +101,11 @@ class Streams:
 
 
 def sources_of_phases(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data]) -> dict[Phase, list[Source]]:
-    """What each phase that has steps is trained on: what `data` has for it, or all of `data` where it is not by phase."""
+    """What each phase that has steps is trained on: what `data` has for it, if it is there, or all of `data` where it is not by phase."""
     return {
         phase: as_sources(data[phase] if isinstance(data, Mapping) else data)  # pyright: ignore[reportArgumentType]
         for phase in recipe.phases_run()
+        if not isinstance(data, Mapping) or phase in data
     }
 
 

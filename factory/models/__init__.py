@@ -54,7 +54,12 @@ def first_line(error: Exception, key: str = "allow_pickle") -> str:
 
 @cache
 def fingerprint(model: str, revision: str | None = None) -> str:
-    """What makes this model this model: digests of a folder's files, or the hub name and revision."""
+    """What makes this model this model: digests of a folder's files, or the hub name and revision. Looked at once a process."""
+    return fresh_fingerprint(model, revision)
+
+
+def fresh_fingerprint(model: str, revision: str | None = None) -> str:
+    """`fingerprint` of what lies there now."""
     place = Path(resolve(model))
     if not place.exists():
         return f"{model}@{revision or 'main'}"

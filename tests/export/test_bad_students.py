@@ -95,12 +95,31 @@ def test_a_finished_bundle_is_not_taken_for_another_students_or_recipes(tmp_path
     recipe = RECIPE.model_copy(update={"targets": ["onnx"]})
     bundle = tmp_path / "out" / "onnx" / "bundle.json"
     bundle.parent.mkdir(parents=True)
-    bundle.write_text(json.dumps({"made_with": identity_of(student, ["a fox"], recipe).facts}))
+    bundle.write_text(json.dumps({"made_with": identity_of(student, ["a fox"], recipe, "onnx").facts}))
     (tmp_path / "out" / ".openvino.partial-1-ffff").mkdir()  # a killed export's, of a target that is not asked for now
     export_student(student, ["a fox"], recipe.model_copy(update={"threads": 7, "latency_runs": 9}), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["onnx"]
     with pytest.raises(LedgerConflict, match=r"out/onnx.*export\.steps: then 2, now 4"):
         export_student(student, ["a fox"], recipe.model_copy(update={"steps": 4}), tmp_path / "out")
+    idle = {
+        "openvino_device": "GPU",
+        "precisions": [*recipe.precisions, "bf16"],
+        "allow_pickle": True,
+    }  # none of the target's
+    export_student(student, ["a fox"], recipe.model_copy(update=idle), tmp_path / "out")
+    config = tmp_path / "vae" / "config.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    with_vae = recipe.model_copy(update={"vae": str(config.parent)})
+    with pytest.raises(LedgerConflict, match=r"export\.vae: then null"):
+        export_student(student, ["a fox"], with_vae, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    other = tmp_path / "other" / "onnx" / "bundle.json"
+    other.write_text(json.dumps({"made_with": identity_of(student, ["a fox"], with_vae, "onnx").facts}))
+    export_student(student, ["a fox"], with_vae, tmp_path / "other")
+    config.write_text('{"trained": "again"}')  # at the same place
+    with pytest.raises(LedgerConflict, match=r"export\.vae: then"):
+        export_student(student, ["a fox"], with_vae, tmp_path / "other")
     with pytest.raises(LedgerConflict, match='prompts: then "'):
         export_student(student, ["a pizza"], recipe, tmp_path / "out")
     bundle.write_text("{}")  # an older version's

@@ -119,7 +119,11 @@ def test_equal_pictures_do_not_hide_a_far_one() -> None:
 
 def test_the_gate_is_by_component() -> None:
     gates = GateRecipe(fp32_snr_db=60, half_snr_db=40, quantised_psnr_db=20)
-    proof = {"graph_snr_db": {"text_encoder": 50.0, "unet": 9.0, "vae_decoder": 70.0}, "psnr_db": 30.0}
+    proof = {
+        "graph_snr_db": {"text_encoder": 50.0, "unet": 9.0, "vae_decoder": 70.0},
+        "psnr_db": 30.0,
+        "psnr_db_min": 15.0,
+    }
     picture = [np.arange(768, dtype=np.uint8).reshape(16, 16, 3)]
     mixed = {"text_encoder": "fp16", "unet": "w8a16", "vae_decoder": "fp32"}
     assert failures(mixed, proof, picture, gates) == []
@@ -128,6 +132,10 @@ def test_the_gate_is_by_component() -> None:
     ]
     assert failures({**mixed, "unet": "fp16"}, proof, picture, gates) == ["unet: SNR 9.0 dB is under 40.0"]
     assert len(failures(mixed, {**proof, "psnr_db": 19.0}, picture, gates)) == 1
+    # One of 64 that shows something else: all together they still pass.
+    assert failures(mixed, {**proof, "psnr_db_min": 7.0}, picture, gates) == [
+        "pictures: the worst one's PSNR 7.0 dB is under 10.0"
+    ]
 
 
 def test_the_judge_knows_a_picture_by_its_words(student_bundles: Path) -> None:

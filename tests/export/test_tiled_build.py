@@ -71,12 +71,12 @@ def test_a_recipe_may_ask_the_compiler_and_its_word_is_kept_apart(tmp_path) -> N
     with pytest.raises(EdgeFusionError, match=r"not an Arm NPU|\[npu\]"):
         export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], asked, tmp_path)
     plan = solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-1024"))
-    facts = tiling_facts(plan, "measured", 1.0, 2.0, {"a": {"untiled": {}, "chosen": {}}})
+    facts = tiling_facts(plan, "measured", "x86_64 CPU", 1.0, 2.0, {"a": {"untiled": {}, "chosen": {}}})
     assert facts["compiler_estimated"] == {"a": {"untiled": {}, "chosen": {}}} and facts["emulated"] is None
 
 
 def test_times_of_integers_that_a_cpu_plays_are_not_called_measured() -> None:
     plan = solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-1024"))
-    emulated, measured = (tiling_facts(plan, kind, 1.0, 2.0) for kind in ("emulated", "measured"))
+    emulated, measured = (tiling_facts(plan, kind, "x86_64 CPU", 1.0, 2.0) for kind in ("emulated", "measured"))
     assert emulated["emulated"] == measured["measured"] and emulated["emulated"]["untiled_unet_ms"] == 2.0
     assert emulated["measured"] is None and measured["emulated"] is None

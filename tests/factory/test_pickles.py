@@ -15,7 +15,7 @@ from factory.models.image import Painter
 from factory.models.text import open_writer
 from factory.plan import sample_id
 from factory.recipe import DiffusersTeacher, OpenClipScorer, TransformersWriter
-from trainer.models import open_pipeline
+from trainer.models import open_pipeline, open_unet
 
 
 def pickled(place: Path) -> None:
@@ -41,6 +41,14 @@ def test_a_pipeline_with_one_pickled_part_is_refused_and_opened_on_demand(models
     after = open_pipeline(str(teacher), allow_pickle=True)
     for name, tensor in getattr(before, part).state_dict().items():
         assert torch.equal(tensor, getattr(after, part).state_dict()[name])
+
+
+def test_a_folder_of_a_pickled_unet_alone_is_refused_by_its_key(models: Path) -> None:
+    unet = models / "teacher" / "unet"
+    pickled(unet)
+    with pytest.raises(StageError, match=r"trainer\.allow_pickle: true"):
+        open_unet(str(unet))
+    open_unet(str(unet), allow_pickle=True)
 
 
 def test_the_factorys_models_are_refused_by_their_key(models: Path) -> None:

@@ -86,7 +86,7 @@ def test_weights_are_folders_that_diffusers_opens_and_the_rest_needs_no_pickle(t
     model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 2, 8)).sample.square().mean().backward()
     optimiser.step()
     average.update(model)
-    state = state_of(5, model, average.model, optimiser, IDENTITY, {"losses": [1.0], "random": {}})
+    state = state_of(5, model, average.model, optimiser, IDENTITY, {"losses": [1.0]})
     place = checkpoints.save_checkpoint(tmp_path, state, checkpoints.config_of(model), keep=1)
     assert place.name == "step-00000005" and not same(model, average.model)
     for part, wanted in (("student", model), ("average", average.model)):
@@ -131,7 +131,7 @@ def test_with_only_damaged_ones_nothing_is_trained_anew_unasked(tmp_path: Path, 
     die(tmp_path, 4)
     place = tmp_path / CHECKPOINTS / "step-00000003"
     (place / name).write_bytes((place / name).read_bytes()[:-20])
-    with pytest.raises(CorruptShard, match=r"step-00000003: .*Delete it to train this phase anew; .*keep above 1"):
+    with pytest.raises(CorruptShard, match=r"step-00000003: .*Delete it: an older one is taken"):
         train(tmp_path)
     assert names(tmp_path) == ["step-00000003"]
 
@@ -193,8 +193,9 @@ def test_the_better_of_two_bests_counts_and_a_damaged_one_is_refused(tmp_path: P
     found = best_checkpoint(tmp_path / CHECKPOINTS)
     assert found is not None
     damage(found[0], "average/diffusion_pytorch_model.safetensors")
-    with pytest.raises(CorruptShard, match=r"best-00000006: average/.* is damaged"):
+    with pytest.raises(CorruptShard, match=r"best-00000006: average/.* is damaged") as caught:
         again.recall()
+    assert "without that look" in caught.value.remedy
 
 
 def test_a_training_keeps_them_afterwards_only_if_asked_and_may_be_asked_on_the_way(

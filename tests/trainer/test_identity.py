@@ -36,7 +36,7 @@ def identity(phase: str = "adapt", seed: int = 1, data: list = DATA, **changes: 
 def test_what_decides_no_weight_does_not_count() -> None:
     other = {
         **{"gradient_checkpointing": True, "on_corrupt": "skip", "max_corrupt_share": 0.5, "trackers": ["mlflow"]},
-        **{"sharding": "student", "loaders": 0, "cache_latents": True, "threads": 7},
+        **{"sharding": "student", "loaders": 0, "cache_latents": True, "threads": 7, "allow_pickle": True},
         **{"grid_seed": 5, "grid_prompts": ["a fox"], "judge": {"kind": "open_clip", "model": "zoo:judge"}},
         **{"validation": {"every_steps": 2}, "checkpoints": {"keep": 3}},
     }

@@ -42,7 +42,7 @@ def test_a_training_out_of_memory_names_the_keys_and_goes_on_with_them(
 
     monkeypatch.setattr(loop, "read_batch", short_of_memory)
     with pytest.raises(OutOfMemory) as caught:
-        loop.train(settings, data, tmp_path, seed=1)
+        loop.train(settings, data=data, folder=tmp_path, seed=1)
     said = str(caught.value)
     assert said.startswith("trainer.adapt: ") and "in adapt with 4 images a batch in 1 part" in said
     assert "Tried to allocate 2.00 GiB" in said and "Of the allocated memory" not in said
