@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 12
 
-# What would make `make test` longer than ten minutes; CI runs it too.
+# What would make `make test` longer than a quarter of an hour; CI runs it too.
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'long and not slow'
 

@@ -129,6 +129,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(undisturbed: tuple[P
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_ray_gives_the_same_bytes(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, whole = undisturbed
     more = ["--set", "cluster.runner=ray", "--set", "factory.make.render_workers=2"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from chain import Chain, Recipe
 from cluster.recipe import load_recipe
 
 POCKET = Path(__file__).parent.parent / "recipes" / "pocket.yaml"
 
 
+@pytest.mark.long
 def test_the_shipped_pocket_recipe_runs_at_reduced_counts(tmp_path: Path) -> None:
     small = {
         "cluster.runner": "in-process",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ def leaks(folder: Path, said: bytes) -> list[str]:
     return [f"{name}: {key}" for name, text in texts.items() for key, s in SECRETS.items() if s.encode() in text]
 
 
+@pytest.mark.long
 def test_no_secret_of_the_environment_is_written_or_said(tiny_models: Path, tmp_path: Path) -> None:
     out, refused = tmp_path / "out", tmp_path / "refused"
     words = ["factory", "run", str(recipe_of(tiny_models, tmp_path)), "--debug"]

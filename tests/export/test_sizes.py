@@ -24,6 +24,7 @@ STUDENT = Path(resolve("zoo:student-fewstep"))
 PROMPTS = ("a 3d render of a red apple on a white background", "a flat icon of a fox on a blue background")
 
 
+@pytest.mark.long
 def test_two_pictures_of_128_px_at_once(tmp_path: Path) -> None:
     few = {"calibration_prompts": 1, "parity_prompts": 3, "latency_runs": 1, "threads": 1}
     recipe = ExportRecipe.model_validate(
