@@ -30,19 +30,36 @@ from trainer.progress import follow_training
 from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
+_SERVED = (("plan", "writer"), ("make", "captioner"))
+_OPENED = (
+    *_SERVED,
+    ("make", "teacher"),
+    ("make", "teachers", "*"),
+    ("make", "scorer"),
+    ("make", "scores", "*", "clip"),
+)
 _LIMITS = (
     *(
         ("factory", *model, key)
-        for model in (("plan", "writer"), ("make", "captioner"))
-        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
+        for model in _SERVED
+        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent", "server", "environment", "device")
+    ),
+    *(("factory", *model, "allow_pickle") for model in _OPENED),
+    *(
+        ("factory", "plan", "download", key)
+        for key in ("max_failed_share", "failed_after", "timeout_s", "tries", "back_off_s", "concurrent", "per_host")
+    ),
+    *(
+        ("factory", "make", key)
+        for key in ("render_workers", "render_gpus", "score_workers", "score_gpus", "crop_gpus")
     ),
     ("factory", "sources"),
     ("factory", "make", "max_dead_share"),
     ("factory", "make", "dead_after"),
     *(("trainer", *key) for key in IDLE),
 )
-"""Keys that decide nothing but where a run computes, how a server is asked, what a card says of licences, when it saves and when it stops;
-errors say to change some of them and to run the same command again."""
+"""Keys that decide nothing but where a run computes, which weights may be opened, how servers are run and asked, what a card says of licences,
+when it saves and when it stops; errors say to change some of them and to run the same command again. `*`: whatever is there."""
 
 
 class Recipe(Settings):
@@ -407,12 +424,21 @@ def _what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
     address, or with a higher limit. Before anything is `trained`, also without how to train and export."""
     aside = {"cluster"} if trained else {"cluster", "trainer", "export"}
     made: dict[str, Any] = json.loads(json.dumps({name: part for name, part in recipe.items() if name not in aside}))
-    for *parents, last in _LIMITS:
-        place = made
-        for name in parents:
-            place = place.get(name) or {}
-        place.pop(last, None)
+    for key in _LIMITS:
+        _take_out(made, key)
     return made
+
+
+def _take_out(tree: Any, key: Sequence[str]) -> None:
+    """A key of a tree, if it is there; `*` stands for every name or number."""
+    name, *below = key
+    if name == "*":
+        for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+            _take_out(one, below)
+    elif isinstance(tree, dict) and below:
+        _take_out(tree.get(name), below)
+    elif isinstance(tree, dict):
+        tree.pop(name, None)
 
 
 def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
