@@ -107,7 +107,7 @@ def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Pat
     choice = Choice(rules, decisions, columns, select(columns, rules, decisions))
     if _is_trained_on(folder, target) and _is_packed(recipe, target, choice) is False:
         raise LedgerConflict(
-            f"{', '.join(built_on(folder))} in {folder.parent} was made from the selection as it is, and it would become another",
+            f"{', '.join(built_on(folder))} in {folder.resolve().parent} was made from the selection as it is, and it would become another",
             where=str(target),
             remedy="Make the new one beside it (edgefusion factory select DATASET --name NAME --rule ...), delete those to build them anew, "
             "or copy the dataset folder and go on in the copy",
@@ -151,7 +151,7 @@ def _is_trained_on(folder: Path, target: Path) -> bool:
     if target == folder or not built_on(folder):
         return bool(built_on(folder))
     try:
-        told = json.loads((folder.parent / _TRAINED_ON).read_text())
+        told = json.loads((folder.resolve().parent / _TRAINED_ON).read_text())
         return any(Path(fact["data"]).parts[-3:] == target.resolve().parts[-3:] for fact in told)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -72,7 +72,8 @@ def _data_set(folder: Path, proof: str) -> Path:
 
 def built_on(data: Path) -> list[str]:
     """What a run has made of the data set in `data`, by its names in the output folder."""
-    return [name for name in _BUILT_ON if (data.parent / name).exists()] if data.resolve().name == "dataset" else []
+    place = data.resolve()
+    return [name for name in _BUILT_ON if (place.parent / name).exists()] if place.name == "dataset" else []
 
 
 def refuse_if_built(data: Path) -> None:
@@ -80,6 +81,6 @@ def refuse_if_built(data: Path) -> None:
     if built := built_on(data):
         raise LedgerConflict(
             f"{', '.join(built)} there was made from the data set as it is",
-            where=str(data.parent),
+            where=str(data.resolve().parent),
             remedy="Delete those to build them anew, or copy the dataset folder and go on in the copy",
         )

@@ -17,6 +17,7 @@ from factory.decisions import Decision, Overlay, read_decisions
 from factory.exchange import export_decisions, import_decisions
 from factory.make import is_packed, select_and_pack
 from factory.pack import packed_decisions, read_manifest, read_shard
+from factory.retry import refuse_if_built
 from factory.verify import verify
 
 
@@ -146,6 +147,27 @@ def test_what_was_trained_on_stays_as_it_is(dataset: Path, ids: list[str]) -> No
     Overlay(dataset).decide(ids[20], {"caption": None}, "ada", expect=mark.number)
     select_command(dataset)
     assert packed()[0] == before[0]
+
+
+@pytest.mark.parametrize("way", ["from inside", "by a link"])
+def test_what_was_trained_on_is_known_by_any_way_to_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    recipe = (dataset.parent / "recipe.yaml").resolve()
+    select_command(dataset)
+    run("select", dataset, "--name", "late", "--recipe", recipe, "--rule", "best=4")
+    (dataset.parent / "training").mkdir()
+    told = [{"data": str(dataset / "views" / "late"), "samples": 4}]
+    (dataset.parent / "training" / "data.json").write_text(json.dumps(told))
+    monkeypatch.chdir(dataset)
+    (tmp_path / "link").symlink_to(dataset)
+    place = Path() if way == "from inside" else tmp_path / "link"
+    with pytest.raises(LedgerConflict, match=f"training in {dataset.parent} was made from"):
+        run("select", place, "--recipe", recipe, "--set", "factory.select.min_clip=0.5")
+    with pytest.raises(LedgerConflict, match=f"training in {dataset.parent} was made from"):
+        run("select", place, "--name", "late", "--recipe", recipe, "--rule", "best=5")
+    with pytest.raises(LedgerConflict, match=f"{dataset.parent}: training there was made from"):
+        refuse_if_built(place)
 
 
 @pytest.mark.parametrize("change", ["factory.select.min_clip=0.5", "factory.pack.samples_per_shard=5"])
