@@ -254,18 +254,24 @@ class Chain:
 
     def _holds_decisions(self) -> bool:
         """The shards, and the counts noted of them, include everything that people decided so far."""
-        from factory.make import is_packed
-        from factory.pack import packed_decisions
+        from factory.make import decided, is_packed
+        from factory.pack import MANIFEST
+        from factory.views import MAIN, view_folder
 
-        return is_packed(self.data) and self.facts.get("decisions_sha256", "") == packed_decisions(self.data)
+        recipe, data = self.recipe.factory, self.data
+        # A selection that somebody took away is not missed.
+        there = [name for name in recipe.views if (view_folder(data, name) / MANIFEST).exists()]
+        return self.facts.get("decisions_sha256", "") == decided(data, recipe.select) and all(
+            is_packed(data, recipe.view(name), view_folder(data, name)) for name in (*there, MAIN)
+        )
 
     def _refuse_late_decisions(self) -> None:
         """A student must not be trained on two data sets, nor a report show the counts of one it never saw."""
-        from factory.decisions import digest_decisions, read_decisions
+        from factory.make import decided
 
         if "funnel" not in self.facts or not (self.training.exists() or self.student.exists()):
             return
-        if self.facts.get("decisions_sha256", "") != digest_decisions(read_decisions(self.data)):
+        if self.facts.get("decisions_sha256", "") != decided(self.data, self.recipe.factory.select):
             raise LedgerConflict(
                 "people decided anew about the data set after training began",
                 where=str(self.out),

@@ -102,7 +102,7 @@ class Choice:
 def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path) -> Choice:
     """Apply the rules and what people decided to the ledger. Raises LedgerConflict if a run was trained on what is packed in `target`, and
     it would become another."""
-    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    decisions = _standing(folder, rules)
     columns = load_columns(folder, recipe.make.unit_images)
     choice = Choice(rules, decisions, columns, select(columns, rules, decisions))
     if _is_trained_on(folder, target) and _is_packed(recipe, target, choice) is False:
@@ -157,16 +157,26 @@ def _is_trained_on(folder: Path, target: Path) -> bool:
         return False
 
 
-def is_packed(folder: Path) -> bool:
-    """The shards are there and hold every decision that people took so far. Raises CorruptShard if the decisions cannot be read."""
-    return packed_decisions(folder) == digest_decisions(read_decisions(folder))
+def is_packed(folder: Path, rules: SelectRecipe, target: Path | None = None) -> bool:
+    """The shards in `target`, or of the main selection, are there and hold what people decided so far, as far as `rules` listen to them.
+    Raises CorruptShard if the decisions cannot be read."""
+    return packed_decisions(target or folder) == decided(folder, rules)
+
+
+def decided(folder: Path, rules: SelectRecipe) -> str:
+    """Digest of the decisions that a selection by `rules` would now be packed with; empty without any, and where people count for nothing."""
+    return digest_decisions(_standing(folder, rules))
+
+
+def _standing(folder: Path, rules: SelectRecipe) -> dict[str, Decision]:
+    return {} if rules.people == "ignore" else read_decisions(folder)
 
 
 def packed_samples(recipe: FactoryRecipe, folder: Path, wanted: set[str], rules: SelectRecipe) -> Iterator[Sample]:
     """The samples with these ids, as a selection by `rules` packs them."""
     units = plan_units(folder, recipe.make.unit_images)
     kept = np.fromiter((key in wanted for _, ids in units for key in ids.to_pylist()), bool)
-    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    decisions = _standing(folder, rules)
     return _samples(recipe, folder, kept, decisions, rules)
 
 

@@ -17,6 +17,7 @@ from factory.decisions import Decision, Overlay, read_decisions
 from factory.exchange import export_decisions, import_decisions
 from factory.make import is_packed, select_and_pack
 from factory.pack import packed_decisions, read_manifest, read_shard
+from factory.recipe import SelectRecipe
 from factory.retry import refuse_if_built
 from factory.verify import verify
 
@@ -38,10 +39,10 @@ def test_decisions_reach_the_shards_and_without_them_nothing_changes(dataset: Pa
     overlay.decide(ids[0], {"verdict": "keep"}, "ada")  # scores 0
     overlay.decide(ids[20], {"verdict": "reject", "reason": "odd: hands"}, "ada")
     overlay.decide(ids[21], {"caption": "an owl in the snow"}, "bob")
-    assert not is_packed(dataset)
+    assert not is_packed(dataset, SelectRecipe())
     output = select_command(dataset)
     assert "kept 18 + rejected 5 + dead 1" in output and "rejected: human: 1" in output and "1 captions fixed" in output
-    assert is_packed(dataset) and packed_decisions(dataset) and verify(dataset) == 18
+    assert is_packed(dataset, SelectRecipe()) and packed_decisions(dataset) and verify(dataset) == 18
     prompts = {row["id"]: row["prompt"] for row in read_manifest(dataset)}
     assert ids[0] in prompts and ids[20] not in prompts and prompts[ids[21]] == "an owl in the snow"
     members = dict(read_shard(dataset / "shard-000000.tar"))
@@ -272,3 +273,21 @@ def test_the_chain_packs_again_after_decisions_but_not_under_a_training(
     Overlay(chain.data).decide(ids[20], {"verdict": None}, "ada", expect=mark.number)
     select_and_pack(chain.recipe.factory, chain.data)  # as `factory select` does: the run's own counts are stale now
     assert not chain._is_done("select")
+
+
+def test_where_people_count_for_nothing_the_chain_does_not_wait_for_them(
+    dataset: Path, ids: list[str], tmp_path: Path
+) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", "factory.select.people=ignore"]
+    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
+    heard = Chain(load_recipe(Recipe, DEFAULT_RECIPE, [*small, "factory.views={cur: {people: apply}}"]), tmp_path / "b")
+    for one in (chain, heard):
+        shutil.copytree(dataset, one.data)
+        Overlay(one.data).decide(ids[20], {"verdict": "reject", "reason": "odd"}, "ada")
+        with progress_bars() as bars:
+            one.facts |= one._select(bars)
+        assert one._is_done("select")
+        Overlay(one.data).decide(ids[21], {"verdict": "reject", "reason": "odd"}, "ada")
+    assert chain._is_done("select") and not heard._is_done("select"), "one of its selections listens"
+    chain.training.mkdir()
+    assert chain._todo(("select", "train", "student")) == ["train", "student"]
