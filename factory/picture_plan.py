@@ -40,7 +40,7 @@ def plan_pictures(
     if plan.download is None:
         _write(final, planned_rows(plan), plan, progress)
         return final
-    parts = download_all(plan, _lists(plan), folder, progress)
+    parts = download_all(plan, _lists(plan), folder, progress, planned=final.exists())
     if final.exists():
         _mend(final, parts, unit_images)
     else:
