@@ -8,7 +8,7 @@ from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
 from factory.added import forget_units
 from factory.dead import note_tried, reopen_unit
-from factory.download import ask_again, failed_urls
+from factory.download import ask_again, failed_urls, wants_again
 from factory.pack import MANIFEST
 from factory.plan import PLAN
 from factory.units import plan_files, read_table
@@ -56,8 +56,9 @@ def reopen_urls(folder: Path) -> int:
     if failed:
         refuse_if_built(data)
         (data / MANIFEST).unlink(missing_ok=True)
-        note_tried(data, ({"id": key, "reason": f"plan: {wrong}"} for key, wrong in failed))
-        ask_again(data)
+        if not wants_again(data):  # else these failures are noted, and nobody asked since
+            ask_again(data)
+            note_tried(data, ({"id": key, "reason": f"plan: {wrong}"} for key, wrong in failed))
     return len(failed)
 
 
