@@ -99,13 +99,13 @@ class Choice:
         return digest_decisions(self.decisions)
 
 
-def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path) -> Choice:
+def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path, by_manifest: bool = True) -> Choice:
     """Apply the rules and what people decided to the ledger. Raises LedgerConflict if a run was trained on what is packed in `target`, and
-    it would become another."""
+    it would become another: by its manifest, unless that is not to be believed, else by its selection."""
     decisions = _standing(folder, rules)
     columns = load_columns(folder, recipe.make.unit_images)
     choice = Choice(rules, decisions, columns, select(columns, rules, decisions))
-    if _is_trained_on(folder, target) and _is_packed(recipe, target, choice) is False:
+    if _is_trained_on(folder, target) and _is_packed(recipe, target, choice, by_manifest) is False:
         raise LedgerConflict(
             f"{', '.join(built_on(folder))} in {folder.resolve().parent} was made from the selection as it is, and it would become another",
             where=str(target),
@@ -136,11 +136,11 @@ def select_and_pack(
     return summary["funnel"]
 
 
-def _is_packed(recipe: FactoryRecipe, target: Path, choice: Choice) -> bool | None:
-    """What is packed in `target` has the same samples, words and shards, by its manifest, or where that is gone by its selection; None if
+def _is_packed(recipe: FactoryRecipe, target: Path, choice: Choice, by_manifest: bool = True) -> bool | None:
+    """What is packed in `target` has the same samples, words and shards, by its manifest, or where that is gone or not believed by its selection; None if
     neither says."""
     ids = np.sort(choice.columns.ids[choice.selection.kept])
-    same = is_packed_as(target, ids, recipe.pack.samples_per_shard, choice.mark)
+    same = is_packed_as(target, ids, recipe.pack.samples_per_shard, choice.mark) if by_manifest else None
     if same is None:
         return is_selected_as(target, choice.selection, choice.rules, choice.mark)
     return same and selected_contents(target) in (None, (choice.rules.text, choice.rules.crop))
