@@ -204,6 +204,8 @@ class Chain:
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
+            if "funnel" in facts:  # what an earlier version wrote does not say it
+                facts.setdefault("card_sources", facts["recipe"]["factory"].get("sources", []))
             return {**facts, "recipe": tree, "recipe_digest": recipe_digest(self.recipe)}
         if self.out.is_dir() and not all(is_claim(path.name) or PARTIAL in path.name for path in self.out.iterdir()):
             raise LedgerConflict(
@@ -229,7 +231,8 @@ class Chain:
 
             return not wants_again(self.data) and (self.data / "plan.parquet").exists()
         if step == "select":
-            return "funnel" in self.facts and self._holds_decisions()
+            told = self.facts.get("card_sources") == self.facts["recipe"]["factory"]["sources"]
+            return "funnel" in self.facts and told and self._holds_decisions()
         if step == "export":
             return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
         if step == "pages" and not (self.out / "compare.html").exists():
@@ -310,10 +313,14 @@ class Chain:
 
     def _select(self, bars: Progress) -> dict[str, Any]:
         from factory.pack import packed_decisions
-        from factory.views import pack_all
+        from factory.views import pack_all, write_cards
 
         task = bars.add_task("select and pack", total=1)
-        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
+        if "funnel" in self.facts and self._holds_decisions():  # only the licences that the cards tell are others
+            write_cards(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
+            funnel = self.facts["funnel"]
+        else:
+            funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
         bars.advance(task)
         if not funnel["kept"]:
             why = ", ".join(f"{count} {reason}" for reason, count in funnel["reasons"].items())
@@ -322,7 +329,11 @@ class Chain:
                 where=str(self.data),
                 remedy="Look at what came in, or loosen factory.select in a run of its own (another --out)",
             )
-        return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
+        return {
+            "funnel": funnel,
+            "decisions_sha256": packed_decisions(self.data),
+            "card_sources": self.facts["recipe"]["factory"]["sources"],
+        }
 
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch

@@ -291,3 +291,32 @@ def test_where_people_count_for_nothing_the_chain_does_not_wait_for_them(
     assert chain._is_done("select") and not heard._is_done("select"), "one of its selections listens"
     chain.training.mkdir()
     assert chain._todo(("select", "train", "student")) == ["train", "student"]
+
+
+def test_licences_that_are_named_later_reach_the_cards_of_a_finished_run(dataset: Path, tmp_path: Path) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", "factory.views={few: {best: 4}}"]
+    named = [*small, "factory.sources=[{name: pictures of somebody, licence: CC-BY-4.0}]"]
+
+    def chain(changes: list[str]) -> Chain:
+        return Chain(load_recipe(Recipe, DEFAULT_RECIPE, changes), tmp_path / "out")
+
+    first = chain(small)
+    shutil.copytree(dataset, first.data)
+    with progress_bars() as bars:
+        first.facts |= first._select(bars)
+        del first.facts["card_sources"]  # as an earlier version left it
+        first._save()
+        assert chain(small)._is_done("select")
+        first.training.mkdir()
+        shards = {p: p.stat().st_mtime_ns for p in first.data.rglob("*") if p.suffix in (".tar", ".parquet")}
+        later = chain(named)
+        assert later._todo(("select",)) == ["select"]
+        later._save()  # killed after its first file: the cards are still to be written
+        later = chain(named)
+        later.facts |= later._select(bars)
+        later._save()
+    assert chain(named)._is_done("select") and not chain(small)._is_done("select")
+    for place in (first.data, first.data / "views" / "few"):
+        assert "| `pictures of somebody` |  | CC-BY-4.0 |" in (place / "README.md").read_text()
+        assert "CC-BY-4.0" in (place / "croissant.json").read_text()
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards, "no shard is written anew"
