@@ -30,11 +30,28 @@ from trainer.progress import follow_training, is_finished
 from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
+_SERVED = (("plan", "writer"), ("make", "captioner"))
+_OPENED = (
+    *_SERVED,
+    ("make", "teacher"),
+    ("make", "teachers", "*"),
+    ("make", "scorer"),
+    ("make", "scores", "*", "clip"),
+)
 _LIMITS = (
     *(
         ("factory", *model, key)
-        for model in (("plan", "writer"), ("make", "captioner"))
-        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent")
+        for model in _SERVED
+        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent", "server", "environment", "device")
+    ),
+    *(("factory", *model, "allow_pickle") for model in _OPENED),
+    *(
+        ("factory", "plan", "download", key)
+        for key in ("max_failed_share", "failed_after", "timeout_s", "tries", "back_off_s", "concurrent", "per_host")
+    ),
+    *(
+        ("factory", "make", key)
+        for key in ("render_workers", "render_gpus", "score_workers", "score_gpus", "crop_gpus")
     ),
     ("factory", "sources"),
     ("factory", "make", "max_dead_share"),
@@ -42,8 +59,8 @@ _LIMITS = (
     *(("trainer", *key) for key in IDLE),
     ("export", "allow_pickle"),
 )
-"""Keys that decide nothing but where a run computes, how a server is asked, what a card says of licences, when it saves and when it stops;
-errors say to change some of them and to run the same command again."""
+"""Keys that decide nothing but where a run computes, which weights may be opened, how servers are run and asked, what a card says of licences,
+when it saves and when it stops; errors say to change some of them and to run the same command again. `*`: whatever is there."""
 
 
 class Recipe(Settings):
@@ -193,6 +210,8 @@ class Chain:
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
+            if "funnel" in facts:  # what an earlier version wrote does not say it
+                facts.setdefault("card_sources", facts["recipe"]["factory"].get("sources", []))
             return {**facts, "recipe": tree, "recipe_digest": recipe_digest(self.recipe)}
         if self.out.is_dir() and not all(is_claim(path.name) or PARTIAL in path.name for path in self.out.iterdir()):
             raise LedgerConflict(
@@ -218,7 +237,8 @@ class Chain:
 
             return not wants_again(self.data) and (self.data / "plan.parquet").exists()
         if step == "select":
-            return "funnel" in self.facts and self._holds_decisions()
+            told = self.facts.get("card_sources") == self.facts["recipe"]["factory"]["sources"]
+            return "funnel" in self.facts and told and self._holds_decisions()
         if step == "export":
             return all((self.out / "export" / target / "bundle.json").exists() for target in self.recipe.export.targets)
         if step == "pages" and not (self.out / "compare.html").exists():
@@ -243,18 +263,24 @@ class Chain:
 
     def _holds_decisions(self) -> bool:
         """The shards, and the counts noted of them, include everything that people decided so far."""
-        from factory.make import is_packed
-        from factory.pack import packed_decisions
+        from factory.make import decided, is_packed
+        from factory.pack import MANIFEST
+        from factory.views import MAIN, view_folder
 
-        return is_packed(self.data) and self.facts.get("decisions_sha256", "") == packed_decisions(self.data)
+        recipe, data = self.recipe.factory, self.data
+        # A selection that somebody took away is not missed.
+        there = [name for name in recipe.views if (view_folder(data, name) / MANIFEST).exists()]
+        return self.facts.get("decisions_sha256", "") == decided(data, recipe.select) and all(
+            is_packed(data, recipe.view(name), view_folder(data, name)) for name in (*there, MAIN)
+        )
 
     def _refuse_late_decisions(self) -> None:
         """A student must not be trained on two data sets, nor a report show the counts of one it never saw."""
-        from factory.decisions import digest_decisions, read_decisions
+        from factory.make import decided
 
         if "funnel" not in self.facts or not (self.training.exists() or self.student.exists()):
             return
-        if self.facts.get("decisions_sha256", "") != digest_decisions(read_decisions(self.data)):
+        if self.facts.get("decisions_sha256", "") != decided(self.data, self.recipe.factory.select):
             raise LedgerConflict(
                 "people decided anew about the data set after training began",
                 where=str(self.out),
@@ -293,10 +319,14 @@ class Chain:
 
     def _select(self, bars: Progress) -> dict[str, Any]:
         from factory.pack import packed_decisions
-        from factory.views import pack_all
+        from factory.views import pack_all, write_cards
 
         task = bars.add_task("select and pack", total=1)
-        funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
+        if "funnel" in self.facts and self._holds_decisions():  # only the licences that the cards tell are others
+            write_cards(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
+            funnel = self.facts["funnel"]
+        else:
+            funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
         bars.advance(task)
         if not funnel["kept"]:
             why = ", ".join(f"{count} {reason}" for reason, count in funnel["reasons"].items())
@@ -305,7 +335,11 @@ class Chain:
                 where=str(self.data),
                 remedy="Look at what came in, or loosen factory.select in a run of its own (another --out)",
             )
-        return {"funnel": funnel, "decisions_sha256": packed_decisions(self.data)}
+        return {
+            "funnel": funnel,
+            "decisions_sha256": packed_decisions(self.data),
+            "card_sources": self.facts["recipe"]["factory"]["sources"],
+        }
 
     def _train(self, bars: Progress) -> None:
         from cluster.training import launch
@@ -413,12 +447,21 @@ def _what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
     address, or with a higher limit. Before anything is `trained`, also without how to train and export."""
     aside = {"cluster"} if trained else {"cluster", "trainer", "export"}
     made: dict[str, Any] = json.loads(json.dumps({name: part for name, part in recipe.items() if name not in aside}))
-    for *parents, last in _LIMITS:
-        place = made
-        for name in parents:
-            place = place.get(name) or {}
-        place.pop(last, None)
+    for key in _LIMITS:
+        _take_out(made, key)
     return made
+
+
+def _take_out(tree: Any, key: Sequence[str]) -> None:
+    """A key of a tree, if it is there; `*` stands for every name or number."""
+    name, *below = key
+    if name == "*":
+        for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+            _take_out(one, below)
+    elif isinstance(tree, dict) and below:
+        _take_out(tree.get(name), below)
+    elif isinstance(tree, dict):
+        tree.pop(name, None)
 
 
 def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import re
 import uuid
 from collections.abc import Callable, Generator
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from cluster.retry import chain_of, retried
+from cluster.retry import Answer, chain_of, retried
 from cluster.storage import digest_file, publish_bytes, publish_new, store_code
 
 _BLOCK_BYTES = 8 << 20
@@ -65,14 +66,7 @@ class RemoteStore:
         """A file as a stream that is read from begin to end; the memory it takes does not depend on its size.
 
         Raises CorruptShard if it is not there; so may reading, for it may go while it is read."""
-        where = f"{self}/{name}"
-
-        def begin() -> BinaryIO:
-            return cast(BinaryIO, self._files.open(self._path(name), "rb", block_size=_BLOCK_BYTES))
-
-        with plain_words(where):
-            file = retried(begin, where)
-        return cast(BinaryIO, _Steady(file, begin, where))
+        return open_steadily(self._files, self._path(name), f"{self}/{name}", block_size=_BLOCK_BYTES)
 
     def holds(self, name: str, local: Path, sha256: str) -> bool:
         """A file with the contents of `local` is there.
@@ -166,6 +160,13 @@ def open_store(url: str, **options: Any) -> tuple[Any, str]:
     return files, str(root).rstrip("/")
 
 
+def open_steadily(files: Any, path: str, where: str, **options: Any) -> BinaryIO:
+    """A file of an opened store, which can seek where the store's own can; every call is tried again as `retried` does.
+
+    Raises EdgeFusionError, CorruptShard if it is not there; so may reading. `options` are those of fsspec's `open`."""
+    return cast(BinaryIO, _Steady(lambda: cast(BinaryIO, files.open(path, "rb", **options)), where))
+
+
 @contextmanager
 def plain_words(where: str, done: str = "read") -> Generator[None]:
     """What a store raises in this block, in which something is `done`, as errors of ours: see `explain_store`."""
@@ -228,35 +229,60 @@ def _tag(local: Path, compound: bool) -> str:
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-class _Steady:
-    """A stream whose errors are in plain words, and that goes on where it was if the store breaks it off."""
+class _Steady(io.RawIOBase):
+    """A file whose errors are in plain words. Where the store breaks it off, it is opened anew and goes on where it was."""
 
-    def __init__(self, file: BinaryIO, begin: Callable[[], BinaryIO], where: str) -> None:
-        self._file, self._begin, self._where = file, begin, where
-        self._read_bytes, self._broken = 0, False
+    def __init__(self, begin: Callable[[], BinaryIO], where: str) -> None:
+        super().__init__()
+        self._begin, self._where = begin, where
+        self._file: BinaryIO | None = None
+        self._place = 0
+        self._steadily(lambda file: None)
 
-    def read(self, size: int = -1) -> bytes:
+    def _steadily(self, do: Callable[[BinaryIO], Answer]) -> Answer:
+        """What `do` gives of the opened file, which then stands at `_place`."""
+
+        def once() -> Answer:
+            held, self._file = self._file, None
+            file = held or self._begin()
+            try:
+                if held is None and self._place:
+                    file.seek(self._place)
+                answer = do(file)
+            except BaseException:
+                with contextlib.suppress(Exception):  # it is of no use any more
+                    file.close()
+                raise
+            self._file = file
+            return answer
+
         with plain_words(self._where):
-            piece = retried(lambda: self._once(size), self._where)
-        self._read_bytes += len(piece)
+            return retried(once, self._where)
+
+    def read(self, size: int = -1, /) -> bytes:
+        piece = self._steadily(lambda file: file.read(size))
+        self._place += len(piece)
         return piece
 
-    def _once(self, size: int) -> bytes:
-        if self._broken:
-            with contextlib.suppress(Exception):  # it is of no use any more
-                self._file.close()
-            self._file = self._begin()
-            self._file.seek(self._read_bytes)
-        self._broken = True
-        piece = self._file.read(size)
-        self._broken = False
-        return piece
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = self._steadily(lambda file: file.seek(offset, whence))
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
     def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> _Steady:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        if not self.closed and self._file is not None:
+            self._file.close()
+        super().close()

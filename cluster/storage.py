@@ -95,8 +95,10 @@ def store_code(error: BaseException | None) -> str:
 def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
     """Write a temporary file beside `final` and put it there by one call of the system."""
     partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    handle = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        handle = _hold(partial, _touch_new)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -110,6 +112,8 @@ def _write_beside(final: Path, data: bytes, only_new: bool = False) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if handle is not None:
+            os.close(handle)
 
 
 def _put_new(partial: Path, final: Path) -> None:
@@ -134,7 +138,7 @@ def _put_new(partial: Path, final: Path) -> None:
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a local file too large for memory, then put it under `path` whole, as `publish_bytes` does."""
-    with _partial_of(path, lambda partial: partial.touch(exist_ok=False)) as partial:
+    with _partial_of(path, _touch_new) as partial:
         write(partial)
         _sync(partial)
         os.replace(partial, path)
@@ -178,13 +182,17 @@ def _partial_of(path: Path, make: Callable[[Path], object]) -> Generator[Path]:
             os.close(handle)
 
 
+def _touch_new(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
 def _hold(partial: Path, make: Callable[[Path], object]) -> int:
     """Make it, under a lock that ends with this process however it ends, in whatever container it runs; returns the handle."""
     while True:
         make(partial)
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(partial, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # where there are no locks, `sweep_dead` takes nothing
+            with contextlib.suppress(OSError):  # where there are no locks, `_remove_dead` knows
                 fcntl.flock(handle, fcntl.LOCK_SH)
             if partial.exists():
                 return handle
@@ -193,18 +201,24 @@ def _hold(partial: Path, make: Callable[[Path], object]) -> int:
 
 def sweep_dead(path: Path) -> int:
     """Remove what killed makers of the file or folder `path` left beside it; what a living one works on stays. Returns how many there were."""
-    count = 0
-    for partial in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
+    found = list(path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}*"))
+    return sum(_remove_dead(partial, alone=False) for partial in found)
+
+
+def _remove_dead(partial: Path, alone: bool) -> bool:
+    """Remove it unless a living maker holds it; what no lock tells of, only if the caller is `alone`."""
+    with contextlib.ExitStack() as stack:
         try:
             handle = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
-        except OSError:
-            continue
-        with contextlib.suppress(OSError):  # somebody holds it, or this file system has no locks
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(partial)
-            count += 1
-        os.close(handle)
-    return count
+        except (BlockingIOError, FileNotFoundError):  # somebody holds it, or it is gone
+            return False
+        except OSError:  # this file system has no locks, or the file may not be opened
+            if not alone:
+                return False
+        _remove(partial)  # under the lock, or its maker could take it in between
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -215,11 +229,9 @@ def _remove(path: Path) -> None:
 
 
 def sweep_partials(folder: str | Path) -> int:
-    """Remove what killed writers left below a local folder; returns how many files and folders. Call it while nobody writes there."""
-    found = list(Path(folder).rglob(f".*{PARTIAL}*"))
-    for path in found:
-        _remove(path)
-    return len(found)
+    """Remove what killed writers left below a local folder; returns how many files and folders. What a living one holds stays, but on a file
+    system without locks, so call it where no other driver writes."""
+    return sum(_remove_dead(path, alone=True) for path in list(Path(folder).rglob(f".*{PARTIAL}*")))
 
 
 def digest_file(path: str | Path, files: Any = None) -> str:

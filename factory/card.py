@@ -148,7 +148,7 @@ def _licences(parts: list[Part]) -> str:
     if not lacking:
         return bound
     names = ", ".join(f"`{name}`" for name in lacking)
-    return f"{bound} Not known is that of {names}: name it in `factory.sources` of the recipe before you publish."
+    return f"{bound} Not known is that of {names}: name it in `factory.sources` of the recipe and run that again before you publish."
 
 
 def _linked(one: Part) -> str:

@@ -151,7 +151,7 @@ def select_again(
         raise RecipeError(
             "--rule is for a selection with a --name", remedy="Give one, or change the main one by --recipe and --set"
         )
-    # A further selection lies in a folder of its own, so it may be made while a run is at work.
+    # A further selection lies in a folder of its own, so it may be made while a run is at work: `sweep_partials` spares what is being written.
     with nullcontext() if name else _alone(folder, "select"):
         part = _factory_part(folder, recipe, overrides or [])
         if name:

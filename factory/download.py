@@ -4,7 +4,8 @@
 download goes on after the last whole part, and a rerun reads the disk, not the net. The plan then points into these files as into any
 Parquet source. What the server calls its answer counts for nothing; decoding decides later.
 
-A run of failures that looks like an outage stops the download, and the parts of it are not kept. What failed for a reason that may pass is
+A run of failures that looks like an outage stops the download, and the parts of it are not kept; if it was killed before it could tell, the
+next run asks for them anew. What failed for a reason that may pass is
 asked once more after `ask_again`; a part changes only where an answer came.
 
 Guards: http and https only; addresses that are not public are refused at connect time, whatever name led there (redirects, DNS answers that
@@ -18,7 +19,7 @@ import csv
 import random
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -47,16 +48,23 @@ _LONGEST_WAIT_S = 60.0
 
 
 def download_all(
-    recipe: PicturePlan, paths: list[Path], folder: Path, progress: Callable[[int], None] = lambda n: None
+    recipe: PicturePlan,
+    paths: list[Path],
+    folder: Path,
+    progress: Callable[[int], None] = lambda n: None,
+    planned: bool = False,
 ) -> list[Path]:
-    """The parts of all URLs in `paths`, in order, fetched where they are not there yet. Raises RecipeError for a bad list."""
+    """The parts of all URLs in `paths`, in order, fetched where they are not there yet. Raises RecipeError for a bad list.
+
+    `planned`: there is a plan of them already, so what failed stays as it is unless somebody wants it again."""
     assert recipe.download is not None
     parts: list[Path] = []
     some: list[_Listed] = []
     left, again, latest = recipe.limit, wants_again(folder), _Latest(recipe.download)
+    spoilt = set() if planned else _spoilt(recipe.download, folder)
 
     def take() -> None:
-        parts.append(_part(recipe, some, folder, len(parts), again, latest))
+        parts.append(_part(recipe, some, folder, len(parts), again, latest, spoilt))
         progress(len(some))
         some.clear()
 
@@ -84,7 +92,8 @@ class _Latest:
         self._parts: deque[tuple[Path, list[str]]] = deque()
 
     def add(self, part: Path, wrong: list[str]) -> None:
-        """Raises StageError if most failed of late; the parts where most did are then removed, and the next run fetches them anew."""
+        """Judge a part before it is published. Raises StageError if most failed of late; the parts where most did are then removed, and the
+        next run fetches them anew."""
         self._parts.append((part, wrong))
         total = sum(len(one) for _, one in self._parts)
         while total - len(self._parts[0][1]) >= self._recipe.failed_after:
@@ -104,7 +113,26 @@ class _Latest:
         )
 
 
-def _part(recipe: PicturePlan, some: list[_Listed], folder: Path, number: int, again: bool, latest: _Latest) -> Path:
+def _spoilt(recipe: DownloadRecipe, folder: Path) -> set[Path]:
+    """The last parts there, as far as in each most failed for reasons that may pass: a download that was killed in an outage leaves them."""
+    found: set[Path] = set()
+    for part in reversed(_parts(folder)):
+        wrong = pq.read_table(part, columns=["wrong"])["wrong"].to_pylist()
+        if sum(map(may_pass, wrong)) <= recipe.max_failed_share * len(wrong):
+            break
+        found.add(part)
+    return found
+
+
+def _part(
+    recipe: PicturePlan,
+    some: list[_Listed],
+    folder: Path,
+    number: int,
+    again: bool,
+    latest: _Latest,
+    spoilt: Collection[Path],
+) -> Path:
     assert recipe.download is not None
     final = folder / FOLDER / f"part-{number:05d}.parquet"
     if final.exists():
@@ -113,17 +141,17 @@ def _part(recipe: PicturePlan, some: list[_Listed], folder: Path, number: int, a
             raise StageError(
                 "was downloaded from another list of URLs", where=str(final), remedy="Start in a new output folder"
             )
-        if again:
-            _ask_part_again(recipe.download, final)
+        if again or final in spoilt:
+            _ask_part_again(recipe.download, final, latest if final in spoilt else None)
         return final
     answers = asyncio.run(_fetch_all(recipe.download, [url for url, *_ in some]))
     rows = [
         {"url": url, "text": text, "picture": data, "wrong": wrong, "attributes": attributes}
         for (url, text, attributes), (data, wrong) in zip(some, answers, strict=True)
     ]
+    latest.add(final, [wrong for _, wrong in answers])
     more = [pa.field("attributes", pa.string())] if recipe.attribute_columns else []
     _publish(final, pa.Table.from_pylist(rows, schema=pa.schema([*_SCHEMA, *more])))
-    latest.add(final, [wrong for _, wrong in answers])
     return final
 
 
@@ -167,7 +195,7 @@ def _parts(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob("part-*.parquet"))
 
 
-def _ask_part_again(recipe: DownloadRecipe, final: Path) -> None:
+def _ask_part_again(recipe: DownloadRecipe, final: Path, latest: _Latest | None) -> None:
     table = pq.read_table(final)
     rows = table.to_pylist()
     failed = [row for row in rows if may_pass(row["wrong"])]
@@ -176,12 +204,9 @@ def _ask_part_again(recipe: DownloadRecipe, final: Path) -> None:
     answers = asyncio.run(_fetch_all(recipe, [row["url"] for row in failed]))
     for row, (data, wrong) in zip(failed, answers, strict=True):
         row["picture"], row["wrong"] = data, wrong
+    if latest is not None:
+        latest.add(final, [row["wrong"] for row in rows])
     _publish(final, pa.Table.from_pylist(rows, schema=table.schema))
-
-
-def read_list(path: Path, recipe: PicturePlan) -> Iterator[tuple[str, str]]:
-    """(url, text) of a .txt (a URL a line, then perhaps a tab and the text), .csv or .parquet file. Raises RecipeError."""
-    return ((url, text) for url, text, _ in _listed(path, recipe))
 
 
 def _listed(path: Path, recipe: PicturePlan) -> Iterator[_Listed]:

@@ -99,15 +99,15 @@ class Choice:
         return digest_decisions(self.decisions)
 
 
-def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path) -> Choice:
+def choose(recipe: FactoryRecipe, folder: Path, rules: SelectRecipe, target: Path, by_manifest: bool = True) -> Choice:
     """Apply the rules and what people decided to the ledger. Raises LedgerConflict if a run was trained on what is packed in `target`, and
-    it would become another."""
-    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    it would become another: by its manifest, unless that is not to be believed, else by its selection."""
+    decisions = _standing(folder, rules)
     columns = load_columns(folder, recipe.make.unit_images)
     choice = Choice(rules, decisions, columns, select(columns, rules, decisions))
-    if _is_trained_on(folder, target) and _is_packed(recipe, target, choice) is False:
+    if _is_trained_on(folder, target) and _is_packed(recipe, target, choice, by_manifest) is False:
         raise LedgerConflict(
-            f"{', '.join(built_on(folder))} in {folder.parent} was made from the selection as it is, and it would become another",
+            f"{', '.join(built_on(folder))} in {folder.resolve().parent} was made from the selection as it is, and it would become another",
             where=str(target),
             remedy="Make the new one beside it (edgefusion factory select DATASET --name NAME --rule ...), delete those to build them anew, "
             "or copy the dataset folder and go on in the copy",
@@ -136,11 +136,11 @@ def select_and_pack(
     return summary["funnel"]
 
 
-def _is_packed(recipe: FactoryRecipe, target: Path, choice: Choice) -> bool | None:
-    """What is packed in `target` has the same samples, words and shards, by its manifest, or where that is gone by its selection; None if
+def _is_packed(recipe: FactoryRecipe, target: Path, choice: Choice, by_manifest: bool = True) -> bool | None:
+    """What is packed in `target` has the same samples, words and shards, by its manifest, or where that is gone or not believed by its selection; None if
     neither says."""
     ids = np.sort(choice.columns.ids[choice.selection.kept])
-    same = is_packed_as(target, ids, recipe.pack.samples_per_shard, choice.mark)
+    same = is_packed_as(target, ids, recipe.pack.samples_per_shard, choice.mark) if by_manifest else None
     if same is None:
         return is_selected_as(target, choice.selection, choice.rules, choice.mark)
     return same and selected_contents(target) in (None, (choice.rules.text, choice.rules.crop))
@@ -151,22 +151,32 @@ def _is_trained_on(folder: Path, target: Path) -> bool:
     if target == folder or not built_on(folder):
         return bool(built_on(folder))
     try:
-        told = json.loads((folder.parent / _TRAINED_ON).read_text())
+        told = json.loads((folder.resolve().parent / _TRAINED_ON).read_text())
         return any(Path(fact["data"]).parts[-3:] == target.resolve().parts[-3:] for fact in told)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def is_packed(folder: Path) -> bool:
-    """The shards are there and hold every decision that people took so far. Raises CorruptShard if the decisions cannot be read."""
-    return packed_decisions(folder) == digest_decisions(read_decisions(folder))
+def is_packed(folder: Path, rules: SelectRecipe, target: Path | None = None) -> bool:
+    """The shards in `target`, or of the main selection, are there and hold what people decided so far, as far as `rules` listen to them.
+    Raises CorruptShard if the decisions cannot be read."""
+    return packed_decisions(target or folder) == decided(folder, rules)
+
+
+def decided(folder: Path, rules: SelectRecipe) -> str:
+    """Digest of the decisions that a selection by `rules` would now be packed with; empty without any, and where people count for nothing."""
+    return digest_decisions(_standing(folder, rules))
+
+
+def _standing(folder: Path, rules: SelectRecipe) -> dict[str, Decision]:
+    return {} if rules.people == "ignore" else read_decisions(folder)
 
 
 def packed_samples(recipe: FactoryRecipe, folder: Path, wanted: set[str], rules: SelectRecipe) -> Iterator[Sample]:
     """The samples with these ids, as a selection by `rules` packs them."""
     units = plan_units(folder, recipe.make.unit_images)
     kept = np.fromiter((key in wanted for _, ids in units for key in ids.to_pylist()), bool)
-    decisions = {} if rules.people == "ignore" else read_decisions(folder)
+    decisions = _standing(folder, rules)
     return _samples(recipe, folder, kept, decisions, rules)
 
 

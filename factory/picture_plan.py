@@ -16,6 +16,7 @@ from cluster.cache import is_url
 from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD
 from cluster.storage import publish_file
+from factory.added import forget_units
 from factory.dead import reopen_unit
 from factory.download import asked_again, download_all, wants_again
 from factory.ingest import downloaded_rows, planned_rows, read_part
@@ -40,7 +41,7 @@ def plan_pictures(
     if plan.download is None:
         _write(final, planned_rows(plan), plan, progress)
         return final
-    parts = download_all(plan, _lists(plan), folder, progress)
+    parts = download_all(plan, _lists(plan), folder, progress, planned=final.exists())
     if final.exists():
         _mend(final, parts, unit_images)
     else:
@@ -120,8 +121,10 @@ def _mend(final: Path, parts: list[Path], unit_images: int) -> None:
             changed.add(number // unit_images)
     if not fresh:
         return
-    for unit in changed:
-        reopen_unit(final.parent, f"unit-{unit:05d}")
+    units = [f"unit-{unit:05d}" for unit in sorted(changed)]
+    forget_units(final.parent, units)
+    for unit in units:
+        reopen_unit(final.parent, unit)
 
     def rows() -> Iterator[dict[str, Any]]:
         batches = pq.ParquetFile(final).iter_batches(_ROWS_AT_ONCE)

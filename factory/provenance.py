@@ -11,6 +11,7 @@ from pathlib import Path
 from factory.added import SCORES, added_sets
 from factory.models import fingerprint
 from factory.recipe import CaptionerKeys, FactoryRecipe, ScorerRecipe, ServerAccess, WriterKeys
+from factory.units import unit_name, unit_sizes
 
 KNOWN = {
     **{f"zoo:{name}": "Apache-2.0" for name in ("teacher", "clip", "judge", "captioner", "writer", "student-fewstep")},
@@ -72,14 +73,16 @@ def _parts(recipe: FactoryRecipe, folder: Path) -> list[tuple[str, str, str]]:
     mark = scorer.pretrained or _short(fingerprint(scorer.model, scorer.revision))
     sources = [("source", path, "") for path in plan.paths] if plan.kind != "written" else []
     further = [(f"scores {one.label()}", *_scorer_mark(one)) for one in make.scores]
-    return [*sources, *found, ("filter", scorer.model, mark), *further, *_added(folder)]
+    return [*sources, *found, ("filter", scorer.model, mark), *further, *_added(folder, make.unit_images)]
 
 
-def _added(folder: Path) -> list[tuple[str, str, str]]:
-    """Scorers that came later; a view's folder lies two below the data set's."""
+def _added(folder: Path, unit_images: int) -> list[tuple[str, str, str]]:
+    """Scorers that came later, as far as they are through; a view's folder lies two below the data set's."""
     data = next((place for place in (folder, folder.parent.parent) if (place / SCORES).is_dir()), folder)
     found: list[tuple[str, str, str]] = []
-    for one in added_sets(data):
+    sets = added_sets(data)
+    units = [unit_name(number) for number in range(len(unit_sizes(data, unit_images)))] if sets else []
+    for one in (one for one in sets if one.covers(units)):
         kind, scorer = one.scorer["kind"], one.scorer
         name = scorer.get("weights") or scorer.get("use") or scorer.get("name") or kind
         found.append((f"scores {', '.join(one.columns)}, added", name, _short(one.mark) if one.mark else ""))

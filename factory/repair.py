@@ -15,7 +15,7 @@ from cluster.recipe import build_recipe
 from cluster.storage import digest_file, publish_bytes
 from factory.card import CARD, CROISSANT, GRID, write_card
 from factory.ledger import read_entry, read_pictures
-from factory.make import packed_samples, select_and_pack
+from factory.make import choose, packed_samples, select_and_pack
 from factory.pack import MANIFEST, read_manifest, shard_bytes
 from factory.recipe import FactoryRecipe, SelectRecipe
 from factory.select import KEPT, SELECTION, SUMMARY
@@ -81,10 +81,13 @@ def _mend(recipe: FactoryRecipe, folder: Path, target: Path, name: str) -> list[
         and all(_rebuild(recipe, folder, target, path, rules) for path in broken)
     ):
         return [path.name for path in broken]
+    rules = rules or view_rules(recipe, name)
     before = _contents(target)
-    if broken:  # a manifest by which nothing could be rebuilt does not say what was packed; the selection may
+    if broken:
+        # A manifest by which nothing could be rebuilt does not say what was packed; the selection may. Refused before it is taken away.
+        choose(recipe, folder, rules, target, by_manifest=False)
         (target / MANIFEST).unlink(missing_ok=True)
-    select_and_pack(recipe, folder, rules or view_rules(recipe, name), target)
+    select_and_pack(recipe, folder, rules, target)
     return sorted(file for file, data in _contents(target).items() if before.get(file) != data)
 
 

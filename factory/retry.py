@@ -8,7 +8,7 @@ from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.stage import DEAD
 from factory.added import forget_units
 from factory.dead import note_tried, reopen_unit
-from factory.download import ask_again, failed_urls
+from factory.download import ask_again, failed_urls, wants_again
 from factory.pack import MANIFEST
 from factory.plan import PLAN
 from factory.units import plan_files, read_table
@@ -56,8 +56,9 @@ def reopen_urls(folder: Path) -> int:
     if failed:
         refuse_if_built(data)
         (data / MANIFEST).unlink(missing_ok=True)
-        note_tried(data, ({"id": key, "reason": f"plan: {wrong}"} for key, wrong in failed))
-        ask_again(data)
+        if not wants_again(data):  # else these failures are noted, and nobody asked since
+            ask_again(data)
+            note_tried(data, ({"id": key, "reason": f"plan: {wrong}"} for key, wrong in failed))
     return len(failed)
 
 
@@ -72,7 +73,8 @@ def _data_set(folder: Path, proof: str) -> Path:
 
 def built_on(data: Path) -> list[str]:
     """What a run has made of the data set in `data`, by its names in the output folder."""
-    return [name for name in _BUILT_ON if (data.parent / name).exists()] if data.resolve().name == "dataset" else []
+    place = data.resolve()
+    return [name for name in _BUILT_ON if (place.parent / name).exists()] if place.name == "dataset" else []
 
 
 def refuse_if_built(data: Path) -> None:
@@ -80,6 +82,6 @@ def refuse_if_built(data: Path) -> None:
     if built := built_on(data):
         raise LedgerConflict(
             f"{', '.join(built)} there was made from the data set as it is",
-            where=str(data.parent),
+            where=str(data.resolve().parent),
             remedy="Delete those to build them anew, or copy the dataset folder and go on in the copy",
         )

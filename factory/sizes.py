@@ -28,6 +28,8 @@ LOOKING = ("crop", "score")
 """Stages of CLIP: cheap on a CPU beside a slow teacher, and no longer beside many."""
 _LOOKERS = 0.1
 """Of a GPU, what is set aside for those who score beside a teacher."""
+_MOST_LOOKING = 0.5
+"""Of a GPU, what they keep of it where a recipe gives them so much that nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def propose(
     on_gpus = next((stage for stage in stages if stage.name in ON_GPUS and stage.samples), None)
     steps: list[Step] = []
     notes: list[str] = []
+    lookers, fewer = make.score_workers, False
 
     def cost(hours: float) -> float | None:
         return None if price is None else hours * gpus * price
@@ -217,8 +220,22 @@ def propose(
         sharing, why = _sharing(stage, gpu_bytes)
         notes += [why] if why else []
         workers = max(1, min(gpus * sharing, units))
-        taken = math.ceil(make.score_workers / gpus) * (make.score_gpus + (0 if make.painters() else make.crop_gpus))
-        share = _part(1 - taken, sharing) if gpu_bytes and make_uses_gpu(make) else make.render_gpus
+        share = make.render_gpus
+        if gpu_bytes and make_uses_gpu(make):
+            lookers, share = _beside(make, gpus, sharing)
+            fewer = lookers < make.score_workers
+            if fewer:
+                notes.append(
+                    f"{make.score_workers} scoring workers, with the GPUs that the recipe gives them, leave nothing of {gpus} GPUs "
+                    f"to {stage.name}; {lookers} fit"
+                )
+            if not share:
+                notes.append(
+                    f"score_gpus and crop_gpus leave nothing of {gpus} GPUs to {stage.name}: lower them, or take more GPUs"
+                )
+                share, workers = make.render_gpus, make.render_workers
+        if fewer:
+            now = replace(now, score_workers=lookers)
         # The share first: without room on the GPUs, more workers are not started.
         now = change("factory.make.render_gpus", make.render_gpus, share, replace(now, share=share))
         now = change("factory.make.render_workers", make.render_workers, workers, replace(now, render_workers=workers))
@@ -227,7 +244,9 @@ def propose(
         scorers = max(1, min(math.ceil(round(max(needed, default=1.0), 6)), units))
     else:
         scorers = max(1, min(gpus, units))
-    if make.score_gpus:
+    if fewer:
+        scorers = lookers
+    elif make.score_gpus:
         scorers = max(scorers, make.score_workers)  # their GPUs are set aside already
     there = max(1, cores * gpus // make.threads) if cores else scorers
     short = on_gpus is None or scorers > there
@@ -257,6 +276,20 @@ def propose(
     return Proposal(gpus, begun, cost(begun), tuple(steps), limit, tuple(notes))
 
 
+def _beside(make: MakeRecipe, gpus: int, sharing: int) -> tuple[int, float]:
+    """(scoring workers, share of a GPU of each of `sharing` workers beside them): fewer than the recipe's where those would leave nothing, and
+    a share of 0 where one on each GPU does."""
+    each = make.score_gpus + (0 if make.painters() else make.crop_gpus)
+
+    def left(workers: int) -> float:
+        return max(0.0, _part(1 - math.ceil(workers / gpus) * each, sharing))
+
+    if left(make.score_workers):
+        return make.score_workers, left(make.score_workers)
+    fit = min(make.score_workers, gpus * max(1, math.floor(round(_MOST_LOOKING / each, 6))))
+    return (fit, left(fit)) if left(fit) else (make.score_workers, 0.0)
+
+
 def _part(room: float, workers: int) -> float:
     """What each of some workers takes of the room on a GPU, in hundredths, rounded down: together they fit."""
     share = math.floor(round(100 * room / workers, 6)) / 100
@@ -273,6 +306,7 @@ def _looking_on_gpus(now: _Sizes, on_gpu: Sequence[StageProbe], gpus: int, units
     if main is None:
         return replace(now, stages=stages, score_workers=max(1, min(gpus, units)), look_share=_part(1, 2))
     each = math.ceil(round(now.rates(gpus)[main.name] * timed["score"].per_sample_s * _HEADROOM / gpus, 6))
+    each = min(each, round(100 * _LOOKERS))  # a share is of hundredths, and none is no share
     share = _part(now.share * (1 - _LOOKERS), 1)
     return replace(
         now, stages=stages, share=share, score_workers=min(each * gpus, units), look_share=_part(_LOOKERS, each)

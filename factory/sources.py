@@ -21,7 +21,8 @@ from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[re
 
 from cluster.cache import is_url
 from cluster.errors import RecipeError
-from cluster.remote import open_store, plain_words
+from cluster.remote import open_steadily, open_store, plain_words
+from cluster.retry import retried
 from factory.models import ZOO
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -77,7 +78,8 @@ def _matching(name: str) -> list[str]:
         return sorted(glob.glob(_plain(name), recursive=True))
     files, pattern = open_store(name)
     with plain_words(name, "listed"):
-        return sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
+        found: list[str] = retried(lambda: files.glob(pattern), name)
+    return sorted(files.unstrip_protocol(path) for path in found)
 
 
 def _plain(name: str) -> str:
@@ -90,11 +92,10 @@ def is_shard(file: str) -> bool:
 
 
 def open_source(file: str) -> BinaryIO:
-    """A file to read, which can seek; a .tar.gz as what is in it. Raises EdgeFusionError for what no store has, OSError here."""
+    """A file to read, which can seek; a .tar.gz as what is in it. Raises EdgeFusionError of a store, also while it is read; OSError here."""
     if is_url(file):
         store, path = open_store(file)
-        with plain_words(file):
-            raw = cast(BinaryIO, store.open(path, "rb", block_size=_AHEAD_BYTES, cache_type="readahead"))
+        raw = open_steadily(store, path, file, block_size=_AHEAD_BYTES, cache_type="readahead")
     else:
         raw = Path(file).open("rb")  # noqa: SIM115 (whoever asked closes it)
     return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.lower().endswith(_ZIPPED) else raw
@@ -103,13 +104,17 @@ def open_source(file: str) -> BinaryIO:
 def read_range(file: str, at: int, size: int) -> bytes:
     """Bytes of a file, of a .tar.gz those of what is in it; fewer at its end."""
     if file.lower().endswith(_ZIPPED):
-        unzipped = _unzipped(file)
-        unzipped.seek(at)
-        return unzipped.read(size)
+        try:
+            unzipped = _unzipped(file)
+            unzipped.seek(at)
+            return unzipped.read(size)
+        except Exception:
+            _unzipped.cache_clear()  # it may stand anywhere
+            raise
     if is_url(file):
         store, path = open_store(file)
         with plain_words(file):
-            return store.cat_file(path, start=at, end=at + size)
+            return bytes(retried(lambda: store.cat_file(path, start=at, end=at + size), file))
     with Path(file).open("rb") as local:
         local.seek(at)
         return local.read(size)
@@ -128,7 +133,11 @@ def open_table(file: str) -> pq.ParquetFile:
 
 def read_cell(file: str, group: int, row: int, column: str) -> Any:
     """A cell of a Parquet file; raises IndexError beyond the end. Cheap for whoever goes on with the rows that follow."""
-    return _cells(file, group, column).get(row)
+    try:
+        return _cells(file, group, column).get(row)
+    except Exception:
+        _cells.cache_clear()  # where a read failed, nothing would seem to follow
+        raise
 
 
 class _Cells:

@@ -56,12 +56,24 @@ def pack_view(
 
     With `pack.to` it is published there as well.
     """
-    target, rules = view_folder(folder, name), view_rules(recipe, name, changes)
-    funnel = select_and_pack(recipe, folder, rules, target)
+    funnel = select_and_pack(recipe, folder, view_rules(recipe, name, changes), view_folder(folder, name))
+    _show(recipe, folder, name, title, funnel, told)
+    return funnel
+
+
+def write_cards(recipe: FactoryRecipe, folder: Path, title: str, told: Told = _quiet) -> None:
+    """The cards of all that is packed anew, the main one last, where `factory.sources` says something else now; shards stay as they are."""
+    found = list_views(folder)
+    for name in sorted(found, reverse=True):
+        _show(recipe, folder, name, title, found[name]["funnel"], told)
+
+
+def _show(recipe: FactoryRecipe, folder: Path, name: str, title: str, funnel: dict[str, Any], told: Told) -> None:
+    """Write the card of a packed selection, and put it where the recipe wants it."""
+    target = view_folder(folder, name)
     write_card(target, recipe, funnel, f"{title}-{name}" if name else title)
     if recipe.pack.to is not None and funnel["kept"]:
         publish(target, place_of(recipe.pack.to, name), told)
-    return funnel
 
 
 def pack_all(recipe: FactoryRecipe, folder: Path, title: str, told: Told = _quiet) -> dict[str, Any]:

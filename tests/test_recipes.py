@@ -69,6 +69,56 @@ def test_while_it_trains_only_what_decides_no_weight_may_change(tmp_path: Path) 
             Chain(recipe(change), tmp_path)
 
 
+def _begun(folder: Path, *changes: str) -> None:
+    recipe = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml", changes)
+    (folder / RUN).write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "seconds": {}}))
+
+
+_URLS = (
+    "factory.plan={kind: pictures, paths: [urls.txt], download: {}}",
+    "factory.make.teacher=null",
+    "factory.make.captioner={kind: transformers, model: 'zoo:captioner'}",
+    "factory.make.scores=[{kind: aesthetic, weights: 'zoo:x', clip: {model: 'zoo:clip'}}]",
+)
+_SHARED = ("factory.make.teacher=null", "factory.make.teachers={a: {model: 'zoo:teacher', size_px: 64}}")
+
+
+@pytest.mark.parametrize(
+    ("begun", "changes"),
+    [
+        (
+            _URLS,
+            [
+                *(f"factory.plan.download.{key}" for key in ("max_failed_share=1", "failed_after=9", "timeout_s=99")),
+                *(f"factory.plan.download.{key}" for key in ("tries=9", "back_off_s=9", "concurrent=9", "per_host=9")),
+                "factory.make.captioner.allow_pickle=true",
+                "factory.make.captioner.device=cuda",
+                "factory.make.scores=[{kind: aesthetic, weights: 'zoo:x', clip: {model: 'zoo:clip', allow_pickle: true}}]",
+            ],
+        ),
+        (_SHARED, ["factory.make.teachers.a.allow_pickle=true"]),
+        (
+            (),
+            [
+                *(f"factory.{model}.allow_pickle=true" for model in ("plan.writer", "make.teacher", "make.scorer")),
+                *(f"factory.make.{key}" for key in ("render_gpus=1", "render_workers=9", "score_gpus=0.5")),
+                "factory.plan.writer.device=cpu",
+            ],
+        ),
+    ],
+)
+def test_what_errors_say_to_change_may_change_in_the_same_folder(
+    tmp_path: Path, begun: tuple[str, ...], changes: list[str]
+) -> None:
+    _begun(tmp_path, *begun)
+    for change in changes:
+        changed = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml", [*begun, change])
+        assert Chain(changed, tmp_path).facts["recipe"] == changed.model_dump(mode="json")
+    other = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml", [*begun, "factory.make.unit_images=32"])
+    with pytest.raises(LedgerConflict, match=r"factory\.make\.unit_images is"):
+        Chain(other, tmp_path)
+
+
 def test_a_run_that_was_killed_before_it_wrote_its_first_file_goes_on(tmp_path: Path) -> None:
     recipe = load_recipe(Recipe, RECIPES[0].parent / "pocket.yaml")
     for name in ("claim-000001.json", f".{RUN}.partial-1-abcd", ".claim-000002.json.partial-1-abcd"):

@@ -71,7 +71,9 @@ class SelectRecipe(Settings):
         description="score by which one of several is kept: the best (the highest, or the lowest where its scorer says so), then the smallest id",
     )
     same_file: bool | None = Field(
-        default=True, description="keep the very same picture file once; null (or false) keeps every copy"
+        default=True,
+        description="keep the very same picture file once; null (or false) leaves copies to max_hamming_bits and same_meaning, and keeps "
+        "every one where these are null too",
     )
     max_hamming_bits: int | None = Field(
         default=2, ge=0, le=16, description="perceptual hashes this near count as the same drawing; null: none do"

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -166,6 +168,26 @@ def test_what_a_killed_maker_left_goes_when_the_same_is_made_again_and_a_living_
     for maker in makers:
         assert maker.stdout is not None
         maker.stdout.close()
+
+
+@pytest.mark.parametrize("publish", [publish_bytes, publish_new, publish_file, publish_folder])
+def test_a_sweep_spares_what_a_living_writer_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: Callable[..., object]
+) -> None:
+    """As a run begins while `factory select --name` is at work."""
+    sync, swept = os.fsync, list[int]()
+    (tmp_path / "views").mkdir()
+
+    def swept_meanwhile(handle: int) -> None:
+        sync(handle)
+        swept.append(sweep_partials(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", swept_meanwhile)
+    (tmp_path / ".dead.partial-1-ffff").write_text("left by a killed one")
+    what: dict[Any, Any] = {publish_file: lambda p: p.write_text("whole"), publish_folder: lambda p: (p / "in").touch()}
+    publish(tmp_path / "views" / "a", what.get(publish, b"whole"))
+    assert sum(swept) == 1 and len(swept) > 1, "the dead one's alone"
+    assert os.listdir(tmp_path / "views") == ["a"] and os.listdir(tmp_path) == ["views"]
 
 
 def test_an_older_folder_is_never_half_there(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from factory.decisions import Decision, Overlay, read_decisions
 from factory.exchange import export_decisions, import_decisions
 from factory.make import is_packed, select_and_pack
 from factory.pack import packed_decisions, read_manifest, read_shard
+from factory.recipe import SelectRecipe
+from factory.retry import refuse_if_built
 from factory.verify import verify
 
 
@@ -37,10 +39,10 @@ def test_decisions_reach_the_shards_and_without_them_nothing_changes(dataset: Pa
     overlay.decide(ids[0], {"verdict": "keep"}, "ada")  # scores 0
     overlay.decide(ids[20], {"verdict": "reject", "reason": "odd: hands"}, "ada")
     overlay.decide(ids[21], {"caption": "an owl in the snow"}, "bob")
-    assert not is_packed(dataset)
+    assert not is_packed(dataset, SelectRecipe())
     output = select_command(dataset)
     assert "kept 18 + rejected 5 + dead 1" in output and "rejected: human: 1" in output and "1 captions fixed" in output
-    assert is_packed(dataset) and packed_decisions(dataset) and verify(dataset) == 18
+    assert is_packed(dataset, SelectRecipe()) and packed_decisions(dataset) and verify(dataset) == 18
     prompts = {row["id"]: row["prompt"] for row in read_manifest(dataset)}
     assert ids[0] in prompts and ids[20] not in prompts and prompts[ids[21]] == "an owl in the snow"
     members = dict(read_shard(dataset / "shard-000000.tar"))
@@ -148,6 +150,27 @@ def test_what_was_trained_on_stays_as_it_is(dataset: Path, ids: list[str]) -> No
     assert packed()[0] == before[0]
 
 
+@pytest.mark.parametrize("way", ["from inside", "by a link"])
+def test_what_was_trained_on_is_known_by_any_way_to_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    recipe = (dataset.parent / "recipe.yaml").resolve()
+    select_command(dataset)
+    run("select", dataset, "--name", "late", "--recipe", recipe, "--rule", "best=4")
+    (dataset.parent / "training").mkdir()
+    told = [{"data": str(dataset / "views" / "late"), "samples": 4}]
+    (dataset.parent / "training" / "data.json").write_text(json.dumps(told))
+    monkeypatch.chdir(dataset)
+    (tmp_path / "link").symlink_to(dataset)
+    place = Path() if way == "from inside" else tmp_path / "link"
+    with pytest.raises(LedgerConflict, match=f"training in {dataset.parent} was made from"):
+        run("select", place, "--recipe", recipe, "--set", "factory.select.min_clip=0.5")
+    with pytest.raises(LedgerConflict, match=f"training in {dataset.parent} was made from"):
+        run("select", place, "--name", "late", "--recipe", recipe, "--rule", "best=5")
+    with pytest.raises(LedgerConflict, match=f"{dataset.parent}: training there was made from"):
+        refuse_if_built(place)
+
+
 @pytest.mark.parametrize("change", ["factory.select.min_clip=0.5", "factory.pack.samples_per_shard=5"])
 @pytest.mark.parametrize("at", ["factory.make.pack", "factory.pack.publish_bytes"])
 def test_killed_while_it_packs_anew_the_old_manifest_vouches_for_nothing(
@@ -250,3 +273,50 @@ def test_the_chain_packs_again_after_decisions_but_not_under_a_training(
     Overlay(chain.data).decide(ids[20], {"verdict": None}, "ada", expect=mark.number)
     select_and_pack(chain.recipe.factory, chain.data)  # as `factory select` does: the run's own counts are stale now
     assert not chain._is_done("select")
+
+
+def test_where_people_count_for_nothing_the_chain_does_not_wait_for_them(
+    dataset: Path, ids: list[str], tmp_path: Path
+) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", "factory.select.people=ignore"]
+    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
+    heard = Chain(load_recipe(Recipe, DEFAULT_RECIPE, [*small, "factory.views={cur: {people: apply}}"]), tmp_path / "b")
+    for one in (chain, heard):
+        shutil.copytree(dataset, one.data)
+        Overlay(one.data).decide(ids[20], {"verdict": "reject", "reason": "odd"}, "ada")
+        with progress_bars() as bars:
+            one.facts |= one._select(bars)
+        assert one._is_done("select")
+        Overlay(one.data).decide(ids[21], {"verdict": "reject", "reason": "odd"}, "ada")
+    assert chain._is_done("select") and not heard._is_done("select"), "one of its selections listens"
+    chain.training.mkdir()
+    assert chain._todo(("select", "train", "student")) == ["train", "student"]
+
+
+def test_licences_that_are_named_later_reach_the_cards_of_a_finished_run(dataset: Path, tmp_path: Path) -> None:
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", "factory.views={few: {best: 4}}"]
+    named = [*small, "factory.sources=[{name: pictures of somebody, licence: CC-BY-4.0}]"]
+
+    def chain(changes: list[str]) -> Chain:
+        return Chain(load_recipe(Recipe, DEFAULT_RECIPE, changes), tmp_path / "out")
+
+    first = chain(small)
+    shutil.copytree(dataset, first.data)
+    with progress_bars() as bars:
+        first.facts |= first._select(bars)
+        del first.facts["card_sources"]  # as an earlier version left it
+        first._save()
+        assert chain(small)._is_done("select")
+        first.training.mkdir()
+        shards = {p: p.stat().st_mtime_ns for p in first.data.rglob("*") if p.suffix in (".tar", ".parquet")}
+        later = chain(named)
+        assert later._todo(("select",)) == ["select"]
+        later._save()  # killed after its first file: the cards are still to be written
+        later = chain(named)
+        later.facts |= later._select(bars)
+        later._save()
+    assert chain(named)._is_done("select") and not chain(small)._is_done("select")
+    for place in (first.data, first.data / "views" / "few"):
+        assert "| `pictures of somebody` |  | CC-BY-4.0 |" in (place / "README.md").read_text()
+        assert "CC-BY-4.0" in (place / "croissant.json").read_text()
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards, "no shard is written anew"

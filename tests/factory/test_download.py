@@ -22,7 +22,7 @@ from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
 from factory.address import is_public
 from factory.dead import attempts
-from factory.download import download_all, may_pass, read_list, wants_again
+from factory.download import _Latest, _listed, download_all, may_pass, wants_again
 from factory.ingest import downloaded_rows, fetch
 from factory.make import make, select_and_pack
 from factory.picture_plan import plan_pictures
@@ -264,12 +264,12 @@ def test_lists_are_txt_csv_or_parquet(tmp_path: Path) -> None:
     (tmp_path / "u.csv").write_text('text,link\n"one, two",http://a/1\n,http://a/2\n')
     pq.write_table(pa.table({"link": [u for u, _ in pairs], "text": ["one, two", None]}), tmp_path / "u.parquet")
     for name in ("u.txt", "u.csv", "u.parquet"):
-        assert list(read_list(tmp_path / name, plan_of(tmp_path, url_column="link"))) == pairs
+        assert [one[:2] for one in _listed(tmp_path / name, plan_of(tmp_path, url_column="link"))] == pairs
     with pytest.raises(RecipeError, match="has no column url; there are"):
-        list(read_list(tmp_path / "u.csv", plan_of(tmp_path)))
+        list(_listed(tmp_path / "u.csv", plan_of(tmp_path)))
     (tmp_path / "u.zip").write_bytes(b"")
     with pytest.raises(RecipeError, match="is no list of URLs"):
-        list(read_list(tmp_path / "u.zip", plan_of(tmp_path)))
+        list(_listed(tmp_path / "u.zip", plan_of(tmp_path)))
 
 
 def test_a_name_whose_answer_turns_private_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,10 @@ def test_urls_that_failed_in_an_outage_are_asked_again_and_the_plan_is_as_withou
         (data / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"a unit of four rows")
     (data / "manifest.parquet").write_bytes(b"any")
 
-    assert reopen_urls(data.parent) == 5 and wants_again(data) and not (data / "manifest.parquet").exists()
+    assert reopen_urls(data.parent) == 5 and reopen_urls(data.parent) == 5, (
+        "asked twice before the next run, tried once"
+    )
+    assert wants_again(data) and not (data / "manifest.parquet").exists()
     asked = site.asked.copy()
     plan_pictures(plan, 4, out)  # the net is still away: nothing changes, and only what failed is asked
     assert pq.read_table(out).to_pylist() == before and not wants_again(data)
@@ -333,10 +336,17 @@ def test_only_units_whose_urls_answered_now_are_made_anew(site: Site, tmp_path: 
     (tmp_path / "ledger").mkdir()
     for unit in range(3):
         (tmp_path / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"x")
+    later = tmp_path / "scores" / "bright"
+    later.mkdir(parents=True)
+    (later / "scorer.json").write_text(json.dumps({"scorer": {}, "mark": "", "columns": ["bright"]}))
+    for unit in range(3):
+        (later / f"unit-0000{unit}.parquet").write_bytes(b"x")
     site.down = False
     reopen_urls(tmp_path)
     plan_pictures(plan, 2, out)
     assert sorted(p.name for p in (tmp_path / "ledger").iterdir()) == ["unit-00000.parquet", "unit-00002.parquet"]
+    assert not (later / "unit-00001.parquet").exists(), "scores of other pictures"
+    assert (later / "unit-00000.parquet").exists() and (later / "unit-00002.parquet").exists()
 
 
 def test_an_outage_stops_the_download_and_what_it_spoilt_is_fetched_anew(
@@ -358,6 +368,45 @@ def test_an_outage_stops_the_download_and_what_it_spoilt_is_fetched_anew(
     assert site.asked["0.png"] == 1 and site.asked["down/1.png"] == 2
     few = plan_of(write_list(tmp_path / "f.txt", site, "nowhere", "none"), **keys)
     assert len(rows_of(few, tmp_path / "few")) == 2, "two URLs mean nothing"
+
+
+@pytest.mark.parametrize("still_away", [True, False])
+def test_what_an_outage_spoilt_is_not_kept_by_a_crash_in_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still_away: bool
+) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 2)
+    names = ["0.png", "1.png", *(f"down/{i}.png" for i in range(1, 5)), "down/6.png", "2.png", "nowhere", "none"]
+    keys = {"tries": 1, "max_failed_share": 0.4, "failed_after": 6}
+    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), **keys), tmp_path / "plan.parquet"
+    judge = _Latest.add
+
+    def killed(latest: _Latest, part: Path, wrong: list[str]) -> None:
+        if part.name == "part-00002.parquet":
+            raise KeyboardInterrupt
+        judge(latest, part, wrong)
+
+    def there() -> list[str]:
+        return sorted(p.name for p in (tmp_path / "downloads").iterdir())
+
+    site.down = True
+    monkeypatch.setattr(_Latest, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        plan_pictures(plan, 4, out)
+    monkeypatch.setattr(_Latest, "add", judge)
+    assert there() == ["part-00000.parquet", "part-00001.parquet"], "what nobody judged is not there"
+    if still_away:
+        with pytest.raises(StageError, match=r"5 of the last 6 URLs failed.*most often: HTTP 503"):
+            plan_pictures(plan, 4, out)
+        assert there() == ["part-00000.parquet"]
+    site.down = False
+    plan_pictures(plan, 4, out)
+    rows = pq.read_table(out).to_pylist()
+    assert [bool(row["reason"]) for row in rows] == [name in ("nowhere", "none") for name in names]
+    assert site.asked["0.png"] == 1 and site.asked["none"] == 1
+    out.unlink()
+    asked = site.asked.copy()
+    plan_pictures(plan, 4, out)
+    assert site.asked == asked, "404 is final"
 
 
 def test_reasons_that_may_pass() -> None:
@@ -387,4 +436,4 @@ def test_columns_of_a_list_become_attributes(site: Site, tmp_path: Path) -> None
     plain = rows_of(plan_of(tmp_path / "u.csv"), tmp_path / "plain")
     assert [row["id"] for row in rows] == [row["id"] for row in plain] and plain[0]["attributes"] == "{}"
     with pytest.raises(RecipeError, match="has no column mood"):
-        list(read_list(tmp_path / "u.csv", plan.model_copy(update={"attribute_columns": ["mood"]})))
+        list(_listed(tmp_path / "u.csv", plan.model_copy(update={"attribute_columns": ["mood"]})))

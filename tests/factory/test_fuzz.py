@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import EdgeFusionError
-from factory.download import read_list
+from factory.download import _listed
 from factory.ingest import fetch, planned_rows
 from factory.pack import read_shard
 from factory.prompts import read_prompts
@@ -159,14 +159,12 @@ def test_files_of_eight_gigabytes(tmp_path: Path) -> None:
     urls = PicturePlan(paths=["x"], download=DownloadRecipe())
     with little_memory():
         assert [len(prompt) for prompt, _, _ in read_prompts(PromptFilePlan(paths=[str(lines)]))] == [1 << 20]
-        assert [len(url) for url, _ in read_list(lines, urls)] == [1 << 20]
+        assert [len(url) for url, *_ in _listed(lines, urls)] == [1 << 20]
         for name in ("prompts.jsonl", "list.csv"):
             lines = lines.rename(tmp_path / name)
             with pytest.raises(EdgeFusionError):
                 list(
-                    read_prompts(PromptFilePlan(paths=[str(lines)]))
-                    if name.endswith("jsonl")
-                    else read_list(lines, urls)
+                    read_prompts(PromptFilePlan(paths=[str(lines)])) if name.endswith("jsonl") else _listed(lines, urls)
                 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import CorruptShard
+from cluster.errors import CorruptShard, LedgerConflict
 from factory.cli import app
 from factory.decisions import Overlay
 from factory.pack import MANIFEST
@@ -81,6 +81,17 @@ def test_what_a_run_was_trained_on_comes_back_too(packed: Path, what: str) -> No
     DAMAGE[what](packed)
     run("repair", packed, "--recipe", recipe)
     assert contents(packed) == whole
+
+
+def test_what_is_refused_is_left_as_it_is(packed: Path, ids: list[str]) -> None:
+    """It cannot come back as it was: people decided anew, and a run was trained on it."""
+    (packed.parent / "training").mkdir()
+    Overlay(packed).decide(ids[22], {"verdict": "reject", "reason": "odd"}, "ada")
+    flip(packed / MANIFEST, 40)
+    broken = contents(packed)
+    with pytest.raises(LedgerConflict, match="training in"):
+        run("repair", packed, "--recipe", packed.parent / "recipe.yaml")
+    assert contents(packed) == broken
 
 
 def test_only_what_is_broken_is_written(packed: Path) -> None:

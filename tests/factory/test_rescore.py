@@ -19,6 +19,7 @@ from factory.added import SCORES, added_sets, forget_units
 from factory.cli import app
 from factory.index import load_columns
 from factory.make import select_and_pack
+from factory.provenance import provenance
 from factory.recipe import FactoryRecipe, ImportedScorer, PlainScorer, SelectRecipe
 from factory.rescore import add_scores
 from factory.scorers import Batch, Score
@@ -104,8 +105,10 @@ def test_killed_and_run_again_the_bytes_are_the_same_and_select_knows_the_score(
 def test_units_that_are_made_anew_are_scored_anew(dataset: Path, recipe: FactoryRecipe) -> None:
     one, _ = add_scores(recipe.make, dataset, BRIGHT, InProcess())
     assert "bright" in load_columns(dataset, 8).scores
+    assert "scores bright, added" in [one.part for one in provenance(recipe, dataset)]
     forget_units(dataset, ["unit-00001"])
     assert "bright" not in load_columns(dataset, 8).scores
+    assert "scores bright, added" not in [one.part for one in provenance(recipe, dataset)], "nor in the card"
     assert add_scores(recipe.make, dataset, BRIGHT, InProcess())[1] == 1
     shutil.copy(one.file("unit-00001"), one.file("unit-00002"))
     with pytest.raises(LedgerConflict, match=r"unit-00002.*other pictures.*factory score"):

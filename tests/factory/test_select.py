@@ -359,3 +359,5 @@ def test_null_switches_each_level_of_duplicates_off() -> None:
     assert reasons(same_file=None) == {"b": "near duplicate", "d": "near duplicate"}
     assert reasons(same_file=None, max_hamming_bits=None, same_meaning=None) == {}
     assert reasons(same_file=False, max_hamming_bits=None) == {}
+    told = SelectRecipe.model_fields["same_file"].description or ""
+    assert "max_hamming_bits" in told and "same_meaning" in told, "which also take copies for one"

@@ -172,6 +172,32 @@ def test_scoring_goes_to_the_gpus_where_the_cores_do_not_reach() -> None:
     assert propose(again, 64_000, there, [], 8, None, 80 * GIB, cores=2).steps == ()
 
 
+def test_no_share_is_proposed_of_what_is_taken_already() -> None:
+    """The paper's recipe gives each scorer a tenth of a GPU, for eight GPUs."""
+    stages = [stage("render", 2.0, 1.0, 20), stage("score", 0.04, 0.5, 4), stage("commit", 0.001)]
+    crowded = recipe_of(render_workers=8, render_gpus=0.9, score_workers=16, score_gpus=0.1)
+    found = propose(crowded, 64_000, stages, [], 1, None, 80 * GIB)
+    assert sizes(found) == {"render_gpus": 0.5, "render_workers": 1, "score_workers": 5}
+    assert any("16 scoring workers" in note and "5 fit" in note for note in found.notes)
+    again = propose(recipe_of(render_gpus=0.5, score_workers=5, score_gpus=0.1), 64_000, stages, [], 1, None, 80 * GIB)
+    assert again.steps == ()
+    alone = propose(recipe_of(render_gpus=0.9, score_gpus=1), 64_000, stages, [], 1, None, 80 * GIB)
+    assert alone.steps == () and any("leave nothing of 1 GPUs to render" in note for note in alone.notes)
+    for workers in range(1, 40):
+        for gpus in (1, 2, 8):
+            for score_gpus in (0.06, 0.1, 0.3, 1):
+                some = recipe_of(render_gpus=0.9, score_workers=workers, score_gpus=score_gpus)
+                told = sizes(propose(some, 64_000, stages, [], gpus, None, 80 * GIB))
+                assert told.get("render_gpus", 1) > 0 and told.get("score_workers", 1) > 0
+
+
+def test_each_of_many_scorers_is_given_a_share() -> None:
+    stages = [stage("render", 0.01, 1.0, 20), stage("score", 2.0), stage("commit", 0.0001)]
+    on_gpu = [stage("score", 0.2, 0.01, 4)]
+    found = propose(recipe_of(), 64_000, stages, [], 1, None, 80 * GIB, on_gpu, cores=2)
+    assert sizes(found)["score_gpus"] == 0.01 and sizes(found)["score_workers"] == 10
+
+
 def test_crops_and_scores_share_gpus_where_nothing_else_wants_them() -> None:
     crops = FactoryRecipe.model_validate(
         {

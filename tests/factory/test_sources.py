@@ -6,22 +6,27 @@ import gzip
 import io
 import json
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from cluster.errors import EdgeFusionError, RecipeError, StageError
+from cluster.stage import Stage, Unit, apply, open_stage
 from factory.ingest import fetch, planned_rows
 from factory.picture_plan import GROUP_ROWS, plan_pictures, write_rows
 from factory.plan import PLAN_SCHEMA, table_bytes
 from factory.recipe import PicturePlan
 from factory.seen import Seen
-from factory.sources import source_files
+from factory.sources import _cells, _unzipped, source_files
 
 
 def drawing(seed: int) -> bytes:
@@ -107,6 +112,119 @@ def test_shards_and_tables_in_a_store() -> None:
             source_files("memory://bucket/*.zip")
     finally:
         store.rm("/bucket", recursive=True)
+
+
+class EndpointConnectionError(Exception):
+    """As botocore's, which is no OSError."""
+
+
+class _Shaky(MemoryFileSystem):
+    """A store in memory that fails at the next calls of a method, or reads of an opened file."""
+
+    protocol = "shakysource"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    fail: ClassVar[Counter[str]] = Counter()
+
+    def maybe(self, name: str) -> None:
+        if self.fail[name]:
+            self.fail[name] -= 1
+            raise EndpointConnectionError(f"{name} was cut")
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("shakysource://", "memory://"))
+
+    def glob(self, *args: Any, **kwargs: Any) -> Any:
+        self.maybe("glob")
+        return super().glob(*args, **kwargs)
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> bytes:
+        self.maybe("cat_file")
+        return super().cat_file(*args, **kwargs)
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        self.maybe("open")
+        file: Any = super().open(path, mode, **kwargs)
+        return _ShakyFile(file.getvalue(), self) if mode == "rb" else file
+
+
+class _ShakyFile(io.BytesIO):
+    def __init__(self, data: bytes, store: _Shaky) -> None:
+        super().__init__(data)
+        self._store = store
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self._store.fail["read"]:
+            super().read(7)
+        self._store.maybe("read")
+        return super().read(size)
+
+
+@pytest.fixture
+def shaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Shaky]:
+    """A bucket with a shard of texts 0 and 1, a zipped one of 2 and 3, and a table of 40 rows from 10 on."""
+    fsspec.register_implementation("shakysource", _Shaky, clobber=True)
+    monkeypatch.setattr("cluster.retry.FIRST_WAIT_S", 0.0)
+    store = fsspec.filesystem("shakysource")
+    store.pipe_file("/bucket/a.tar", shard(0, 1))
+    store.pipe_file("/bucket/b.tar.gz", gzip.compress(shard(2, 3)))
+    sink, seeds = io.BytesIO(), range(10, 50)
+    pq.write_table(pa.table({"picture": [drawing(i) for i in seeds], "text": [f"text {i}" for i in seeds]}), sink)
+    store.pipe_file("/bucket/c.parquet", sink.getvalue())
+    yield store
+    _Shaky.fail.clear()
+    store.rm("/bucket", recursive=True)
+    for cached in (_unzipped, _cells):
+        cached.cache_clear()
+
+
+SHAKY = [f"shakysource://bucket/{name}" for name in ("*.tar", "b.tar.gz", "c.parquet")]
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again_and_no_row_dies(shaky: _Shaky) -> None:
+    calm = rows_of(*SHAKY)
+    assert texts(calm) == [f"text {i}" for i in (0, 1, 2, 3, *range(10, 50))]
+    shaky.fail.update(glob=2, open=2, read=2)
+    assert rows_of(*SHAKY) == calm and not +shaky.fail
+    for row in calm:
+        shaky.fail.update(cat_file=1, open=1, read=1)
+        assert fetch(row["source"], row["picture_sha256"]) == drawing(int(row["prompt"].split()[1]))
+        shaky.fail.clear()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 30])
+def test_a_store_that_is_away_stops_the_stage_and_kills_no_row(shaky: _Shaky, seed: int) -> None:
+    row = next(row for row in rows_of(*SHAKY) if row["prompt"] == f"text {seed}")
+    stage = Stage("crop", lambda: lambda rows: [{**r, "got": fetch(r["source"], r["picture_sha256"])} for r in rows])
+
+    def run() -> list[dict]:
+        return apply(stage, open_stage(stage), Unit("u", [row])).rows
+
+    assert run()[0]["got"] == drawing(seed)
+    _unzipped.cache_clear()
+    _cells.cache_clear()
+    _unzipped(SHAKY[1])
+    _cells(SHAKY[2], 0, "picture")  # opened, and cut off then
+    shaky.fail.update(dict.fromkeys(("cat_file", "open", "read"), 100))
+    with pytest.raises(EdgeFusionError, match=r"shakysource:///?bucket/.*cannot be read \(\w+ was cut\)"):
+        run()
+    shaky.fail.clear()
+    assert run()[0]["got"] == drawing(seed), "what was opened then is not trusted"
+
+
+def test_a_store_that_is_away_while_it_is_planned_is_told_in_plain_words(shaky: _Shaky) -> None:
+    for name, call in (
+        ("*.tar", "glob"),
+        ("a.tar", "open"),
+        ("a.tar", "read"),
+        ("b.tar.gz", "read"),
+        ("c.parquet", "read"),
+    ):
+        shaky.fail.update({call: 100})
+        with pytest.raises(EdgeFusionError, match=rf"bucket/.*{call} was cut"):
+            rows_of(f"shakysource://bucket/{name}")
+        shaky.fail.clear()
 
 
 def test_names_that_stand_for_nothing_are_refused(tmp_path: Path) -> None:
