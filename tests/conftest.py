@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ from factory.pocket.world import Concept
 from factory.pocket.writer import train_tokenizer as train_writer_tokenizer
 
 SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Generator[pytest.LogCaptureFixture]:
+    """pytest's own, listening to our logger itself: libraries take handlers off the root's."""
+    log = logging.getLogger("edgefusion")
+    log.addHandler(caplog.handler)
+    log.propagate = False
+    yield caplog
+    log.propagate = True
+    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

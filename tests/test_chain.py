@@ -110,6 +110,7 @@ KILL_POINTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+@pytest.mark.long
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, whole = undisturbed
     out = tmp_path / "out"

@@ -1,6 +1,8 @@
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from export.bundle import export_student
 from export.recipe import ExportRecipe
@@ -12,7 +14,10 @@ PROMPTS = ("a 3d render of a red apple on a white background", "a flat icon of a
 @pytest.fixture(scope="session")
 def student_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `onnx` (fp32, w8a16, w8) and `openvino` (fp32, w8) bundles of the shipped student. Read only: copy before damage."""
-    folder = tmp_path_factory.mktemp("bundles")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers' own
+    folder = shared / "bundles"
     recipe = ExportRecipe(calibration_prompts=2, parity_prompts=2, latency_runs=1, threads=1)
-    export_student(Path(resolve("zoo:student-fewstep")), PROMPTS, recipe, folder)
+    with FileLock(shared / "bundles.lock"):  # whoever comes second finds them finished
+        export_student(Path(resolve("zoo:student-fewstep")), PROMPTS, recipe, folder)
     return folder
