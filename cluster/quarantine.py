@@ -63,7 +63,8 @@ class Attempts:
         left = self._read(stage, unit)
         if left is None or sorted(i for piece in left.pieces for i in piece) != sorted(ids):
             return Note(self.run, [ids] if ids else [])
-        counts = self.trust_other_runs or left.run == self.run
+        # Of a stage that takes units whole nothing could be buried: whoever kills a command twice while it commits means the command.
+        counts = left.run == self.run or (self.trust_other_runs and not stage.whole)
         note = replace(left, run=self.run, at_risk=[], deaths=left.deaths + bool(left.at_risk and counts))
         if not left.at_risk:
             return note

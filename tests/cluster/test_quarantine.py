@@ -7,6 +7,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,12 @@ def test_an_exception_in_this_process_leaves_no_note(tmp_path: Path) -> None:
     with pytest.raises(StageError):
         list(InProcess().run([Stage("full", lambda: full)], units(1), notes=tmp_path / "notes"))
     assert not list((tmp_path / "notes").glob("*"))
+
+
+def test_a_command_that_is_killed_while_it_commits_goes_on_however_often(tmp_path: Path) -> None:
+    (unit,), commit = units(1), Stage("commit", lambda: lambda rows: rows, whole=True)
+    for _ in range(4):  # as SIGKILL leaves it, each time of another run
+        note = Attempts(tmp_path, 2, uuid.uuid4().hex, trust_other_runs=True).begin(commit, unit)
+        ids = [row["id"] for row in unit.rows]
+        Attempts(tmp_path, 2, note.run).save(commit, unit, replace(note, at_risk=ids))
+    assert [one.rows for one in InProcess().run([commit], [unit], notes=tmp_path)] == [unit.rows]

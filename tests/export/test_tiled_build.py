@@ -52,7 +52,7 @@ def test_a_bundle_holds_proven_tiled_builds_beside_the_untiled(bundles, target, 
         assert set(tiling["predicted"]) == {row["name"] for row in tiling["plan"]}
         kind, other = ("emulated", "measured") if name.startswith("w8a16") else ("measured", "emulated")
         assert tiling["compiler_estimated"] is None and tiling[other] is None
-        assert tiling[kind]["unet_ms"] > 0 and "not the NPU" in tiling[kind]["where"]
+        assert tiling[kind]["unet_ms"] > 0 and "CPU, 1 thread" in tiling[kind]["where"]
     assert open_bundle(bundles / target, "fp32-tiled", 1)[0].shape == (1, 16, 8, 8)
 
 
