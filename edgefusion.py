@@ -29,9 +29,8 @@ from factory.taxonomy import Taxonomy
 from trainer.cli import app as trainer_app
 from trainer.judging import EvaluateRecipe, PreferRecipe
 from trainer.recipe import DecoderRecipe, EncodeRecipe
-from trainer.reproduce.ablations import AblationsRecipe
 from trainer.reproduce.cli import app as reproduce_app
-from trainer.reproduce.recipe import TablesRecipe
+from trainer.reproduce.recipe import AblationsRecipe, TablesRecipe
 from trainer.zoo import app as zoo_app
 
 _INTERRUPTED = 130

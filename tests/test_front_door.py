@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,10 @@ def test_generate_writes_the_same_picture_for_the_same_seed(tiny_models, tmp_pat
 def test_every_command_has_help_worth_reading(words: list[str]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0 and len(result.output) > 300
+
+
+def test_the_front_door_opens_without_the_heavy_libraries() -> None:
+    """`--help` and errors in a recipe come at once, not after PyTorch."""
+    heavy = "{'torch', 'diffusers', 'transformers', 'ray', 'open_clip', 'scipy'}"
+    words = [sys.executable, "-c", f"import sys, edgefusion; print(sorted({heavy} & sys.modules.keys()))"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == "[]"

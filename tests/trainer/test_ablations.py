@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import trainer.reproduce.runs as runs_module
 from cluster.errors import LedgerConflict, RecipeError, TargetUnavailable
-from trainer.reproduce.ablations import BASE, AblationsRecipe, ablate, rows_of, word_for
+from trainer.reproduce.ablations import BASE, ablate, rows_of, word_for
 from trainer.reproduce.cli import app
+from trainer.reproduce.recipe import AblationsRecipe
 from trainer.reproduce.tables import chosen
 
 pytestmark = pytest.mark.long

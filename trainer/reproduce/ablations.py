@@ -9,46 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from cluster.storage import publish_bytes
 from trainer.lora import require_peft
-from trainer.options import AdversarialRecipe, LoraRecipe
 from trainer.reproduce.paper import HIGHER_IS_BETTER
-from trainer.reproduce.recipe import TablesRecipe
+from trainer.reproduce.recipe import AblationsRecipe
 from trainer.reproduce.runs import RESULTS, Tick, result_of, run_rows
 from trainer.reproduce.tables import claim, run_facts
 from trainer.reproduce.verdicts import Cells, cells_of
 
 ABLATIONS, PAGE = "ablations.json", "ablations.md"
 BASE = "base"
-DataName = Literal["L-orig", "L-pp", "L-pps", "synt", "synt-cur"]
-
-
-class AblationsRecipe(TablesRecipe):
-    """`edgefusion reproduce ablations`: the tables' protocol, and what the rows share beside it."""
-
-    adapt_data: DataName = Field(default="synt-cur", description="data set of phase 1, in every row that has one")
-    distill_data: DataName = Field(default="synt", description="data set of phase 2, in every row")
-    ddim_steps: int = Field(
-        default=40, ge=2, description="solver grid of every row; a multiple of `phases` and a divisor of 1000"
-    )
-    phases: int = Field(default=4, ge=1, description="phases of the rows that have them (PCM)")
-    adversarial: AdversarialRecipe = Field(
-        default=AdversarialRecipe(learning_rate=1e-3), description="of the rows that have a discriminator"
-    )
-    lora: LoraRecipe = Field(default=LoraRecipe(rank=32), description="of the row with adapters")
-    lora_rate: float = Field(
-        default=1e-3, gt=0, description="learning rate of the row with adapters: they want a higher one than weights do"
-    )
-
-    @model_validator(mode="after")
-    def _edges(self) -> AblationsRecipe:
-        if self.ddim_steps % self.phases:
-            raise ValueError(f"phases ({self.phases}) does not divide ddim_steps ({self.ddim_steps})")
-        return self
 
 
 @dataclass(frozen=True)

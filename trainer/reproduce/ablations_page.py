@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.reproduce.ablations import BASE, BETTER, OPEN, WORSE, AblationsRecipe, Found, rows_of
+from trainer.reproduce.ablations import BASE, BETTER, OPEN, WORSE, Found, rows_of
 from trainer.reproduce.page import METRIC_NAMES, figure_cell
+from trainer.reproduce.recipe import AblationsRecipe
 from trainer.reproduce.verdicts import Cells
 
 

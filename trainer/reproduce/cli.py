@@ -9,7 +9,7 @@ import typer
 
 from cluster.progress import progress_bars
 from cluster.recipe import load_recipe
-from trainer.reproduce.recipe import TablesRecipe
+from trainer.reproduce.recipe import AblationsRecipe, TablesRecipe
 
 app = typer.Typer(
     no_args_is_help=True, help="The paper's tables, and what each choice is worth, in miniature on the pocket world."
@@ -65,7 +65,7 @@ def ablations(
     """Large or same-size teacher, phase 1 or none, PCM or LCM, adversary or none, LoRA or full weights. Hours; kill it anywhere and run it again."""
     given = {"adapt_steps": steps, "distill_steps": steps, "seeds": seeds}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    from trainer.reproduce.ablations import ABLATIONS, PAGE, AblationsRecipe, ablate, rows_of
+    from trainer.reproduce.ablations import ABLATIONS, PAGE, ablate, rows_of
     from trainer.reproduce.tables import chosen
 
     settings = load_recipe(AblationsRecipe, recipe, [*options, *(overrides or [])])

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from cluster.recipe import Settings, load_recipe
 from factory.models import fingerprint
 from factory.recipe import FactoryRecipe
 from factory.taxonomy import load_taxonomy
+from trainer.options import AdversarialRecipe, LoraRecipe
 
+DataName = Literal["L-orig", "L-pp", "L-pps", "synt", "synt-cur"]
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 # L-orig keeps what a crawl keeps: no rule removes anything but the same file and the same drawing (equal hashes and colours). The tables were
@@ -98,6 +100,30 @@ class TablesRecipe(Settings):
         return hashlib.sha256(
             json.dumps([own, made, files, taxonomy.model_dump(mode="json")], sort_keys=True).encode()
         ).hexdigest()
+
+
+class AblationsRecipe(TablesRecipe):
+    """`edgefusion reproduce ablations`: the tables' protocol, and what the rows share beside it."""
+
+    adapt_data: DataName = Field(default="synt-cur", description="data set of phase 1, in every row that has one")
+    distill_data: DataName = Field(default="synt", description="data set of phase 2, in every row")
+    ddim_steps: int = Field(
+        default=40, ge=2, description="solver grid of every row; a multiple of `phases` and a divisor of 1000"
+    )
+    phases: int = Field(default=4, ge=1, description="phases of the rows that have them (PCM)")
+    adversarial: AdversarialRecipe = Field(
+        default=AdversarialRecipe(learning_rate=1e-3), description="of the rows that have a discriminator"
+    )
+    lora: LoraRecipe = Field(default=LoraRecipe(rank=32), description="of the row with adapters")
+    lora_rate: float = Field(
+        default=1e-3, gt=0, description="learning rate of the row with adapters: they want a higher one than weights do"
+    )
+
+    @model_validator(mode="after")
+    def _edges(self) -> AblationsRecipe:
+        if self.ddim_steps % self.phases:
+            raise ValueError(f"phases ({self.phases}) does not divide ddim_steps ({self.ddim_steps})")
+        return self
 
 
 def _files_in(tree: Any) -> Iterator[str]:
