@@ -43,7 +43,7 @@ class Streams:
         groups = _groups(sources_of_phases(recipe, data))
         noted = read_data(folder)
         known = {phase for _, phases in groups for phase in phases}
-        gone = [fact for fact in noted if fact.get("phase", next(iter(known), None)) not in known]
+        gone = [fact for fact in noted if "phase" in fact and fact["phase"] not in known]
         self.apart = len(groups) > 1 or bool(gone)
         """Whether the phases have different data."""
         self._parts: list[tuple[Phase, MixedStream | list[dict[str, Any]]]] = []
@@ -66,7 +66,8 @@ class Streams:
             self._parts.append((phases[0], stream))
             self._of |= dict.fromkeys(phases, stream)
         accelerator.wait_for_everyone()  # all have read the old file before there is a new one
-        self._publish()
+        if groups:  # else all is trained, and what was noted stays
+            self._publish()
         for stream in self._open():
             stream.on_skip = self._publish
             stream.settle()

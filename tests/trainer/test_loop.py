@@ -167,3 +167,11 @@ def test_one_step_of_both_phases_at_full_size() -> None:
     loss = pseudo_huber(*pair)
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None for p in student.parameters())
+
+
+def test_a_finished_training_needs_no_data_and_keeps_what_it_noted(tiny_models, data, tmp_path) -> None:
+    """As after a kill between its end and the student's folder."""
+    loop.train(recipe(tiny_models), data, tmp_path, seed=1)
+    noted = (tmp_path / "data.json").read_bytes()
+    loop.train(recipe(tiny_models), {}, tmp_path, seed=1)
+    assert (tmp_path / "data.json").read_bytes() == noted != b"[]\n"
