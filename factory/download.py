@@ -5,8 +5,8 @@ download goes on after the last whole part, and a rerun reads the disk, not the 
 Parquet source. What the server calls its answer counts for nothing; decoding decides later.
 
 A run of failures that looks like an outage stops the download, and the parts of it are not kept; if it was killed before it could tell, the
-next run asks for them anew. What failed for a reason that may pass is
-asked once more after `ask_again`; a part changes only where an answer came.
+next run asks for them anew. What failed for a reason that may pass is asked once more after `ask_again`; a part changes only where an answer
+came.
 
 Guards: http and https only; addresses that are not public are refused at connect time, whatever name led there (redirects, DNS answers that
 change); bounded time, size, redirects and connections a host.
