@@ -34,12 +34,15 @@ SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Generator[pytest.LogCaptureFixture]:
-    """pytest's own, listening to our logger itself: libraries take handlers off the root's."""
+    """pytest's own, listening to our logger itself: libraries take handlers off the root's and raise its level."""
     log = logging.getLogger("edgefusion")
+    level = log.level
     log.addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
     log.propagate = False
     yield caplog
     log.propagate = True
+    log.setLevel(level)
     log.removeHandler(caplog.handler)
 
 
