@@ -17,6 +17,7 @@ from cluster.claim import claimed, is_claim
 from cluster.errors import LedgerConflict, StageError
 from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
+from cluster.likeness import first_difference, without
 from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
 from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, console, progress_bars
@@ -201,12 +202,12 @@ class Chain:
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
-                there, here = (_what_is_made(one, trained) for one in (_by_this_version(facts["recipe"]), tree))
+                there, here = (what_is_made(one, trained) for one in (_by_this_version(facts["recipe"]), tree))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise LedgerConflict("cannot be read", where=str(path), remedy="Choose another --out folder") from None
             if there != here:
                 raise LedgerConflict(
-                    f"the folder holds a run of another recipe: {_first_difference(there, here)}",
+                    f"the folder holds a run of another recipe: {first_difference(there, here)}",
                     where=str(self.out),
                     remedy="Choose another --out folder, or go back to that recipe",
                 )
@@ -442,26 +443,11 @@ def _say(words: str) -> None:
     console.print(words, soft_wrap=True, markup=False)
 
 
-def _what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
+def what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
     """A recipe without where it runs and when it stops: a run may be begun on a laptop and go on elsewhere, or under a head of another
     address, or with a higher limit. Before anything is `trained`, also without how to train and export."""
     aside = {"cluster"} if trained else {"cluster", "trainer", "export"}
-    made: dict[str, Any] = json.loads(json.dumps({name: part for name, part in recipe.items() if name not in aside}))
-    for key in _LIMITS:
-        _take_out(made, key)
-    return made
-
-
-def _take_out(tree: Any, key: Sequence[str]) -> None:
-    """A key of a tree, if it is there; `*` stands for every name or number."""
-    name, *below = key
-    if name == "*":
-        for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-            _take_out(one, below)
-    elif isinstance(tree, dict) and below:
-        _take_out(tree.get(name), below)
-    elif isinstance(tree, dict):
-        tree.pop(name, None)
+    return without({name: part for name, part in recipe.items() if name not in aside}, _LIMITS)
 
 
 def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -470,15 +456,3 @@ def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
         return Recipe.model_validate(recipe).model_dump(mode="json")
     except ValidationError:
         return recipe
-
-
-def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The first key with another value, in words."""
-
-    def walk(one: Any, other: Any, key: str) -> str:
-        if isinstance(one, dict) and isinstance(other, dict):
-            pairs = ((name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]))
-            return next((walk(a, b, f"{key}.{name}" if key else name) for name, a, b in pairs if a != b), "")
-        return f"{key} is {json.dumps(one)} there and {json.dumps(other)} now"
-
-    return walk(there, here, "")

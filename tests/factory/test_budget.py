@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chain import _what_is_made
+from chain import what_is_made
 from cluster.errors import StageError
 from cluster.runner import InProcess
 from cluster.usage import JOURNAL, Meter, Prices, files_of_usage, read_usage
@@ -183,7 +183,7 @@ def test_a_run_stops_before_its_limit_and_goes_on_when_it_is_raised(
     assert found == made(recipe_of(tiny_models, pictures, server.url), tmp_path / "unlimited")
 
     def tree(recipe: FactoryRecipe) -> dict[str, Any]:
-        return _what_is_made({"factory": recipe.model_dump(mode="json"), "cluster": {}}, trained=True)
+        return what_is_made({"factory": recipe.model_dump(mode="json"), "cluster": {}}, trained=True)
 
     assert tree(tight) == tree(raised), "the same folder takes the raised limit"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trainer.loop as loop
-from chain import _what_is_made
+from chain import what_is_made
 from cluster.errors import OutOfMemory
 from trainer.checkpoints import newest_checkpoint
 from trainer.memory import explain_decoder, explain_training, explains_memory
@@ -63,7 +63,7 @@ def test_a_run_takes_what_needs_less_memory_and_nothing_else() -> None:
     tree = {"trainer": {"size_px": 64, "sharding": "none", "adapt": {"accumulation": 1, "steps": 5}}}
     less = {"trainer": {"size_px": 64, "sharding": "all", "adapt": {"accumulation": 4, "steps": 5}}}
     other = {"trainer": {"size_px": 64, "sharding": "none", "adapt": {"accumulation": 1, "steps": 6}}}
-    assert _what_is_made(tree, True) == _what_is_made(less, True) != _what_is_made(other, True)
+    assert what_is_made(tree, True) == what_is_made(less, True) != what_is_made(other, True)
 
 
 def test_what_is_set_already_is_not_proposed(tmp_path) -> None:
