@@ -37,7 +37,7 @@ def doctor() -> None:
         table.add_row(package, version or "[red]missing[/]")
         missing += [] if version else [package]
     for package, remedy in OPTIONAL.items():
-        table.add_row(package, version_of(package) or f"not installed (optional; to {remedy})".replace("[", r"\["))
+        table.add_row(package, version_of(package) or f"not installed; optional, {remedy}".replace("[", r"\["))
     Console().print(table)
     if missing:
         typer.echo(f"Missing: {', '.join(missing)}. Mend it with: pip install {' '.join(missing)}", err=True)

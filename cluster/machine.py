@@ -42,8 +42,8 @@ NEEDED = [
     "tensorboardX",
 ]
 OPTIONAL = {
-    "resvg_py": "draw the zoo's pictures: pip install 'edgefusion[zoo]'",
-    "vllm": "prompts by vLLM, in an environment of its own (it pins torch): edgefusion cluster environment make vllm",
+    "resvg_py": "draws the zoo's pictures: pip install 'edgefusion[zoo]'",
+    "vllm": "writes prompts faster; it pins torch and so has an environment of its own: edgefusion cluster environment make vllm",
 }
 
 

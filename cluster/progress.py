@@ -40,16 +40,17 @@ def progress_bars() -> Generator[Progress]:
 
 
 def _lines_of(bars: Progress) -> Callable[[], None]:
-    """Prints what has changed since it was last called."""
-    told: dict[TaskID, str] = {}
+    """Prints what has changed since it was last called; rates below a line are no change, but that there are any is."""
+    told: dict[TaskID, tuple[str, int]] = {}
 
     def tell() -> None:
         for task in list(bars.tasks):
             count = f" {task.completed:.0f} of {task.total:.0f}" if task.total and task.total > 1 else ""
             line = f"{task.description}{count}{', done' if task.finished else ''}"
-            if told.get(task.id) != line and (task.started or task.completed):
-                told[task.id] = line
-                for text in (line, *(f"  {below}" for below in _below(task))):
+            below = _below(task)
+            if told.get(task.id) != (line, len(below)) and (task.started or task.completed):
+                told[task.id] = (line, len(below))
+                for text in (line, *(f"  {one}" for one in below)):
                     console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False, highlight=False)
 
     return tell

@@ -42,12 +42,36 @@ def status(
     if not watch:
         console.print(view(facts))
         return
+    if not console.is_terminal:
+        _watch_lines(out, prometheus, facts)
+        return
     # Whoever has seen enough stops looking; the run goes on.
     with contextlib.suppress(KeyboardInterrupt), Live(view(facts), console=console, auto_refresh=False) as live:
         while facts["state"] == "running":
             time.sleep(_WATCH_S)
             facts = _look(out, prometheus)
             live.update(view(facts), refresh=True)
+
+
+def _watch_lines(out: Path, prometheus: Path | None, facts: dict[str, Any]) -> None:
+    """Into a file or a pipe: a line when something moved, and the whole at the end."""
+    said = ""
+    while facts["state"] == "running":
+        if (now := _in_a_line(facts)) != said:
+            typer.echo(f"{time.strftime('%H:%M:%S')} {now}")
+            said = now
+        time.sleep(_WATCH_S)
+        facts = _look(out, prometheus)
+    Console().print(view(facts))
+
+
+def _in_a_line(facts: dict[str, Any]) -> str:
+    stage = next((stage for stage in facts["stages"] if stage["state"] == "running"), None)
+    if stage is None:
+        return f"{facts['step']}: running"
+    done = f" {stage['done']} of {stage['of']} {stage['items']}" if stage["of"] is not None else ""
+    left = f", {clock(stage['eta_s'])} left" if stage["eta_s"] else ""
+    return f"{stage['stage']}:{done}{left}" if done else f"{stage['stage']}: running"
 
 
 def _look(out: Path, prometheus: Path | None) -> dict[str, Any]:

@@ -124,16 +124,23 @@ def following(recipe: FactoryRecipe, folder: Path, runner: Runner, todo: list[in
 
 def told(facts: dict[str, Any]) -> list[str]:
     """The lines below the bar: a stage after the other, then what is foretold."""
-    stages = [_stage(row) for row in facts["stages"] if row["per_s"] is not None or row["working"]]
-    return [*([" > ".join(stages)] if stages else []), *lines(facts["foretold"])]
+    at_work = [row for row in facts["stages"] if row["per_s"] is not None or row["working"]]
+    if all(row["per_s"] is None for row in at_work):
+        return [
+            "no batch is through yet: models are being loaded, or their first pictures made",
+            *lines(facts["foretold"]),
+        ]
+    return [" > ".join(map(_stage, at_work)), *lines(facts["foretold"])]
 
 
 def _stage(row: Facts) -> str:
     per_s = row["per_s"]
     rate = "" if per_s is None else f" {per_s:,.0f}/s" if per_s >= 100 else f" {per_s:.3g}/s"
-    busy = f" {row['busy']:.0%} busy" if row["busy"] is not None else ""
-    waiting = f" {row['waiting']:,} wait" if row["waiting"] else ""
-    return f"{row['stage']}{rate}{busy}{waiting}"
+    more = [
+        *([f"{row['busy']:.0%} busy"] if row["busy"] is not None else []),
+        *([f"{row['waiting']:,} waiting"] if row["waiting"] else []),
+    ]
+    return f"{row['stage']}{rate}" + (f" ({', '.join(more)})" if more else "")
 
 
 def read_live(folder: Path) -> dict[str, Any]:

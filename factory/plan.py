@@ -229,7 +229,7 @@ def check_prompt(prompt: str, group: Group | None = None, record: Mapping[str, s
         return ""
     words = prompt.lower()
     lacking = [record[name] for name in group.must_mention if record[name].lower() not in words]
-    return f"the prompt does not mention {lacking[0]}" if lacking else ""
+    return f"the prompt lacks what was asked for (it does not mention {lacking[0]})" if lacking else ""
 
 
 def write_checked(

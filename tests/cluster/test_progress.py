@@ -16,9 +16,13 @@ def test_without_a_terminal_a_log_gets_lines_of_what_changed(monkeypatch: pytest
         bars.advance(task, 3)
         tell()
         tell()
+        bars.update(task, below=["loading"])
+        tell()
+        bars.update(task, below=["other words, as many lines"])
+        tell()
         bars.advance(task, 5)
     lines = [line.split(" ", 1)[1] for line in sink.getvalue().splitlines()]
-    assert lines == ["make: pictures 3 of 8", "make: pictures 8 of 8, done"]
+    assert lines == ["make: pictures 3 of 8", "make: pictures 3 of 8", "  loading", "make: pictures 8 of 8, done"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -251,6 +251,27 @@ def test_the_command_reads_and_changes_nothing(out: Path) -> None:
         CliRunner().invoke(app, [str(out / "dataset")], catch_exceptions=False)
 
 
+def test_watched_into_a_pipe_it_says_what_moved_and_how_it_ended(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+    app.command()(status)
+    beats(out)
+    looks = 0
+
+    def sleep(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            table(out / "dataset" / "ledger" / "unit-00002.parquet", [{"outcome": "made", "reason": ""}] * 8)
+        if looks == 4:
+            beats(out, state="finished")
+
+    monkeypatch.setattr("cluster.status_view.time.sleep", sleep)
+    said = CliRunner().invoke(app, [str(out), "--watch"], env={"COLUMNS": "140"})
+    lines = said.output.splitlines()
+    assert " make: 16 of 40 pictures" in lines[0] and " make: 24 of 40 pictures" in lines[1]
+    assert looks == 4 and "Finished" in said.output
+
+
 def test_times_are_said_as_people_say_them() -> None:
     assert [clock(s) for s in (None, 5, 99, 101, 3700)] == ["", "5 s", "99 s", "1 min 41 s", "1 h 01 min"]
 

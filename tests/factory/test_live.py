@@ -19,7 +19,7 @@ from cluster.status import read_status
 from cluster.status_view import view
 from cluster.storage import publish_bytes
 from factory.ledger import commit_unit
-from factory.live import LIVE, read_live
+from factory.live import LIVE, read_live, told
 from factory.make import make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import FactoryRecipe
@@ -155,13 +155,21 @@ def test_the_next_run_counts_what_was_left_and_forgets_what_was_given_back(out: 
     assert read_status(out)["samples"]["in_ledger"] == 24
 
 
+def test_until_a_batch_is_through_it_says_what_is_waited_for() -> None:
+    row = {"stage": "render", "per_s": None, "busy": None, "working": 8, "waiting": 4}
+    facts = {"stages": [row, {**row, "stage": "score", "working": 0}], "foretold": {"share": None}}
+    assert told(facts) == ["no batch is through yet: models are being loaded, or their first pictures made"]
+    facts["stages"][0] |= {"per_s": 2.0, "busy": 0.5}
+    assert told(facts) == ["render 2/s (50% busy, 4 waiting)"]
+
+
 def test_status_says_how_make_goes(out: Path) -> None:
     (out / "stop").touch()
     with pytest.raises(KeyboardInterrupt):
         run(out)
     beats(out)
     said = text_of(out)
-    assert "make: render" in said and "busy" in said and "8 wait" in said
+    assert "make: render" in said and "busy" in said and "busy, 8 waiting)" in said
     assert "kept so far 5 of 12 (41.7%" in said and "at the end about 10" in said and "before duplicates" in said
     assert "the 9 best" in said
     shown: dict[str, Any] = json.loads((out / "dataset" / LIVE).read_text())
