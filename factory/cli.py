@@ -7,17 +7,32 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ConfigDict
+from typer.core import TyperGroup
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe, load_recipe
 from cluster.runner import ClusterRecipe
 from factory.recipe import FactoryRecipe, ScorerRecipe
 
-app = typer.Typer(no_args_is_help=True, help="Prompts to curated shards.")
+_ORDER = (
+    *("run", "forecast", "retry-failed", "plan"),
+    *("scorers", "score", "select", "views", "curate", "decisions"),
+    *("verify", "repair", "pack"),
+)
+
+
+class _InOrder(TyperGroup):
+    """Commands as a data set meets them: made, chosen from, kept."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
+
+app = typer.Typer(cls=_InOrder, no_args_is_help=True, help="Prompts to curated shards.")
 decisions_app = typer.Typer(no_args_is_help=True, help="What people decided about a data set, as a table.")
 app.add_typer(decisions_app, name="decisions")
 

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,9 +31,9 @@ from cluster.status_view import clock, status, view
 PHASE = {"steps": 100, "batch_images": 8}
 
 
-def table(path: Path, rows: list[dict[str, object]]) -> None:
+def table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
 
 
 @pytest.fixture
