@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from rich.progress import Progress
 
 from cluster.claim import claimed, is_claim
-from cluster.errors import LedgerConflict, StageError
+from cluster.errors import LedgerConflict, RecipeError, StageError
 from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
 from cluster.likeness import first_difference, without
@@ -152,6 +152,12 @@ class Chain:
             sources_by_phase(self.recipe.trainer, self.data, self.recipe.cluster.cache, self.training)
             if (named := self.recipe.trainer.distill.teacher) not in (None, "student"):
                 resolve(named)
+        if "export" in todo and self.recipe.trainer.distill.steps == 0:
+            raise RecipeError(
+                "a student of phase 1 alone draws in 25 steps with guidance, and a build draws in few",
+                where="trainer.distill.steps",
+                remedy="Give it steps, or stop before the builds: edgefusion trainer run",
+            )
         if "export" in todo and self.recipe.export.vae is not None:
             check_decoder(self.recipe.export.vae)
         if "select" in todo and self.recipe.factory.pack.to is not None:
@@ -327,6 +333,9 @@ class Chain:
             write_cards(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
             funnel = self.facts["funnel"]
         else:
+            # Killed between the manifest and the card or the store, the old counts would say that all is done.
+            if self.facts.pop("funnel", None):
+                self._save()
             funnel = pack_all(self.recipe.factory, self.data, self.recipe.name, bar_each(bars))
         bars.advance(task)
         if not funnel["kept"]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -45,6 +45,12 @@ OPTIONAL = {
     "resvg_py": "draws the zoo's pictures: pip install 'edgefusion[zoo]'",
     "vllm": "writes prompts faster; it pins torch and so has an environment of its own: edgefusion cluster environment make vllm",
 }
+
+
+def stand_in(folder: str) -> None:
+    """In a worker: work in the driver's folder, wherever Ray was started, so that a recipe's relative paths mean what they mean there."""
+    with suppress(OSError):  # a node that has no such folder; what is not found there is named by its own error
+        os.chdir(folder)
 
 
 def machine_facts() -> dict[str, str]:

@@ -25,6 +25,7 @@ from cluster.errors import EdgeFusionError, StageError
 from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
+from cluster.machine import stand_in
 from cluster.metrics import WorkerMetrics
 from cluster.places import TRAIN, PodGroup, PodPlace, StagePlace, placed
 from cluster.quarantine import Attempts, apply_noted
@@ -225,7 +226,7 @@ class OnRay:
                 mapper: Any = _Mapper  # Ray builds it once an actor and calls it once a row
                 data = data.map(
                     mapper,
-                    fn_constructor_args=[stage, attempts, self._flow.name, self.events],
+                    fn_constructor_args=[stage, attempts, self._flow.name, self.events, os.getcwd()],
                     compute=ray.data.ActorPoolStrategy(
                         min_size=stage.workers_min or stage.workers, max_size=stage.workers
                     ),
@@ -260,7 +261,8 @@ class OnRay:
 class _Mapper:
     """What a Ray actor holds: one opened stage."""
 
-    def __init__(self, stage: Stage, attempts: Attempts | None, flow: str, events: Events) -> None:
+    def __init__(self, stage: Stage, attempts: Attempts | None, flow: str, events: Events, folder: str) -> None:
+        stand_in(folder)
         self.stage, self.attempts, self.metrics = stage, attempts, WorkerMetrics(stage.name)
         self.desk, self.events = RayDesk(flow), events
         events.listen()

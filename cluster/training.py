@@ -14,6 +14,7 @@ from typing import Any
 from cluster.connect import explain_work
 from cluster.errors import EdgeFusionError, OutOfMemory, StageError
 from cluster.events import NOWHERE, Events
+from cluster.machine import stand_in
 from cluster.places import TRAIN, StagePlace
 from cluster.runner import ClusterRecipe, start_ray
 from cluster.storage import publish_bytes
@@ -49,7 +50,10 @@ def launch(
     # Ray restarts after any error. What one try notes here, those that follow repeat at once and open no model.
     gave_up = storage.resolve() / f"out-of-memory-{uuid.uuid4().hex}.json"
 
+    folder = os.getcwd()
+
     def on_worker(_config: dict[str, Any]) -> None:
+        stand_in(folder)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         own = ray.train.get_context()
         facts = {"rank": own.get_world_rank(), "workers": own.get_world_size()}

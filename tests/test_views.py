@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
 from cluster.recipe import load_recipe
+from factory.card import write_card
 from factory.cli import app
 from factory.decisions import Overlay
 from factory.pack import first_prompts, read_manifest
@@ -97,6 +99,35 @@ def test_what_was_selected_after_making_is_trained_on(copy: tuple[Path, Path]) -
     assert chain(recipe, out, "trainer.own_view=late").run("student")
     view = out / "dataset" / "views" / "late"
     assert trained_on(out) == [(str(view.resolve()), 5)] and ids[0] not in {row["id"] for row in read_manifest(view)}
+
+
+def test_what_stopped_between_the_manifest_and_the_card_is_not_done(
+    copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = copy
+    manifest, card = out / "dataset" / "manifest.parquet", out / "dataset" / "README.md"
+    manifest.unlink()  # as when samples are given another try in a finished data set
+    told = card.read_text()
+    card.write_text("of before")
+
+    def full(folder: Path, *more: Any) -> Path:
+        if manifest.exists():  # the main selection comes last
+            raise OSError("no space left")
+        return write_card(folder, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("factory.views.write_card", full)
+        chain(recipe, out).run("select")
+    assert manifest.exists(), "the counts of before would have said that all is done"
+    assert chain(recipe, out).run("select") and card.read_text() == told
+    assert not chain(recipe, out).run("select")
+
+
+def test_builds_of_a_student_of_phase_1_alone_are_refused_before_the_hours(copy: tuple[Path, Path]) -> None:
+    recipe, out = copy
+    with pytest.raises(RecipeError, match="phase 1 alone") as told:
+        chain(recipe, out, "trainer.distill.steps=0").run("export")
+    assert told.value.where == "trainer.distill.steps" and not (out / "training").exists()
 
 
 def test_a_view_that_nobody_knows_takes_no_folder(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def agreement(
         texts = embed([text for wordings in question.wordings for text in wordings])
         texts = texts.reshape(len(question.rows), len(question.values), -1)
         near = np.einsum("nd,nvd->nv", pictures[question.rows], texts)
-        hits = (near.argmax(axis=1) == np.array(question.own)).astype(float)
+        # Equal bests share the hit: a judge that cannot read the word (it stands past its context) agrees by chance.
+        best = near >= near.max(axis=1, keepdims=True) - 1e-6
+        hits = best[np.arange(len(best)), question.own] / best.sum(axis=1)
         found[key] = (mean_interval(hits), len(hits), 1 / len(question.values))
     return found
 

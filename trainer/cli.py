@@ -153,11 +153,13 @@ def prefer(
     import webbrowser
 
     from trainer.prefer.server import PreferServer
-    from trainer.prefer.study import RESULT, open_study
+    from trainer.prefer.study import RESULT, kept_study, open_study
 
-    with progress_bars() as bars:
-        study = open_study(settings, out, bar_each(bars))
-    if not report:
+    if report:
+        study = kept_study(settings, out)
+    else:
+        with progress_bars() as bars:
+            study = open_study(settings, out, bar_each(bars))
         with PreferServer(study, port) as server:
             typer.echo(f"Open {server.url} (the address is the key: whoever has it may vote)")
             if show:

@@ -16,7 +16,7 @@ from cluster.storage import publish_folder
 from factory.models.clip import Clip
 from factory.recipe import OpenClipScorer
 from trainer.models import open_pipeline
-from trainer.sample import contact_sheet, generate, student_guidance
+from trainer.sample import contact_sheet, generate, is_few_step, on_gpu, student_guidance
 
 STUDENT_STEPS = (4, 2, 1)
 TEACHER_STEPS = 25
@@ -69,11 +69,16 @@ def _fill(
             }
         )
 
-    large = open_pipeline(teacher, allow_pickle)
-    large.scheduler = DPMSolverMultistepScheduler.from_config(large.scheduler.config)
-    draw("teacher", large, TEACHER_STEPS, guidance)
-    small = open_pipeline(str(student))
-    for steps in STUDENT_STEPS:
-        draw(f"student-{steps}", small, steps, student_guidance(small, guidance))
+    def draw_in_many_steps(name: str, pipeline: Any) -> None:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        draw(name, pipeline, TEACHER_STEPS, guidance)
+
+    draw_in_many_steps("teacher", on_gpu(open_pipeline(teacher, allow_pickle)))
+    small = on_gpu(open_pipeline(str(student)))
+    if is_few_step(small):
+        for steps in STUDENT_STEPS:
+            draw(f"student-{steps}", small, steps, student_guidance(small, guidance))
+    else:  # of phase 1 alone
+        draw_in_many_steps(f"student-{TEACHER_STEPS}", small)
     facts = {"judge": judge.model, "prompts": list(prompts), "seeds": seeds, "rows": rows}
     (place / "samples.json").write_text(json.dumps(facts, indent=2) + "\n")

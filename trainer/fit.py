@@ -349,7 +349,7 @@ class _Run:
             if self.accelerator.scaler is not None:
                 more["scaler"] = self.accelerator.scaler.state_dict()
             model = self.accelerator.unwrap_model(self.model)
-            state = state_of(self.step, model, self.average.model, self.optimiser, self.identity, more)
+            state = state_of(self.step, model, self.average.model, self.optimiser, self.identity, more, main)
             if main:
                 place, keep = self.folder / CHECKPOINTS, self.checkpoints.keep
                 self.writing.run(lambda: save_state(place, state, self.config, keep))

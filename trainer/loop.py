@@ -38,12 +38,12 @@ from trainer.options import Phase
 from trainer.progress import is_finished
 from trainer.recipe import AdaptRecipe, DistillRecipe, PhaseRecipe, TrainerRecipe
 from trainer.sample import as_student, as_teacher
-from trainer.shard import shard
+from trainer.shard import is_sharded, shard
 from trainer.state import Average
 from trainer.streams import Streams, sources_of_phases
 from trainer.track import end_trackers, start_trackers
 from trainer.validate import Looks
-from trainer.workers import new_accelerator
+from trainer.workers import begin_anew, loss_scale, new_accelerator
 
 _LOOKED_AT = 8
 """Prompts of a look where the recipe names none."""
@@ -62,6 +62,7 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
     if recipe.distill.steps and recipe.distill.lora:
         require_peft()  # before the hours of phase 1
     accelerator = new_accelerator(recipe.mixed_precision, recipe.trackers)
+    scale = loss_scale(accelerator)
     pipeline = open_pipeline(recipe.teacher, recipe.allow_pickle)
     teacher: Any = pipeline.unet.requires_grad_(False).eval()
     refuse_misfit(teacher, pipeline, f"the UNet of {recipe.teacher}", "Use a teacher whose parts belong together")
@@ -89,8 +90,12 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
         if isinstance(settings, DistillRecipe) and settings.guidance_input:
             student = add_guidance_input(student)
         # Cut first, halve then: the student gets the teacher's full numbers. Channels last is what convolutions are fastest with.
-        student.to(memory_format=torch.channels_last)
-        teacher.to(accelerator.device, getattr(torch, recipe.teacher_dtype), memory_format=torch.channels_last)
+        if (
+            settings.optimiser != "adamw-8bit"
+        ):  # it walks its moments as they lie in memory, and they would come back otherwise
+            student.to(memory_format=torch.channels_last)
+        if not is_sharded(teacher):
+            teacher.to(accelerator.device, getattr(torch, recipe.teacher_dtype), memory_format=torch.channels_last)
         if recipe.sharding == "all" and accelerator.num_processes > 1:
             shard(teacher)
         if recipe.gradient_checkpointing:
@@ -132,6 +137,8 @@ def train(recipe: TrainerRecipe, data: Data | Mapping[Phase, Data], folder: Path
             publish_folder(done, average.save_pretrained)
         _tidy(recipe, folder / phase, accelerator)
         accelerator.wait_for_everyone()
+        del student, average, loss_at, partner, looks
+        begin_anew(accelerator, scale)
     end_trackers(accelerator)
     streams.close()
 

@@ -34,7 +34,7 @@ from trainer.judging import EvaluateRecipe
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
 from trainer.models import open_pipeline
 from trainer.prompts import read_prompts
-from trainer.sample import generate, is_few_step, student_guidance
+from trainer.sample import generate, is_few_step, on_gpu, student_guidance
 from trainer.stream import EndlessOrder, PictureFolder, open_samples
 
 REPORT = "evaluation.json"
@@ -219,10 +219,12 @@ def read_questions(recipe: EvaluateRecipe) -> Questions:
     if not recipe.prompts:
         seen: set[str] = set()
         for row in order:
+            if len(asked) == recipe.count:
+                break
             # Two sentences for one thing would be each other's rivals: where the plan's attributes are kept, they decide.
             example = stream.read(row)
             meaning = json.dumps(example.facts.get("attributes") or example.prompt, sort_keys=True)
-            if meaning not in seen and len(asked) < recipe.count:
+            if meaning not in seen:
                 seen.add(meaning)
                 asked.append(row)
                 prompts.append(example.prompt)
@@ -272,9 +274,7 @@ def _judge_digest(recipe: EvaluateRecipe) -> str:
 
 def prepare(model: str, recipe: EvaluateRecipe) -> tuple[Any, list[tuple[int, float]]]:
     """The opened pipeline and its (steps, guidance): a few-step student's, or those of a teacher with DPM++."""
-    pipeline = open_pipeline(model, recipe.allow_pickle)
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
+    pipeline = on_gpu(open_pipeline(model, recipe.allow_pickle))
     if is_few_step(pipeline):
         return pipeline, [(steps, student_guidance(pipeline, recipe.teacher_guidance)) for steps in recipe.steps]
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

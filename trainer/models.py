@@ -34,8 +34,9 @@ def open_pipeline(model: str, allow_pickle: bool = False) -> Any:
         ) from error
 
 
-def open_unet(model: str, allow_pickle: bool = False) -> UNet2DConditionModel:
-    """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32."""
+def open_unet(model: str, allow_pickle: bool = False, prediction: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a pipeline, or of a folder that holds nothing but a UNet; float32. Raises StageError for a pipeline whose UNet predicts
+    something else than `prediction`; a folder of a UNet does not say what it predicts."""
     place = Path(resolve(model))
     if (place / "config.json").exists() and not (place / "model_index.json").exists():
         try:
@@ -45,7 +46,13 @@ def open_unet(model: str, allow_pickle: bool = False) -> UNet2DConditionModel:
                 f"{model} cannot be opened: {first_line(error, 'trainer.allow_pickle')}",
                 remedy="Give a diffusers pipeline folder, or the folder of a UNet",
             ) from error
-    return open_pipeline(model, allow_pickle).unet
+    pipeline = open_pipeline(model, allow_pickle)
+    said = pipeline.scheduler.config.prediction_type
+    if prediction is not None and said != prediction:
+        raise StageError(
+            f"{model} predicts {said}, and trainer.teacher {prediction}", remedy="Use models that predict the same"
+        )
+    return pipeline.unet
 
 
 def schedule_of(pipeline: Any) -> NoiseSchedule:
@@ -100,7 +107,7 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
         raise StageError(
             f"{recipe.teacher} cannot be cut: {error}", remedy="Choose another trainer.student or teacher"
         ) from error
-    student: Any = open_unet(recipe.start, recipe.allow_pickle)
+    student: Any = open_unet(recipe.start, recipe.allow_pickle, schedule_of(pipeline).prediction)
     out = "Leave trainer.start out to cut the student from the teacher"
     if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
         raise StageError(f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}", remedy=out)
@@ -118,7 +125,7 @@ def teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any, allow_pi
     if name == "student":
         teacher: Any = copy.deepcopy(student)
     else:
-        teacher = open_unet(name, allow_pickle)
+        teacher = open_unet(name, allow_pickle, schedule_of(pipeline).prediction)
         refuse_misfit(
             teacher, pipeline, f"trainer.distill.teacher {name}", "Leave it out to learn from trainer.teacher"
         )

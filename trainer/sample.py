@@ -21,7 +21,8 @@ from trainer.trained_on import TRAINED_ON, trained_on
 
 
 def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
-    """Write `folder`: the trained UNet with the teacher's encoders and its few-step scheduler, as a diffusers pipeline folder.
+    """Write `folder`: the trained UNet with the teacher's encoders, as a diffusers pipeline folder; with a few-step scheduler after phase 2,
+    with the teacher's own where only phase 1 was trained.
 
     Adapters are in the UNet's weights already; as a LoRA of their own they lie in `folder/lora`. `folder/trained_on.json` names the data of
     each phase.
@@ -29,8 +30,10 @@ def save_student(recipe: TrainerRecipe, training: Path, folder: Path) -> None:
     teacher = open_pipeline(recipe.teacher, recipe.allow_pickle)
     place = final_unet(training)
     unet = UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
-    phases = recipe.distill.phases if place.parent.name == "distill" else None
-    student = as_student(teacher, unet, recipe.distill.ddim_steps, phases)
+    if place.parent.name == "distill":
+        student = as_student(teacher, unet, recipe.distill.ddim_steps, recipe.distill.phases)
+    else:
+        student = as_teacher(teacher, unet)
 
     def write(partial: Path) -> None:
         student.to(torch.float16).save_pretrained(partial)
@@ -70,6 +73,11 @@ def as_teacher(teacher: Any, unet: UNet2DConditionModel) -> StableDiffusionPipel
     """The pipeline of a UNet that denoises as the teacher does, in many steps with guidance: a student after phase 1."""
     parts = {**teacher.components, "unet": unet, "safety_checker": None, "feature_extractor": None}
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def on_gpu(pipeline: Any) -> Any:
+    """The same pipeline, moved to the GPU if there is one."""
+    return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
 
 
 def is_few_step(pipeline: Any) -> bool:

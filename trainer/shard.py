@@ -6,6 +6,7 @@ whole, so a training may go on with another number of workers, or unsharded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ def shard(model: nn.Module) -> None:
 
     Does nothing to one that is. Needs a process group. A block is a child that holds lists of modules, or an element of such a child that is a list.
     """
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         return
     model.to(memory_format=torch.contiguous_format)  # parts of a channels-last weight are refused
     for child in model.children():
@@ -35,15 +36,22 @@ def shard(model: nn.Module) -> None:
     fully_shard(model, reshard_after_forward=True)
 
 
-def whole(tree: Tree) -> Tree:
-    """The same nest of dicts and lists with every sharded tensor gathered; all workers must call it together."""
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(tree: Tree, take: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> Tree:
+    """The same nest of dicts and lists with every sharded tensor gathered; all workers must call it together. Of each tensor, whole, what
+    `take` gives is kept: one after the other, so that no GPU ever holds more than one of them whole."""
     found: Any
     if isinstance(tree, DTensor):
-        found = tree.full_tensor()
+        found = take(tree.full_tensor())
+    elif torch.is_tensor(tree):
+        found = take(tree)
     elif isinstance(tree, dict):
-        found = type(tree)((key, whole(value)) for key, value in tree.items())
+        found = type(tree)((key, whole(value, take)) for key, value in tree.items())
     elif isinstance(tree, list):
-        found = [whole(value) for value in tree]
+        found = [whole(value, take) for value in tree]
     else:
         found = tree
     return found

@@ -65,19 +65,20 @@ def state_of(
     optimiser: Any,
     identity: Identity,
     more: dict[str, Any] | None = None,
+    kept: bool = True,
 ) -> dict[str, Any]:
-    """A copy, in main memory, of all that a training goes on from; where tensors are sharded, all workers must call it together."""
-    return _copy(
-        {
-            "version": VERSION,
-            "step": step,
-            "model": whole(model.state_dict()),
-            "average": whole(average.state_dict()),
-            "optimiser": whole(optimiser.state_dict()),
-            "recipe": identity.facts,
-            "more": more or {},
-        }
-    )
+    """A copy, in main memory, of all that a training goes on from; where tensors are sharded, all workers must call it together, and those
+    that do not keep it get no tensors."""
+    take = _copied if kept else _dropped
+    return {
+        "version": VERSION,
+        "step": step,
+        "model": whole(model.state_dict(), take),
+        "average": whole(average.state_dict(), take),
+        "optimiser": whole(optimiser.state_dict(), take),
+        "recipe": copy.deepcopy(identity.facts),
+        "more": whole(more or {}, take),
+    }
 
 
 def save_state(folder: Path, state: dict[str, Any], config: str | None = None, keep: int = 1) -> None:
@@ -115,13 +116,13 @@ class Background:
             raise error
 
 
-def _copy(tree: Any) -> Any:
-    if torch.is_tensor(tree):
-        # As safetensors wants it; `load_whole` puts it back as the model lies in memory.
-        return tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if isinstance(tree, dict):
-        return type(tree)((key, _copy(value)) for key, value in tree.items())
-    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    # As safetensors wants it; `load_whole` puts it back as the model lies in memory.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _dropped(_: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0)
 
 
 def load_state(path: Path | None, model: nn.Module, average: nn.Module, optimiser: Any, identity: Identity) -> Found:
@@ -158,7 +159,7 @@ class Best:
         """If they are better than what is kept, the work of keeping a copy of them, which was taken here and now."""
         if score <= self.score:
             return None
-        self.score, copied = score, _copy(weights())
+        self.score, copied = score, whole(weights(), _copied)
         facts = {"recipe": self.identity.facts, "step": step, "score": score}
         return lambda: save_best(self.folder, copied, self.config, facts)
 

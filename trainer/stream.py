@@ -120,7 +120,7 @@ class ShardStream:
         """
         self.damaged: dict[int, str] = {}
         """Row number to what is wrong with it."""
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.on_corrupt = folder, seed, on_corrupt
         if isinstance(folder, RemoteFolder):
             manifest = folder.read(MANIFEST)
             self._manifest_sha256 = hashlib.sha256(manifest).hexdigest()
@@ -231,7 +231,9 @@ class ShardStream:
                     for entry in archive:
                         found[entry.name] = (entry.offset_data, entry.size)
                 except tarfile.TarError:
-                    if not self.damaged:  # with samples left out, those before the damage are known to be whole
+                    if (
+                        self.on_corrupt == "stop"
+                    ):  # else those before the damage are read, each proven by the main process
                         raise
             self._members[shard] = found
         return self._members[shard]

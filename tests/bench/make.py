@@ -1,8 +1,9 @@
-"""How near making comes to a bare loop of the same models: PYTHONPATH=. python tests/bench/make.py [SAMPLES] [--runner ray|in-process]
+"""How near making comes to a bare loop of the same models: PYTHONPATH=. python tests/bench/make.py [SAMPLES] [--runner ray|in-process] [--set KEY=VALUE]
 
 The bare loop holds the pocket teacher and the filter CLIP in this process, paints and scores batch by batch, and keeps nothing:
-no encoding, hashes, ledger or digests. Half of its batches run before making and half after, for machines drift. Making does the whole of `factory make`. Its rate is taken between the first unit done and the last; what
-comes before is start-up, reported apart. Both see the same prompts, batches and threads, in one run.
+no encoding, hashes, ledger or digests. Half of its batches run before making and half after, for machines drift. Making does the whole
+of `factory make`. Its rate is taken between the first unit done and the last; what comes before is start-up, reported apart. Both see the
+same prompts and batches, in one run; `--set` changes what making does with the cores, and the bare loop keeps the recipe's threads.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("samples", type=int, nargs="?", default=1000)
     parser.add_argument("--runner", default="ray")
+    parser.add_argument("--set", action="append", default=[], dest="changes")
     asked = parser.parse_args()
     load = os.getloadavg()[0]
     quiet()
     recipe = load_recipe(
         Recipe, DEFAULT_RECIPE, [f"factory.plan.prompts={asked.samples}", f"cluster.runner={asked.runner}"]
     )
+    changed = load_recipe(Recipe, DEFAULT_RECIPE, [f"cluster.runner={asked.runner}", *asked.changes])
     with tempfile.TemporaryDirectory() as scratch:
         make_plan(recipe.factory, recipe.seed, Path(scratch), lambda n: None)
         before = bare_loop(recipe.factory, Path(scratch), slice(None, None, 2))
         began, done = time.monotonic(), []
-        runner = make_runner(recipe.cluster)
-        make(recipe.factory, Path(scratch), runner, lambda n: done.append((time.monotonic() - began, n)))
+        runner = make_runner(changed.cluster)
+        make(changed.factory, Path(scratch), runner, lambda n: done.append((time.monotonic() - began, n)))
         runner.close()
         after = bare_loop(recipe.factory, Path(scratch), slice(1, None, 2))
     bare = 2 / (1 / before + 1 / after)
@@ -55,7 +58,7 @@ def main() -> None:
         "what",
         "pictures/s",
         "ratio",
-        title=f"{asked.samples} samples · {asked.runner} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
+        title=f"{asked.samples} samples · {' '.join([asked.runner, *asked.changes])} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
         caption=f"first unit of {recipe.factory.make.unit_images} out after {done[0][0]:.1f} s",
     )
     table.add_row("factory make", f"{rate:.2f}", f"{rate / bare:.3f}")

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import StageError
 from cluster.recipe import build_recipe
-from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner, window_units
+from cluster.runner import ClusterRecipe, InProcess, OnRay, Runner, start_ray, window_units
 from cluster.stage import PENDING, Row, Stage, Unit
 
 
@@ -58,12 +58,15 @@ def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
     monkeypatch.setattr(
         "cluster.runner.window_units", lambda workers: 2
     )  # five units: two full windows and a short one
-    ray = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
+    recipe = build_recipe(ClusterRecipe, {"cpus": 2}, "test")
+    ray = OnRay(recipe)
     try:
+        start_ray(recipe)
+        monkeypatch.chdir(tmp_path)  # Ray began elsewhere; relative paths are the driver's
         (tmp_path / "died").touch()
         wanted = answers(InProcess(), [square_stage(), dying_stage(tmp_path / "died")])
         (tmp_path / "died").unlink()
-        assert answers(ray, [square_stage(), dying_stage(tmp_path / "died")]) == wanted
+        assert answers(ray, [square_stage(), dying_stage(Path("died"))]) == wanted
         assert (tmp_path / "died").exists(), "no worker died, so nothing was shown"
         dead = [row for rows in wanted.values() for row in rows if row["outcome"] == "dead"]
         assert [row["id"] for row in dead] == ["1-2"] and "I do not like 12" in dead[0]["reason"]

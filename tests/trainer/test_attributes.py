@@ -52,6 +52,12 @@ def test_agreement_counts_the_nearest_wording() -> None:
     assert (round(share.value, 6), count, round(chance, 6)) == (round(2 / 3, 6), 3, round(1 / 3, 6))
 
 
+def test_a_judge_that_cannot_tell_agrees_by_chance() -> None:
+    asked = ask(["red", "green"], [{"colour": "red"}, {"colour": "green"}], {})
+    share, _, chance = agreement(asked, np.ones((2, 3)), lambda texts: np.ones((len(texts), 3)))["colour"]
+    assert share.value == chance == 0.5
+
+
 def test_evaluate_reads_attributes_from_real_pictures(tiny_models: Path, tmp_path: Path) -> None:
     shown = [s for s in read_evalset("trained") if s.record.get("gender") in ("man", "woman")][:48]
     samples = [

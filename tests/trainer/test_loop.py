@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ import trainer.loop as loop
 from cluster.errors import CorruptShard, StageError
 from cluster.recipe import load_recipe
 from edgefusion import DEFAULT_RECIPE, Recipe
+from factory.recipe import OpenClipScorer
+from trainer.evaluate import write_samples
 from trainer.features import Features, feature_names
 from trainer.losses import NoiseSchedule, consistency_pair, feature_loss, pseudo_huber
+from trainer.models import open_pipeline
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
+from trainer.sample import is_few_step, save_student
 from trainer.surgery import build_student
 
 SD15 = {
@@ -125,6 +131,50 @@ def test_a_damaged_checkpoint_and_another_recipes_are_refused(tiny_models, data,
     state.write_bytes(state.read_bytes()[:-5000])
     with pytest.raises(CorruptShard, match=r"step-00000001: optimiser\.pt is damaged"):
         loop.train(recipe(tiny_models), data, tmp_path, seed=1)
+
+
+def test_moments_of_8_bits_belong_to_weights_that_lie_plainly(tiny_models, data, tmp_path, monkeypatch) -> None:
+    """bitsandbytes walks weights and moments as flat memory, and a checkpoint keeps them plainly laid out."""
+    plain: list[bool] = []
+
+    def stand_in(settings, groups, device):
+        plain.extend(tensor.is_contiguous() for group in groups for tensor in group["params"])
+        return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+    monkeypatch.setattr(fit, "new_optimiser", stand_in)
+    once = {"batch_images": 4, "learning_rate": 1e-3, "steps": 1, "optimiser": "adamw-8bit"}
+    loop.train(recipe(tiny_models, adapt=once, distill=once), data, tmp_path, seed=1)
+    assert plain and all(plain)
+
+
+def test_what_a_named_model_predicts_must_be_what_the_teacher_does(tiny_models, data, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_models / "teacher", other)
+    config = other / "scheduler" / "scheduler_config.json"
+    said = json.loads(config.read_text())
+    there, here = ("epsilon", said["prediction_type"])
+    assert here == "v_prediction"
+    config.write_text(json.dumps(said | {"prediction_type": there}))
+    once = {"batch_images": 4, "learning_rate": 1e-3, "steps": 1}
+    taught = {**once, "teacher": str(other)}
+    with pytest.raises(StageError, match=r"other predicts epsilon, and trainer\.teacher v_prediction"):
+        loop.train(recipe(tiny_models, distill=taught), data, tmp_path / "out", seed=1)
+    whole = recipe(tiny_models, start=str(other), student="whole", adapt={**once, "steps": 0})
+    with pytest.raises(StageError, match="other predicts epsilon"):
+        loop.train(whole, data, tmp_path / "whole", seed=1)
+
+
+def test_after_phase_1_alone_the_student_draws_as_a_teacher_does(tiny_models, data, tmp_path) -> None:
+    once = {"batch_images": 4, "learning_rate": 1e-3}
+    settings = recipe(tiny_models, adapt=once | {"steps": 1}, distill=once | {"steps": 0})
+    loop.train(settings, data, tmp_path / "training", seed=1)
+    student = tmp_path / "student"
+    save_student(settings, tmp_path / "training", student)
+    assert not is_few_step(open_pipeline(str(student)))
+    judge = OpenClipScorer(kind="open_clip", model=str(tiny_models / "clip"))
+    write_samples(settings.teacher, student, ["a fox", "an owl"], 1, 2.0, judge, 1, tmp_path / "samples")
+    rows = json.loads((tmp_path / "samples" / "samples.json").read_text())["rows"]
+    assert [(row["name"], row["steps"]) for row in rows] == [("teacher", 25), ("student-25", 25)]
 
 
 def test_a_start_of_another_shape_is_refused(tiny_models, data, tmp_path) -> None:

@@ -20,6 +20,7 @@ from trainer.judging import EvaluateRecipe
 from trainer.measure import evaluate, measure, read_questions, table
 from trainer.models import open_pipeline
 from trainer.sample import as_student
+from trainer.stream import ShardStream
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,13 @@ def test_without_references_distances_are_absent_and_say_why(tiny_models, studen
     assert report["prompts"] == 3 and row["cmmd"] is None and row["fid_judge"] is None
     assert "no reference pictures" in report["absent"]["cmmd"] and "--fidelity" in report["absent"]["fid"]
     assert "no cmmd" in str(table(report).caption)
+
+
+def test_no_more_samples_are_read_than_are_asked_about(tiny_models, data, monkeypatch) -> None:
+    read, seen = ShardStream.read, []
+    monkeypatch.setattr(ShardStream, "read", lambda self, row: (seen.append(row), read(self, row))[1])
+    assert len(read_questions(recipe(tiny_models, data, "m", count=3)).prompts) == 3
+    assert len(seen) == 3
 
 
 def test_references_follow_the_number_of_pictures_and_fewer_are_said(tiny_models, student, data, tmp_path) -> None:

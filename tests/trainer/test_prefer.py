@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import CorruptShard, LedgerConflict
+from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict
 from trainer.cli import app
 from trainer.judging import PreferRecipe
 from trainer.models import open_pipeline
@@ -164,9 +164,19 @@ def test_ties_are_counted_and_decide_nothing() -> None:
     assert tally([])["win_rate"] is None
 
 
-def test_the_command_counts(student: Path, data: Path, study: Study) -> None:
+def test_the_command_counts(student: Path, data: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        raise AssertionError("counting needs no model")
+
+    monkeypatch.setattr("trainer.prefer.study.prepare", opened)
+    monkeypatch.setattr("trainer.prefer.study.fingerprint", opened)
     study.votes.add(Vote(0, "ada", "a", "a", "now"))
     words = ["prefer", str(student), str(student), "--data", str(data), "--steps", "2,1", "--count", "12", "--report"]
     said = CliRunner().invoke(app, [*words, "--out", str(study.folder), "--set", "threads=1"])
     assert said.exit_code == 0, said.output
     assert "A wins 100.0%" in said.output and "1 raters" in said.output
+    words[2] = "another"
+    with pytest.raises(LedgerConflict, match="holds a study of"):
+        CliRunner().invoke(app, [*words, "--out", str(study.folder)], catch_exceptions=False)
+    with pytest.raises(EdgeFusionError, match="holds no study"):
+        CliRunner().invoke(app, [*words, "--out", str(study.folder / "none")], catch_exceptions=False)

@@ -65,6 +65,16 @@ def test_a_damaged_shard_is_refused_before_training(data) -> None:
         ShardStream(data)
 
 
+def test_before_the_cut_of_a_shard_a_worker_that_proves_nothing_reads_too(data) -> None:
+    """Only the main process looks for damage; the others are told which samples to leave out."""
+    rows = ShardStream(data).rows
+    shard = data / rows[0]["shard"]
+    shard.write_bytes(shard.read_bytes()[:5000])
+    assert ShardStream(data, check=False, on_corrupt="skip").read(0).id == rows[0]["id"]
+    with pytest.raises(CorruptShard):
+        ShardStream(data, check=False).read(0)
+
+
 def test_an_empty_data_set_is_refused(tmp_path) -> None:
     pack([], tmp_path)
     with pytest.raises(EdgeFusionError, match="empty"):

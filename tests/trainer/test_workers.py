@@ -108,6 +108,9 @@ def test_two_workers_then_one_then_two_train_as_one_does(tiny_models, data, tmp_
         with pytest.raises(RuntimeError, match="power"):
             run(recipe, data, tmp_path / "mixed", workers=1, stop_at="distill/2", leg=1)
         run(recipe, data, tmp_path / "mixed", workers=2, leg=2)
+        if sharding == "all":  # the teacher is cut up once for both phases
+            run(recipe, data, tmp_path / "both", workers=2)
+            assert_same(tmp_path / "both", tmp_path / "one")
     finally:
         stop_ray()
     stream = ShardStream(data, seed=1)

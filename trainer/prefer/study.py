@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.errors import LedgerConflict
+from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.storage import publish_bytes
 from factory.models import fingerprint, quiet
 from trainer.judging import EvaluateRecipe, PreferRecipe
@@ -79,6 +79,23 @@ def open_study(recipe: PreferRecipe, folder: Path, tick: Tick = lambda what, don
         steps, guidance = plans[0]
         pictures[name] = draw(model, pipeline, prompts, steps, guidance, settings[name], folder, tick)
     return Study(recipe, folder, prompts, pictures, VoteFile(folder / VOTES))
+
+
+def kept_study(recipe: PreferRecipe, folder: Path) -> Study:
+    """The study that lies in `folder`, whose models may be gone by now: enough to count its votes. Raises EdgeFusionError if there is none or
+    it is about others."""
+    mark = folder / STUDY
+    if not mark.exists():
+        raise EdgeFusionError("holds no study", where=str(folder), remedy="Leave --report out to begin one there")
+    found = json.loads(mark.read_text())
+    kept = PreferRecipe.model_validate(found["recipe"])
+    if (kept.a, kept.b) != (recipe.a, recipe.b):
+        raise LedgerConflict(
+            f"the folder holds a study of {kept.a} and {kept.b}",
+            where=str(folder),
+            remedy="Name these two, in that order",
+        )
+    return Study(kept, folder, found["prompts"], {}, VoteFile(folder / VOTES))
 
 
 def _evaluation(recipe: PreferRecipe, name: str) -> EvaluateRecipe:
