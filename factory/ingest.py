@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cluster.cache import is_url
 from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD, PENDING
+from factory.models.answers import writable
 from factory.recipe import PicturePlan
 from factory.seen import Seen
 from factory.sources import SHARDS, is_shard, open_source, open_table, read_cell, read_range, source_files, walk
@@ -203,7 +204,7 @@ def _told(words: bytes | None, facts: bytes | None, recipe: PicturePlan) -> tupl
 
 def _origin(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """What a source keeps of where its picture came from."""
-    known = {"name": name.encode("utf-8", "replace").decode()}
+    known = {"name": writable(name)}
     return {**known, "metadata": metadata} if metadata else known
 
 
@@ -322,7 +323,7 @@ def attributes_of(known: Mapping[str, Any], recipe: PicturePlan) -> str:
         for name, value in found.items()
         if isinstance(value, str | int | float)
     }
-    return json.dumps(words, ensure_ascii=False).encode("utf-8", "replace").decode() if words else "{}"
+    return writable(json.dumps(words, ensure_ascii=False)) if words else "{}"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError, StageError
+from factory.models.answers import writable
 from factory.recipe import PromptFilePlan
 
 _WORD = re.compile(r"\w+")
@@ -30,7 +31,10 @@ _WORTH_ORDERING = 20
 
 
 def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(prompt, group, attributes) of every row, in the order of the files. Raises RecipeError for a file that is no such list."""
+    """(prompt, group, attributes) of every row, in the order of the files. Raises RecipeError for a file that is no such list.
+
+    A prompt is as it stands there, so that one which is no UTF-8 is known; group and attributes are mended.
+    """
     count = 0
     for name in recipe.paths:
         for row in _rows(prompt_file(name), recipe):
@@ -40,8 +44,8 @@ def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, s
             prompt = row.get(recipe.prompt_column)
             text = " ".join(prompt.split()) if isinstance(prompt, str) else ""
             group = row.get(recipe.group_column) if recipe.group_column else None
-            found = {a: str(row[a]) for a in recipe.attribute_columns if row.get(a) is not None}
-            yield text, "prompts" if group is None else str(group), found
+            found = {a: writable(str(row[a])) for a in recipe.attribute_columns if row.get(a) is not None}
+            yield text, "prompts" if group is None else writable(str(group)), found
 
 
 def prompt_file(name: str) -> Path:

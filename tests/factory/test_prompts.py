@@ -21,6 +21,7 @@ from factory import make as making
 from factory.plan import make_plan, write_checked
 from factory.prompts import Alike, _words
 from factory.recipe import FactoryRecipe
+from factory.taxonomy import Group
 
 PROMPTS = ["a red fox on snow", "a green owl at night, painted", "a key", "the tall grey lighthouse by the sea"]
 
@@ -183,12 +184,34 @@ def test_a_written_repeat_is_written_anew_and_dead_only_after_all_tries() -> Non
 
         def close(self) -> None: ...
 
-    from factory.taxonomy import Group
-
     group = Group(name="g", share=1, must_mention=[], attributes={"subject": ["fox"]})
     found = write_checked(Writer(), [(group, {"subject": "fox"})] * 3, 3, 0, Alike(1.0))
     assert found[0] == ("a fox", "") and found[2][0] == "a fox"
     assert [wrong for _, wrong in found] == ["", "", "the prompt is too like an earlier one"]
+
+
+def test_a_written_prompt_that_is_no_utf_8_in_every_try_is_dead_and_not_the_plan() -> None:
+    class Writer:
+        def write(self, records: list, seed: int) -> list[str]:
+            return ["a fox \ud83d"] * len(records)
+
+        def note_usage(self, journal: Path) -> None: ...
+
+        def close(self) -> None: ...
+
+    group = Group(name="g", share=1, must_mention=[], attributes={"subject": ["fox"]})
+    found = write_checked(Writer(), [(group, {"subject": "fox"})], 2, 0, Alike(None))
+    assert found == [("a fox ?", "the prompt is too long or holds odd characters")]
+
+
+def test_attributes_and_groups_that_are_no_utf_8_are_mended(tmp_path: Path) -> None:
+    rows = ['{"prompt": "a fox", "style": "caf\xe9", "kind": "\xe9"}', '{"prompt": "an owl", "style": "\\ud83d"}']
+    (tmp_path / "p.jsonl").write_bytes("\n".join(rows).encode("latin-1"))
+    keys = {"group_column": "kind", "attribute_columns": ["style"]}
+    plan = plan_of(recipe_of(tmp_path / "p.jsonl", **keys), tmp_path / "out")
+    assert [row["prompt"] for row in plan] == ["a fox", "an owl"] and {row["outcome"] for row in plan} == {"pending"}
+    assert [row["attributes"] for row in plan] == ['{"style": "caf?"}', '{"style": "?"}']
+    assert [row["group"] for row in plan] == ["?", "prompts"]
 
 
 def test_a_making_in_which_too_much_dies_stops_once_it_means_something(
