@@ -24,6 +24,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, LedgerConflict, RecipeError
+from cluster.stage import DEAD
 from cluster.storage import publish_bytes
 from factory.added import Added, added_sets, added_to
 from factory.ledger import digest_pictures
@@ -98,7 +99,14 @@ class Columns:
     def embeddings(self) -> Embeddings | None:
         """The embeddings; None if a made row has none."""
         maps = [np.load(path, mmap_mode="r") for path, _ in self.parts]
-        widths = {m.shape[1] for m in maps}
+        alive = np.array([value != DEAD for value in self.outcome.values], bool)[self.outcome.codes]
+        ends = np.cumsum([len(m) for m in maps], dtype=np.int64)
+        # A part of dead rows alone was saved without knowing how wide the others are.
+        widths = {
+            m.shape[1]
+            for m, end in zip(maps, ends.tolist(), strict=True)
+            if m.shape[1] or alive[end - len(m) : end].any()
+        }
         return Embeddings(maps) if len(widths) == 1 and widths != {0} else None
 
 
@@ -108,17 +116,18 @@ class Embeddings:
     def __init__(self, maps: list[np.ndarray]) -> None:
         self._maps = maps
         self._starts = np.concatenate([[0], np.cumsum([len(m) for m in maps])])
-        self.dimensions = int(maps[0].shape[1])
+        self.dimensions = max(int(m.shape[1]) for m in maps)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number, n x D float32 of unit length."""
-        found = np.empty((len(rows), self.dimensions), np.float32)
+        found = np.zeros((len(rows), self.dimensions), np.float32)
         which = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(which, kind="stable")
         ends = np.searchsorted(which[order], np.arange(len(self._maps) + 1))
         for i in np.unique(which):
             some = order[ends[i] : ends[i + 1]]
-            found[some] = self._maps[i][rows[some] - self._starts[i]]
+            if self._maps[i].shape[1]:
+                found[some] = self._maps[i][rows[some] - self._starts[i]]
         length = np.sqrt(np.einsum("nd,nd->n", found, found))
         return found / np.maximum(length, 1e-6)[:, None]
 
