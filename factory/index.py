@@ -97,7 +97,7 @@ class Columns:
         return replace(self, has_text=self.has_raw_text, scores=scores)
 
     def embeddings(self) -> Embeddings | None:
-        """The embeddings; None if a made row has none."""
+        """The embeddings; None if no row of a part has one and not all of it died."""
         maps = [np.load(path, mmap_mode="r") for path, _ in self.parts]
         alive = np.array([value != DEAD for value in self.outcome.values], bool)[self.outcome.codes]
         ends = np.cumsum([len(m) for m in maps], dtype=np.int64)
@@ -153,11 +153,9 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
     """Columns of a table such as the index holds."""
 
     def texts(name: str) -> Texts:
-        column = pc.fill_null(table[name].cast(pa.string()), "").combine_chunks().dictionary_encode()
-        return Texts(column.indices.to_numpy(zero_copy_only=False).astype(np.int32), column.dictionary.to_pylist())
+        codes, values = _coded(pc.fill_null(_large(table[name]), ""))
+        return Texts(codes, values.to_pylist())
 
-    made = table["made_sha256"].combine_chunks().dictionary_encode()
-    codes = pc.fill_null(made.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
     floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
     colours = table["colours"].combine_chunks()
     return Columns(
@@ -173,13 +171,27 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
         colours=np.frombuffer(colours.buffers()[1] or b"", np.uint8)[colours.offset * 12 :][
             : 12 * len(colours)
         ].reshape(-1, 12),
-        made=codes,
+        made=_coded(_large(table["made_sha256"]))[0],
         scores={name: _numbers(table[name]) for name in floats},
         lower_is_better=frozenset(
             name for name in floats if (table.schema.field(name).metadata or {}).get(b"better") == b"lower"
         ),
         parts=parts,
     )
+
+
+def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts of which one array may hold more than 2 GiB: the digests of 33 million rows are as much."""
+    return column.cast(pa.large_string())
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """(N codes, -1 for null, and what they stand for, in the order in which it comes first)."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    if not encoded.num_chunks:
+        return np.zeros(0, np.int32), pa.array([], column.type)
+    codes = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    return np.concatenate(codes).astype(np.int32), encoded.chunk(0).dictionary
 
 
 def _fixed(column: pa.ChunkedArray) -> np.ndarray:
@@ -291,10 +303,9 @@ def _digested(folder: Path, table: pa.Table) -> pa.Table:
     return table.append_column("made_sha256", column)
 
 
-def _refuse_strangers(table: pa.Table, units: list[tuple[str, pa.Array]], entries: list[Path]) -> None:
+def _refuse_strangers(table: pa.Table, units: list[tuple[str, pa.ChunkedArray]], entries: list[Path]) -> None:
     """Each entry must hold the ids that the plan gives its unit."""
-    start = 0
-    ids = table["id"].combine_chunks()
+    start, ids = 0, table["id"]
     for (_, planned), path in zip(units, entries, strict=True):
         if not ids.slice(start, len(planned)).equals(planned):
             raise LedgerConflict("belongs to another plan", where=str(path), remedy="Start in a new output folder")
