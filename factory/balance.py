@@ -76,10 +76,11 @@ def place_in(codes: np.ndarray) -> np.ndarray:
 
 
 def over_cap(cap: Cap, attributes: Attributes, rows: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    """Which of `rows` (best first) a cap leaves out: (rows, reason) for each combination."""
+    """Which of `rows` (best first) a cap leaves out: (rows, reason) for each combination. A row that lacks one of the attributes is of none."""
     codes, values = attributes.combined(cap.attributes)
     codes = codes[rows]
-    counts = np.bincount(codes, minlength=len(values))
+    whole = np.array([all(value) for value in values], bool)
+    counts = np.where(whole, np.bincount(codes, minlength=len(values)), 0)
     present = counts[counts > 0]
     most = cap.most if cap.most is not None else math.ceil((cap.most_times or 1) * int(present.min(initial=1 << 60)))
     out = place_in(codes) >= most

@@ -24,6 +24,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, LedgerConflict, RecipeError
+from cluster.stage import DEAD
 from cluster.storage import publish_bytes
 from factory.added import Added, added_sets, added_to
 from factory.ledger import digest_pictures
@@ -96,9 +97,16 @@ class Columns:
         return replace(self, has_text=self.has_raw_text, scores=scores)
 
     def embeddings(self) -> Embeddings | None:
-        """The embeddings; None if a made row has none."""
+        """The embeddings; None if no row of a part has one and not all of it died."""
         maps = [np.load(path, mmap_mode="r") for path, _ in self.parts]
-        widths = {m.shape[1] for m in maps}
+        alive = np.array([value != DEAD for value in self.outcome.values], bool)[self.outcome.codes]
+        ends = np.cumsum([len(m) for m in maps], dtype=np.int64)
+        # A part of dead rows alone was saved without knowing how wide the others are.
+        widths = {
+            m.shape[1]
+            for m, end in zip(maps, ends.tolist(), strict=True)
+            if m.shape[1] or alive[end - len(m) : end].any()
+        }
         return Embeddings(maps) if len(widths) == 1 and widths != {0} else None
 
 
@@ -108,17 +116,18 @@ class Embeddings:
     def __init__(self, maps: list[np.ndarray]) -> None:
         self._maps = maps
         self._starts = np.concatenate([[0], np.cumsum([len(m) for m in maps])])
-        self.dimensions = int(maps[0].shape[1])
+        self.dimensions = max(int(m.shape[1]) for m in maps)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number, n x D float32 of unit length."""
-        found = np.empty((len(rows), self.dimensions), np.float32)
+        found = np.zeros((len(rows), self.dimensions), np.float32)
         which = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(which, kind="stable")
         ends = np.searchsorted(which[order], np.arange(len(self._maps) + 1))
         for i in np.unique(which):
             some = order[ends[i] : ends[i + 1]]
-            found[some] = self._maps[i][rows[some] - self._starts[i]]
+            if self._maps[i].shape[1]:
+                found[some] = self._maps[i][rows[some] - self._starts[i]]
         length = np.sqrt(np.einsum("nd,nd->n", found, found))
         return found / np.maximum(length, 1e-6)[:, None]
 
@@ -144,11 +153,9 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
     """Columns of a table such as the index holds."""
 
     def texts(name: str) -> Texts:
-        column = pc.fill_null(table[name].cast(pa.string()), "").combine_chunks().dictionary_encode()
-        return Texts(column.indices.to_numpy(zero_copy_only=False).astype(np.int32), column.dictionary.to_pylist())
+        codes, values = _coded(pc.fill_null(_large(table[name]), ""))
+        return Texts(codes, values.to_pylist())
 
-    made = table["made_sha256"].combine_chunks().dictionary_encode()
-    codes = pc.fill_null(made.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
     floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
     colours = table["colours"].combine_chunks()
     return Columns(
@@ -164,13 +171,27 @@ def to_columns(table: pa.Table, parts: tuple[tuple[Path, int], ...] = ()) -> Col
         colours=np.frombuffer(colours.buffers()[1] or b"", np.uint8)[colours.offset * 12 :][
             : 12 * len(colours)
         ].reshape(-1, 12),
-        made=codes,
+        made=_coded(_large(table["made_sha256"]))[0],
         scores={name: _numbers(table[name]) for name in floats},
         lower_is_better=frozenset(
             name for name in floats if (table.schema.field(name).metadata or {}).get(b"better") == b"lower"
         ),
         parts=parts,
     )
+
+
+def _large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts of which one array may hold more than 2 GiB: the digests of 33 million rows are as much."""
+    return column.cast(pa.large_string())
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """(N codes, -1 for null, and what they stand for, in the order in which it comes first)."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    if not encoded.num_chunks:
+        return np.zeros(0, np.int32), pa.array([], column.type)
+    codes = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    return np.concatenate(codes).astype(np.int32), encoded.chunk(0).dictionary
 
 
 def _fixed(column: pa.ChunkedArray) -> np.ndarray:
@@ -282,10 +303,9 @@ def _digested(folder: Path, table: pa.Table) -> pa.Table:
     return table.append_column("made_sha256", column)
 
 
-def _refuse_strangers(table: pa.Table, units: list[tuple[str, pa.Array]], entries: list[Path]) -> None:
+def _refuse_strangers(table: pa.Table, units: list[tuple[str, pa.ChunkedArray]], entries: list[Path]) -> None:
     """Each entry must hold the ids that the plan gives its unit."""
-    start = 0
-    ids = table["id"].combine_chunks()
+    start, ids = 0, table["id"]
     for (_, planned), path in zip(units, entries, strict=True):
         if not ids.slice(start, len(planned)).equals(planned):
             raise LedgerConflict("belongs to another plan", where=str(path), remedy="Start in a new output folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,22 @@ import pyarrow.parquet as pq
 from cluster.cache import is_url
 from cluster.errors import RecipeError, StageError
 from cluster.stage import DEAD, PENDING
+from factory.models.answers import writable
 from factory.recipe import PicturePlan
 from factory.seen import Seen
-from factory.sources import SHARDS, is_shard, open_source, open_table, read_cell, read_range, source_files, walk
+from factory.sources import (
+    SHARDS,
+    is_shard,
+    leads_out,
+    open_source,
+    open_table,
+    read_cell,
+    read_range,
+    source_files,
+    walk,
+)
 
+_log = logging.getLogger("edgefusion")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_PICTURE_BYTES = 64 << 20
 """A larger file is refused unread."""
@@ -34,6 +47,8 @@ MAX_NAME_CHARACTERS = 4096
 MAX_ATTRIBUTE_CHARACTERS = 200
 _CELLS = 16
 """Rows of a Parquet file that are in memory at once."""
+_BESIDE = (".txt", ".json")
+"""How the files end that hold a picture's text and what else is known of it."""
 MAX_BESIDE_BYTES = 64 << 10
 """Of a text or JSON beside a picture: a longer text is cut, a longer JSON left out."""
 
@@ -150,11 +165,9 @@ def _read(file: str, recipe: PicturePlan) -> Iterator[Found]:
 
 def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
     """Picture files at any depth with NAME.txt and NAME.json beside them, and shards; links that lead out of the folder are left alone."""
-    for path in walk(folder):
+    for path in _inside(folder):
         shard = is_shard(path.name)
         if not (shard or path.suffix.lower() in SUFFIXES) or not path.is_file():
-            continue
-        if not path.resolve().is_relative_to(folder):
             continue
         if shard:
             yield from _read_shard(str(path), recipe)
@@ -162,7 +175,7 @@ def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
         name = path.relative_to(folder).as_posix()
         try:
             size = path.stat().st_size
-            words, facts = (_beside(path.with_suffix(kind), folder) for kind in (".txt", ".json"))
+            words, facts = (_beside(path.with_suffix(kind), folder) for kind in _BESIDE)
             data = path.read_bytes() if size <= MAX_PICTURE_BYTES else b""
         except OSError as error:
             source = {"file": str(path), "at": 0, "size": 0, **_origin(name, {})}
@@ -173,8 +186,26 @@ def _read_folder(folder: Path, recipe: PicturePlan) -> Iterator[Found]:
         yield _judged(source, data, size, text, wrong, attributes_of(more, recipe))
 
 
+def _inside(folder: Path) -> Iterator[Path]:
+    """What lies in the folder, as `walk` gives it. Links that lead out are left alone; how many of them might have been read is told at the end."""
+    count, first = 0, folder
+    for path in walk(folder):
+        if not leads_out(path, folder):
+            yield path
+        elif path.is_dir() or is_shard(path.name) or path.suffix.lower() in {*SUFFIXES, *_BESIDE}:
+            count, first = count + 1, first if count else path
+    if count:
+        _log.warning(
+            "%s: %d link%s out of the folder left alone, %s first; name the files themselves in factory.plan.paths, or the folder where they are",
+            folder,
+            count,
+            " that leads" if count == 1 else "s that lead",
+            first.relative_to(folder),
+        )
+
+
 def _beside(path: Path, folder: Path) -> bytes | None:
-    if not path.is_file() or not path.resolve().is_relative_to(folder):
+    if not path.is_file() or leads_out(path, folder):
         return None
     with path.open("rb") as file:
         return file.read(MAX_BESIDE_BYTES + 1)
@@ -203,7 +234,7 @@ def _told(words: bytes | None, facts: bytes | None, recipe: PicturePlan) -> tupl
 
 def _origin(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """What a source keeps of where its picture came from."""
-    known = {"name": name.encode("utf-8", "replace").decode()}
+    known = {"name": writable(name)}
     return {**known, "metadata": metadata} if metadata else known
 
 
@@ -322,7 +353,7 @@ def attributes_of(known: Mapping[str, Any], recipe: PicturePlan) -> str:
         for name, value in found.items()
         if isinstance(value, str | int | float)
     }
-    return json.dumps(words, ensure_ascii=False).encode("utf-8", "replace").decode() if words else "{}"
+    return writable(json.dumps(words, ensure_ascii=False)) if words else "{}"
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cluster.storage import publish_bytes
 from cluster.usage import JOURNAL, files_of_usage, read_usage
 from factory.draw import draw_records, off_quota
 from factory.models import fingerprint, resolve
-from factory.models.answers import NoAnswer
+from factory.models.answers import NoAnswer, writable
 from factory.models.text import PromptWriter, opened_late
 from factory.prompts import Alike, prompt_file, read_prompts
 from factory.recipe import DiffusersTeacher, FactoryRecipe, OpenAiWriter, PromptFilePlan, PromptPlan
@@ -179,7 +179,7 @@ def _plan_file(recipe: FactoryRecipe, plan: PromptFilePlan, seed: int, final: Pa
             wrong = check_prompt(prompt) or ("the prompt is too like an earlier one" if alike.find(prompt) else "")
             if not wrong:
                 alike.add(prompt)
-            prompts.append((prompt.encode("utf-8", "replace").decode() if wrong else prompt, wrong))
+            prompts.append((writable(prompt), wrong))
         records = [(group, attributes) for _, group, attributes in some]
         rows = enumerate_samples(recipe, plan.images_per_prompt, seed, start, records, prompts)
         tables.append(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
@@ -249,7 +249,7 @@ def write_checked(
                 wrong = "the prompt is too like an earlier one"
             if not wrong:
                 own.add(prompt)
-            found[i] = (str(prompt), wrong)
+            found[i] = (writable(prompt), wrong)
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -18,15 +18,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError, StageError
+from factory.models.answers import writable
 from factory.recipe import PromptFilePlan
 
 _WORD = re.compile(r"\w+")
 _MAX_LINE = 1 << 20
 """Characters of a line; what is beyond them is skipped unkept."""
+_ROUNDING = 1e-9
+"""Of a product of a share and a number of words: a filter may let through more than the exact comparison does, never less."""
+_WORTH_ORDERING = 20
+"""Comparisons of two sets that take as long as it takes to put one in order."""
 
 
 def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(prompt, group, attributes) of every row, in the order of the files. Raises RecipeError for a file that is no such list."""
+    """(prompt, group, attributes) of every row, in the order of the files. Raises RecipeError for a file that is no such list.
+
+    A prompt is as it stands there, so that one which is no UTF-8 is known; group and attributes are mended.
+    """
     count = 0
     for name in recipe.paths:
         for row in _rows(prompt_file(name), recipe):
@@ -36,8 +44,8 @@ def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, s
             prompt = row.get(recipe.prompt_column)
             text = " ".join(prompt.split()) if isinstance(prompt, str) else ""
             group = row.get(recipe.group_column) if recipe.group_column else None
-            found = {a: str(row[a]) for a in recipe.attribute_columns if row.get(a) is not None}
-            yield text, "prompts" if group is None else str(group), found
+            found = {a: writable(str(row[a])) for a in recipe.attribute_columns if row.get(a) is not None}
+            yield text, "prompts" if group is None else writable(str(group)), found
 
 
 def prompt_file(name: str) -> Path:
@@ -99,36 +107,82 @@ def _object(line: str, where: str) -> dict[str, Any]:
 class Alike:
     """Prompts seen so far, and whether another has too many words in common with one of them: an exact set-similarity join.
 
-    Two prompts with a Jaccard similarity of words of at least `most` share one of the first words of each, in any order of all words that
-    is the same for both (prefix filter, Chaudhuri et al., 2006); here longer words come first, for they are rarer.
+    The very same words are found by a digest. Of others: put the words of any two sets into one order that is the same for both. If their
+    Jaccard similarity is `most` or more, and the first word that they share is number i of the one and j of the other, what follows in both
+    must be long enough (prefix and positional filter: Chaudhuri et al., 2006; Xiao et al., 2008). Rare words come first, for few share them;
+    which order it is changes no answer.
     """
 
     def __init__(self, most: float | None) -> None:
         self.most = most
-        self._words: list[frozenset[str]] = []
-        self._by_word: dict[str, list[int]] = defaultdict(list)
+        self._digests: set[bytes] = set()
+        self._sets: list[frozenset[str]] = []
+        self._counts: Counter[str] = Counter()
+        self._rank: dict[str, int] = {}
+        """The counts when the sets were last put in order."""
+        self._filed: dict[str, dict[tuple[int, int], list[frozenset[str]]]] = {}
+        """By one of their first words: the sets, by how many words they have and the number of this one among them."""
+        self._compared = 0
+        """Sets looked at since they were last put in order."""
 
     def find(self, prompt: str) -> bool:
         """Is an earlier prompt too like this one?"""
         if self.most is None:
             return False
         words = _words(prompt)
-        # The first in the plan that is near enough is as good as any, so nothing depends on the order of candidates.
-        near = {i for word in self._prefix(words) for i in self._by_word.get(word, ())}
-        return any(len(words & self._words[i]) >= self.most * len(words | self._words[i]) for i in near)
+        if _digest(words) in self._digests:
+            return True
+        for other in self._candidates(words):
+            self._compared += 1
+            shared = len(words & other)
+            if shared >= self.most * (len(words) + len(other) - shared):
+                return True
+        return False
 
     def add(self, prompt: str) -> None:
-        if self.most is None:
+        if self.most is None or (digest := _digest(words := _words(prompt))) in self._digests:
             return
-        words = _words(prompt)
-        for word in self._prefix(words):
-            self._by_word[word].append(len(self._words))
-        self._words.append(words)
+        self._digests.add(digest)
+        if self.most == 1:
+            return
+        self._sets.append(words)
+        self._counts.update(words)
+        if self._compared > _WORTH_ORDERING * len(self._sets):
+            self._order_anew()
+        else:
+            self._file(words)
 
-    def _prefix(self, words: frozenset[str]) -> list[str]:
+    def _order_anew(self) -> None:
+        """Many were looked at in vain, so the words that were rare are so no more."""
+        self._rank, self._filed, self._compared = dict(self._counts), {}, 0
+        for words in self._sets:
+            self._file(words)
+
+    def _file(self, words: frozenset[str]) -> None:
+        for place, word in enumerate(self._first(words)):
+            self._filed.setdefault(word, {}).setdefault((len(words), place), []).append(words)
+
+    def _candidates(self, words: frozenset[str]) -> Iterator[frozenset[str]]:
+        """All that may be near enough; some of them more than once."""
+        for place, word in enumerate(self._first(words)):
+            for (size, other), some in self._filed.get(word, {}).items():
+                if min(len(words) - place, size - other) >= self._least_shared(len(words) + size):
+                    yield from some
+
+    def _first(self, words: frozenset[str]) -> list[str]:
+        """In order, the words among which the first one must be that a near enough set shares."""
         assert self.most is not None
-        ordered = sorted(words, key=lambda word: (-len(word), blake2b(word.encode(), digest_size=8).digest()))
-        return ordered[: len(ordered) - math.ceil(self.most * len(ordered) - 1e-9) + 1]
+        ordered = sorted(words, key=lambda word: (self._rank.get(word, 0), -len(word), word))
+        return ordered[: len(ordered) - math.ceil(self.most * len(ordered) - _ROUNDING) + 1]
+
+    def _least_shared(self, words: int) -> float:
+        """How many words two sets must share that have so many together, each counted in both."""
+        assert self.most is not None
+        return self.most * words / (1 + self.most) - _ROUNDING
+
+
+def _digest(words: frozenset[str]) -> bytes:
+    return blake2b("\n".join(sorted(words)).encode(), digest_size=16).digest()
 
 
 def _words(prompt: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ import glob
 import gzip
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -68,7 +69,12 @@ def source_files(name: str) -> list[str]:
             where="factory.plan.paths",
             remedy="Give a folder, .tar shards (shards/{000..099}.tar, s3://bucket/*.tar), a .parquet file or zoo:wild.parquet",
         )
-    return [one if is_url(one) else str(Path(one).resolve()) for one in found]
+    return [one if is_url(one) else str(_place(Path(one))) for one in found]
+
+
+def _place(path: Path) -> Path:
+    """Absolute. A file that is a link keeps its name, for the name says what it is: what it leads to may have none (the cache of a hub)."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def _matching(name: str) -> list[str]:
@@ -170,11 +176,23 @@ def _cells(file: str, group: int, column: str) -> _Cells:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Files of a folder at any depth, in the order of their paths, one folder's names in memory; folders that are links are left alone."""
+    """Files of a folder at any depth, in the order of their paths, one folder's names in memory. Folders that are links come as they are:
+    nobody goes into them."""
     for name in sorted(entry.name for entry in folder.iterdir()):
         path = folder / name
-        if path.is_dir():
-            if not path.is_symlink():
-                yield from walk(path)
+        if path.is_dir() and not path.is_symlink():
+            yield from walk(path)
         else:
             yield path
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path that `walk` gave of a resolved folder is a link that leads out of it. The cache of a hub is made of links, from
+    `snapshots/REVISION/NAME` to `blobs/DIGEST` of the same repository: these count as its own files."""
+    if not path.is_symlink():
+        return False
+    target = Path(os.path.realpath(path))  # unlike Path.resolve it also bears links in a ring
+    if target.is_relative_to(folder):
+        return False
+    repositories = (above.parent.parent for above in path.parents if above.parent.name == "snapshots")
+    return not any(target.is_relative_to(repository / "blobs") for repository in repositories)

@@ -37,14 +37,18 @@ def planned_units(folder: Path, unit_images: int) -> list[Unit]:
     return list(read_units(folder, unit_images, range(len(unit_sizes(folder, unit_images)))))
 
 
-def plan_units(folder: Path, unit_images: int) -> list[tuple[str, pa.Array]]:
+def plan_units(folder: Path, unit_images: int) -> list[tuple[str, pa.ChunkedArray]]:
     """(name, ids) of all units of the plan, in order: what is cheap to know of a million rows."""
-    found: list[tuple[str, pa.Array]] = []
+    found: list[tuple[str, pa.ChunkedArray]] = []
     for path in plan_files(folder):
-        ids = read_table(path, ["id"])["id"].combine_chunks()
-        for start in range(0, len(ids), unit_images):
-            found.append((unit_name(len(found)), ids.slice(start, unit_images)))
+        for ids in cut_ids(read_table(path, ["id"])["id"], unit_images):
+            found.append((unit_name(len(found)), ids))
     return found
+
+
+def cut_ids(ids: pa.ChunkedArray, unit_images: int) -> Iterator[pa.ChunkedArray]:
+    """The ids of each unit, none copied: in one piece those of over 33 million rows are more than the 2 GiB that an Arrow array of texts holds."""
+    return (ids.slice(start, unit_images) for start in range(0, len(ids), unit_images))
 
 
 def units_left(folder: Path, unit_images: int) -> list[int]:

@@ -35,7 +35,13 @@ def read_answer(text: str, kind: Answer = "text") -> str:
     """The prompt in an answer, or NoAnswer. Code fences, introductions, labels and quotes around it are taken off."""
     fenced = _FENCE.search(text)
     text = fenced.group(1) if fenced else text
-    return _from_json(text) if kind == "json" else _from_text(text)
+    found = _from_json(text) if kind == "json" else _from_text(text)
+    return found if isinstance(found, NoAnswer) else writable(found)
+
+
+def writable(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair, which JSON may spell, becomes a question mark. No file of ours takes one."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _from_text(text: str) -> str:

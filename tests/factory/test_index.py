@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.errors import CorruptShard, LedgerConflict
+from cluster.errors import CorruptShard, LedgerConflict, RecipeError
 from cluster.storage import publish_bytes
 from factory import index
 from factory.index import load_columns
 from factory.plan import PLAN, table_bytes
+from factory.recipe import SelectRecipe
+from factory.select import select
 from factory.units import read_table
 
 UNIT_IMAGES = 8
@@ -78,6 +80,45 @@ def test_a_ledger_without_digests_takes_them_from_the_pictures(dataset: Path) ->
     table = pq.read_table(dataset / "index" / "part-00000.parquet")
     pictures = pq.read_table(dataset / "pictures" / "unit-00000.parquet").to_pylist()
     assert table["made_sha256"][0].as_py() == hashlib.sha256(pictures[0]["picture"]).hexdigest()
+
+
+def give_embeddings(dataset: Path, vectors: np.ndarray, dead: set[int]) -> None:
+    """Into the ledger, but for the rows that are dead: N x D float16."""
+    for number, entry in enumerate(sorted((dataset / "ledger").iterdir())):
+        table, rows = pq.read_table(entry), range(8 * number, 8 * number + 8)
+        cells = pa.array([None if row in dead else vectors[row].tobytes() for row in rows], pa.binary())
+        outcomes = pa.array(["dead" if row in dead else "made" for row in rows])
+        for name, column in (("embedding", cells), ("outcome", outcomes)):
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        publish_bytes(entry, table_bytes(table))
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_a_part_that_died_whole_hides_no_embeddings(dataset: Path, monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
+    vectors = np.random.default_rng(0).standard_normal((24, 6)).astype(np.float16)
+    give_embeddings(dataset, vectors, {5, *range(8 * unit, 8 * unit + 8)})
+    monkeypatch.setattr(index, "_PART_UNITS", 1)
+    columns = load_columns(dataset, UNIT_IMAGES)
+    embeddings = columns.embeddings()
+    assert embeddings is not None and embeddings.dimensions == 6
+    lengths = np.linalg.norm(embeddings.read(np.arange(24)), axis=1)
+    assert np.allclose(lengths, [0 if row == 5 or row // 8 == unit else 1 for row in range(24)], atol=1e-6)
+    kept = select(columns, SelectRecipe(min_clip=-1, same_meaning=0.999, max_hamming_bits=None)).kept
+    assert kept.sum() == (16 if unit == 0 else 15)
+
+
+def test_living_rows_without_embeddings_are_told(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(0).standard_normal((24, 6)).astype(np.float16)
+    give_embeddings(dataset, vectors, {5, *range(8, 16)})
+    entry = dataset / "ledger" / "unit-00001.parquet"
+    table = pq.read_table(entry)
+    alive = pa.array(["made", *["dead"] * 7])
+    publish_bytes(entry, table_bytes(table.set_column(table.schema.get_field_index("outcome"), "outcome", alive)))
+    monkeypatch.setattr(index, "_PART_UNITS", 1)
+    columns = load_columns(dataset, UNIT_IMAGES)
+    assert columns.embeddings() is None
+    with pytest.raises(RecipeError, match="holds no embeddings"):
+        select(columns, SelectRecipe(same_meaning=0.9))
 
 
 def test_parts_join_and_embeddings_come_by_row(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

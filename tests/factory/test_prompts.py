@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
 from cluster.stage import Row, Stage
 from factory import make as making
 from factory.plan import make_plan, write_checked
-from factory.prompts import Alike
+from factory.prompts import Alike, _words
 from factory.recipe import FactoryRecipe
+from factory.taxonomy import Group
 
 PROMPTS = ["a red fox on snow", "a green owl at night, painted", "a key", "the tall grey lighthouse by the sea"]
 
@@ -102,6 +106,74 @@ def test_alike_is_exactly_the_jaccard_similarity_of_words(most: float) -> None:
     assert not Alike(None).find("a")
 
 
+def templated(count: int) -> list[str]:
+    """Prompts of one template, whose long words all of them share."""
+    rng = random.Random(5)
+    names = ["".join(rng.choices("aeioubdgklmnprstv", k=rng.randint(3, 7))) for _ in range(400)]
+    return [
+        f"a professional photograph of a {rng.choice(names[:20])} {rng.choice(names)} near the {rng.choice(names)}, "
+        f"dramatic illumination, {rng.choice(names[20:60])} background"
+        for _ in range(count)
+    ]
+
+
+def brute_force(most: float, prompts: list[str]) -> list[bool]:
+    """The definition: of each prompt whether one that was kept before has so large a share of all words of both in common."""
+    kept, found = list[frozenset[str]](), list[bool]()
+    for prompt in prompts:
+        words = _words(prompt)
+        found.append(any(len(words & other) >= most * len(words | other) for other in kept))
+        kept += [] if found[-1] else [words]
+    return found
+
+
+def answers(most: float, prompts: list[str]) -> list[bool]:
+    alike, found = Alike(most), list[bool]()
+    for prompt in prompts:
+        found.append(alike.find(prompt))
+        if not found[-1]:
+            alike.add(prompt)
+    return found
+
+
+WORDS = st.sampled_from([*"abcdefgh", "fox", "owl", "key", "photograph", "illumination", "Fox", "é", "!"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.lists(WORDS, max_size=9).map(" ".join), max_size=40),
+    st.one_of(st.sampled_from([0.1, 0.2, 0.3, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]), st.floats(0.01, 1.0)),
+    st.integers(0, 20),
+)
+def test_alike_answers_as_the_brute_force_does_whatever_order_the_words_are_in(
+    prompts: list[str], most: float, worth: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factory.prompts._WORTH_ORDERING", worth)
+        assert answers(most, prompts) == brute_force(most, prompts)
+
+
+@pytest.mark.parametrize("most", [0.6, 0.8, 0.9])
+def test_few_of_many_templated_prompts_are_compared(most: float) -> None:
+    prompts, alike, pairs, compared = templated(1000), Alike(most), 0, 0
+    for prompt in prompts:
+        compared += sum(1 for _ in alike._candidates(_words(prompt)))
+        pairs += len(alike._sets)
+        if not alike.find(prompt):
+            alike.add(prompt)
+    assert compared < pairs / 5
+    assert answers(most, prompts[:300]) == brute_force(most, prompts[:300])
+
+
+def test_equal_words_among_20_000_templated_prompts_are_found_at_once() -> None:
+    prompts = templated(19_000)
+    prompts += [" ".join(reversed(prompt.split())) for prompt in prompts[:1000]]
+    began = time.process_time()  # of this process, whoever else has the cores
+    found = answers(1.0, prompts)
+    assert time.process_time() - began < 2
+    assert all(found[19_000:]) and sum(found[:19_000]) == 19_000 - len({_words(prompt) for prompt in prompts})
+
+
 def test_a_written_repeat_is_written_anew_and_dead_only_after_all_tries() -> None:
     class Writer:
         def __init__(self) -> None:
@@ -112,12 +184,34 @@ def test_a_written_repeat_is_written_anew_and_dead_only_after_all_tries() -> Non
 
         def close(self) -> None: ...
 
-    from factory.taxonomy import Group
-
     group = Group(name="g", share=1, must_mention=[], attributes={"subject": ["fox"]})
     found = write_checked(Writer(), [(group, {"subject": "fox"})] * 3, 3, 0, Alike(1.0))
     assert found[0] == ("a fox", "") and found[2][0] == "a fox"
     assert [wrong for _, wrong in found] == ["", "", "the prompt is too like an earlier one"]
+
+
+def test_a_written_prompt_that_is_no_utf_8_in_every_try_is_dead_and_not_the_plan() -> None:
+    class Writer:
+        def write(self, records: list, seed: int) -> list[str]:
+            return ["a fox \ud83d"] * len(records)
+
+        def note_usage(self, journal: Path) -> None: ...
+
+        def close(self) -> None: ...
+
+    group = Group(name="g", share=1, must_mention=[], attributes={"subject": ["fox"]})
+    found = write_checked(Writer(), [(group, {"subject": "fox"})], 2, 0, Alike(None))
+    assert found == [("a fox ?", "the prompt is too long or holds odd characters")]
+
+
+def test_attributes_and_groups_that_are_no_utf_8_are_mended(tmp_path: Path) -> None:
+    rows = ['{"prompt": "a fox", "style": "caf\xe9", "kind": "\xe9"}', '{"prompt": "an owl", "style": "\\ud83d"}']
+    (tmp_path / "p.jsonl").write_bytes("\n".join(rows).encode("latin-1"))
+    keys = {"group_column": "kind", "attribute_columns": ["style"]}
+    plan = plan_of(recipe_of(tmp_path / "p.jsonl", **keys), tmp_path / "out")
+    assert [row["prompt"] for row in plan] == ["a fox", "an owl"] and {row["outcome"] for row in plan} == {"pending"}
+    assert [row["attributes"] for row in plan] == ['{"style": "caf?"}', '{"style": "?"}']
+    assert [row["group"] for row in plan] == ["?", "prompts"]
 
 
 def test_a_making_in_which_too_much_dies_stops_once_it_means_something(

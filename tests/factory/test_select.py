@@ -288,6 +288,28 @@ def test_caps_leave_the_best_of_each_combination_and_all_that_people_want() -> N
     assert len(light) == 6 and "001" in light, "1.5 times the four dark ones, the person's choice among them"
 
 
+@pytest.mark.parametrize("cap", [{"most": 5}, {"most_times": 1.0}])
+def test_a_cap_leaves_out_no_sample_that_lacks_the_attribute(cap: dict[str, Any]) -> None:
+    """Rows 0 to 5 are women, 6 to 17 men, the twelve scenes have no gender; then a third of the men lose their tone."""
+    rows = judged(30)
+    for i, row in enumerate(rows):
+        row["group"] = "people" if i < 18 else "scenes"
+        row["attributes"] = json.dumps({"gender": "woman" if i < 6 else "man", "tone": "dark"} if i < 18 else {})
+    found = reasons_of(rows, caps=[{"attributes": ["gender"], **cap}])
+    most = cap.get("most", 6)
+    assert sorted(key for key, reason in found.items() if not reason) == sorted(
+        [f"{i:03d}" for i in (*range(6 - most, 6), *range(18 - most, 18), *range(18, 30))]
+    )
+    for row in rows[6:10]:
+        row["attributes"] = json.dumps({"gender": "man"})
+    found = reasons_of(rows, caps=[{"attributes": ["gender", "tone"], **cap}])
+    assert not any(found[f"{i:03d}"] for i in (*range(6, 10), *range(18, 30)))
+    for i in range(4):  # fewer without the attribute than of any combination: they are not the rarest one
+        rows[i]["attributes"] = json.dumps({"gender": "man", "tone": "dark"})
+    found = reasons_of(rows[:19], caps=[{"attributes": ["gender"], "most_times": 2}])
+    assert sum(not reason for reason in found.values()) == 2 + 4 + 1
+
+
 def test_people_can_be_left_out_or_alone_be_heard() -> None:
     said = people(d="keep", a="reject odd")
     ignored = select(ROWS, FILES, RULES.model_copy(update={"people": "ignore"}), said)

@@ -17,6 +17,7 @@ from cluster.errors import StageError
 from cluster.stage import Unit, apply
 from cluster.usage import JOURNAL, Usage, read_usage
 from factory import stages
+from factory.ledger import commit_unit
 from factory.models import server as model_server
 from factory.models.answers import NoAnswer
 from factory.models.caption import open_captioner
@@ -158,6 +159,23 @@ def test_a_picture_that_a_server_refuses_dies_alone(
     assert f"HTTP Error {code}" in done.rows[0]["reason"] and "violates our policy" in done.rows[0]["reason"]
     assert [row["prompt"] for row in done.rows] == ["raw", "a black square", "a black square"]
     assert len(server.asked) == 4
+
+
+def test_half_a_surrogate_pair_in_a_caption_stops_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON may spell one, and no file takes it: the row goes on to the next worker and into the ledger."""
+    monkeypatch.setattr(stages, "set_threads", lambda threads: None)
+    server.script = [answer("a black square \ud83d")]
+    captioner = {"kind": "openai", "model": "m", "base_url": server.url}
+    make = MakeRecipe.model_validate({"captioner": captioner, "scorer": {"model": "zoo:clip"}})
+    stage = next(s for s in make_stages(make, tmp_path) if s.name == "caption")
+    facts = {"id": "0" * 64, "unit": "unit-00000", "prompt": "raw", "outcome": "pending", "reason": ""}
+    picture = encode_picture(np.zeros((8, 8, 3), np.uint8), "png")
+    done = apply(stage, stage.open(), Unit("unit-00000", [{**facts, "picture": picture}]))
+    passed_on = Unit.from_bytes(done.id, done.to_bytes())
+    assert [row["prompt"] for row in passed_on.rows] == ["a black square ?"]
+    commit_unit(tmp_path, passed_on.rows)
 
 
 def test_a_prompt_that_a_server_refuses_says_why(server: Server) -> None:

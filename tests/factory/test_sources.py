@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -225,6 +226,69 @@ def test_a_store_that_is_away_while_it_is_planned_is_told_in_plain_words(shaky: 
         with pytest.raises(EdgeFusionError, match=rf"bucket/.*{call} was cut"):
             rows_of(f"shakysource://bucket/{name}")
         shaky.fail.clear()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A snapshot as huggingface_hub lays it out: a shard, a table, a picture with its text, all of them links to files named by digests."""
+    repository = tmp_path / "hub" / "datasets--someone--foxes"
+    snapshot = repository / "snapshots" / "0123abc"
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"picture": [drawing(5)], "text": ["text 5"]}), sink)
+    files = {"00000.tar": shard(1, 2), "a.parquet": sink.getvalue()}
+    files |= {"deep/3.png": drawing(3), "deep/3.txt": b"text 3"}
+    (repository / "blobs").mkdir(parents=True)
+    for name, data in files.items():
+        blob = repository / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.write_bytes(data)
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(*[".."] * (2 + name.count("/"))) / "blobs" / blob.name)
+    return snapshot
+
+
+def test_links_to_files_keep_their_names(cache: Path, tmp_path: Path) -> None:
+    found = rows_of(cache / "{00000.tar,a.parquet}")
+    assert texts(found) == ["text 1", "text 2", "text 5"]
+    assert [Path(json.loads(row["source"])["file"]).name for row in found] == ["00000.tar"] * 2 + ["a.parquet"]
+    for row, seed in zip(found, (1, 2, 5), strict=True):
+        assert fetch(row["source"], row["picture_sha256"]) == drawing(seed)
+    assert texts(rows_of(cache / "*.tar")) == ["text 1", "text 2"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link").symlink_to(cache)
+    assert source_files(str(tmp_path / "x" / ".." / "x" / "link")) == [str(cache)], "a folder is where it really is"
+    assert source_files(str(tmp_path / "x" / "link" / "00000.tar")) == [str(cache / "00000.tar")]
+
+
+@pytest.mark.parametrize("above", range(4))
+def test_a_snapshot_of_a_hub_s_cache_is_read(cache: Path, above: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the repository, or the whole cache, is given."""
+    found = rows_of([cache, *cache.parents][above])
+    assert texts(found) == ["text 1", "text 2", "text 3"] and not caplog.records
+    for row, seed in zip(found, (1, 2, 3), strict=True):
+        assert fetch(row["source"], row["picture_sha256"]) == drawing(seed)
+
+
+def test_links_out_of_a_folder_are_counted_with_a_remedy(
+    shards: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Into another repository, into one's own beside the blobs, a whole folder, and the text beside a picture; a ring of links is none."""
+    other = shards.parent / "hub" / "datasets--someone--owls" / "snapshots" / "77"
+    other.mkdir(parents=True)
+    (other / "1.tar").symlink_to((cache / "00000.tar").resolve())
+    (other / "2.tar").symlink_to(shards / "000.tar")
+    (other.parent / "beside.tar").write_bytes(shard(6))
+    (other / "3.tar").symlink_to(other.parent / "beside.tar")
+    (other / "folder").symlink_to(shards)
+    (other / "4.png").write_bytes(drawing(4))
+    (other / "4.txt").symlink_to(shards / "stats.json")
+    (other / "5.tar").symlink_to("5.tar")
+    (other / "notes.md").symlink_to(shards / "stats.json")
+    found = rows_of(other)
+    assert [json.loads(row["source"])["name"] for row in found] == ["4.png"] and texts(found) == [""]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and str(other) in record.message
+    assert "5 links that lead out of the folder left alone, 1.tar first; name the files themselves" in record.message
 
 
 def test_names_that_stand_for_nothing_are_refused(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(echo: Echo, monkeypatch:
         ("1. prompt: a red fox", "a red fox"),
         ('a fox that says "hello"', 'a fox that says "hello'),
         ("Here be dragons, 3d render", "Here be dragons, 3d render"),
+        ("a red fox \ud83d", "a red fox ?"),
     ],
 )
 def test_what_is_wrapped_around_a_text_is_taken_off(answer: str, prompt: str) -> None:
@@ -202,6 +203,10 @@ def test_what_is_wrapped_around_a_text_is_taken_off(answer: str, prompt: str) ->
 )
 def test_common_faults_of_json_are_mended(answer: str) -> None:
     assert read_answer(answer, "json") == "a red fox"
+
+
+def test_half_a_surrogate_pair_in_json_becomes_a_question_mark() -> None:
+    assert read_answer(r'{"prompt": "a red fox \ud83d"}', "json") == "a red fox ?"
 
 
 @pytest.mark.parametrize(
