@@ -137,7 +137,8 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "server_settings": shlex.join(more),
         # Relative paths of a recipe are those of the image.
         "entrypoint": "cd /app && " + shlex.join(run + more),
-        "launched": "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]]),
+        # One word of the line that a person copies into a shell.
+        "launched": shlex.quote("cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]])),
         "node": node,
         "place_words": _place_words(node),
         "nodes": whole.nodes,

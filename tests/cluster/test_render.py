@@ -230,6 +230,18 @@ def test_cloud_files_pass_rays_own_schema(plain: RunView, tmp_path: Path, place:
         validate_config({**prepare_config(config), "surprise": 1})
 
 
+@pytest.mark.parametrize("place", ["aws", "gcp"])
+def test_the_line_that_starts_a_run_on_a_cloud_can_be_copied_into_a_shell(
+    plain: RunView, tmp_path: Path, place: Any
+) -> None:
+    render(plain, place, NFS, tmp_path)
+    line = (tmp_path / f"{place}.yaml").read_text().splitlines()[-1]
+    assert shlex.split(line)[:5] == ["#", "ray", "exec", f"{place}.yaml", "--tmux"]
+    (command,) = shlex.split(line)[5:]
+    there = ["/home/edgefusion/launch/recipe.yaml", "--out", f"/shared/runs/{plain.name}"]
+    assert shlex.split(command) == ["cd", "/app", "&&", "edgefusion", "run", *there]
+
+
 def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_path: Path) -> None:
     for view, place, options, words in (
         (plain, "aws", Options(), "needs storage"),
