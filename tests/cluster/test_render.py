@@ -21,7 +21,7 @@ import yaml
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.machine import version_of
-from cluster.needs import RunView
+from cluster.needs import Need, RunView
 from cluster.recipe import load_recipe
 from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
@@ -244,6 +244,52 @@ def test_the_line_that_starts_a_run_on_a_cloud_can_be_copied_into_a_shell(
 
 def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_path: Path) -> None:
     for view, place, options, words in (
+def test_a_recipe_whose_stages_are_all_of_odd_sizes_finds_room(plain: RunView, tmp_path: Path) -> None:
+    needs = (
+        Need("make", "render", 1, 12, 1, 40),
+        Need("make", "caption", 3, 1, 1, 4),
+        Need("make", "score", 3, 3, 0, 12),
+        Need("make", "commit", 1, 0),
+    )
+    view = replace(plain, needs=needs)
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    job = documents(tmp_path / "kuberay")["RayJob"]
+    groups = {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    limits = groups["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["memory"].removesuffix("Gi")) >= 40 and int(limits["cpu"]) >= 12
+    lines = (tmp_path / "slurm" / "slurm.sbatch").read_text().splitlines()
+    asked = {name: value for name, _, value in (line.removeprefix("#SBATCH --").partition("=") for line in lines)}
+    # Four nodes; beside each GPU there is room for a scorer, its memory too.
+    assert asked["nodes"] == "4" and int(asked["cpus-per-task"]) >= 15 and int(asked["mem"].removesuffix("G")) >= 65
+    (head, worker) = (line for line in lines if "--num-cpus=" in line)
+    for line in (head, worker):
+        given = int(line.partition("--memory=")[2].split()[0])
+        assert 52 << 30 <= given < int(asked["mem"].removesuffix("G")) << 30
+    # Eight CPUs and 32 GiB have the CPU machines of a cloud: a scorer each.
+    for place in ("aws", "gcp"):
+        kinds = yaml.safe_load((tmp_path / place / f"{place}.yaml").read_text())["available_node_types"]
+        assert (kinds["gpu"]["max_workers"], kinds["cpu"]["max_workers"]) == (4, 3)
+        assert 12 << 30 < kinds["cpu"]["resources"]["memory"] < 32 << 30
+
+
+def test_workers_that_would_wait_for_ever_are_refused(plain: RunView, tmp_path: Path) -> None:
+    wide, hungry = Need("make", "score", 1, 12), Need("make", "score", 1, 1, 0, 40)
+    for need, place, words in (
+        (wide, "kuberay", "stage score takes 12 CPUs and a node has 8"),
+        (hungry, "gcp", "stage score: a worker needs 40 GiB of memory and no node has more than 2"),
+        (replace(wide, gpus=1, cpus=20), "aws", "stage score: a worker needs 20 CPUs and no node has more than 16"),
+    ):
+        with pytest.raises(EdgeFusionError, match=words):
+            render(replace(plain, needs=(need,)), place, NFS, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_commit_stage_that_takes_no_cpu_is_rendered(tmp_path: Path) -> None:
+    view = cluster_view(PAPER, ["cluster.stages={commit: {cpus: 0}}", "cluster.memory_gib={commit: 1}"])
+    assert render(view, "kuberay", Options(), tmp_path)
+
+
         (plain, "aws", Options(), "needs storage"),
         (paper, "aws", NFS, "no server"),
         (plain, "gcp", replace(NFS, gpus_per_node=3), "3 GPUs"),
