@@ -102,7 +102,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
             raise EdgeFusionError(f"--{name} {value!r} holds characters that do not belong there", remedy="Correct it")
     cpus_per_node = _MACHINES[place][0][1] if place in _MACHINES else options.cpus_per_node
     gpu, cpu = groups(view.needs, options.gpus_per_node, cpus_per_node)
-    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:8000/v1"
+    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
     if view.vllm_model and place in _MACHINES:
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
@@ -145,7 +145,8 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "vllm_model": view.vllm_model,
         "vllm_words": served,
         "vllm_line": shlex.join(served),
-        "server_settings": shlex.join(more),
+        # In double quotes: the port is known to the job alone, and nothing else in words of our own means anything to bash.
+        "server_settings": " ".join(f'"{word}"' for word in more),
         # Relative paths of a recipe are those of the image.
         "entrypoint": "cd /app && " + shlex.join(run + more),
         # One word of the line that a person copies into a shell.
