@@ -144,6 +144,22 @@ def test_training_is_read_from_its_log_though_the_last_line_is_cut(out: Path) ->
     assert distill["state"] == "waiting" and distill["eta_s"] is None
 
 
+@pytest.mark.parametrize(("went_on_at", "took"), [(0, 204.0), (60, None), (None, None)])
+def test_a_phase_that_was_not_interrupted_says_what_it_took(out: Path, went_on_at: int | None, took: object) -> None:
+    folder, began = out / "training" / "adapt", 1_000_000.0
+    (folder / "unet").mkdir(parents=True)
+    rows = [{"step": i, "steps": 100, "images_per_s": 2.0, "time_s": began + 4 + 2 * i} for i in range(1, 101)]
+    if went_on_at is not None:  # an older version did not note it
+        rows = [{**row, "began_step": went_on_at if row["step"] > went_on_at else 0} for row in rows]
+    if took:
+        rows = [{**row, "time_s": row["time_s"] + 2 * (row["step"] > 50)} for row in rows]  # a look takes its time too
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt = stage(out, "train: adapt")
+    assert (adapt["state"], adapt["seconds"]) == ("done", took)
+    (folder / "unet").rmdir()
+    assert stage(out, "train: adapt")["seconds"] is None
+
+
 def test_after_selection_the_kept_share_is_known(out: Path) -> None:
     table(
         out / "dataset" / "selection.parquet",
