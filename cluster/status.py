@@ -88,6 +88,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
         "host": beat.get("host"),
         "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
         "clock_ahead_s": beat.get("clock_ahead_s"),
+        "silent": state == "running" and beat.get("silent", False),
         "stages": stages,
         "samples": outcomes,
         "units": len(ledger),
@@ -219,8 +220,8 @@ def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
         of=steps,
         items="steps",
         per_s=per_s and round(per_s, 3),
-        eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
         seconds=_took(log, last, settings["batch_images"]) if done else None,
+        eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         memory_gib=last.get("memory_gib"),
@@ -228,7 +229,6 @@ def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
     )
 
 
-def _one_phase_at_a_time(stages: list[Facts]) -> None:
 def _took(log: Path, last: Facts, batch_images: int) -> float | None:
     """Seconds of a phase from its first step to its last; None where it was interrupted, or where an older log does not say."""
     if last.get("began_step") != 0:
@@ -242,6 +242,7 @@ def _took(log: Path, last: Facts, batch_images: int) -> float | None:
         return None
 
 
+def _one_phase_at_a_time(stages: list[Facts]) -> None:
     """Training has one step name for both phases; only the first unfinished one can be at work."""
     active = [stage for stage in stages if stage["stage"].startswith("train:") and stage["state"] != "done"]
     for stage in active[1:]:
