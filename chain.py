@@ -175,7 +175,7 @@ class Chain:
         with (
             watch_memory() as peak,
             progress_bars() as bars,
-            heartbeat(self.out) as begin,
+            heartbeat(self.out, still_mine) as begin,
             self._events().during("run", **about) as whole,
             whole.listening(),
         ):

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,9 @@ from cluster.cli import app as cluster_app
 from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError
 from cluster.machine import commit, version_of
-from cluster.needs import RunView
+from cluster.needs import Need, RunView
 from cluster.progress import console
-from cluster.recipe import Settings, load_recipe
+from cluster.recipe import Settings, build_recipe, load_recipe
 from cluster.recipe_view import app as recipe_app
 from cluster.recipe_view import mount_recipe
 from cluster.simulate_view import mount_simulate
@@ -176,8 +176,16 @@ def cluster_view(path: Path, overrides: list[str]) -> RunView:
     return trainer_view(recipe.trainer, factory_view(recipe.factory, view))
 
 
+def make_needs(tree: dict[str, Any]) -> tuple[Need, ...]:
+    """What the stages of `make` need by the recipe that a run noted, where that placed them."""
+    from factory.needs import factory_view
+
+    recipe = build_recipe(Recipe, tree, RUN)
+    return factory_view(recipe.factory, RunView(recipe.name, recipe.cluster, tree)).needs
+
+
 mount_cluster(cluster_view, DEFAULT_RECIPE)
-mount_simulate(cluster_view)
+mount_simulate(cluster_view, make_needs)
 SCHEMAS: dict[str, type[Settings]] = {
     "decoder": DecoderRecipe,
     "encode": EncodeRecipe,

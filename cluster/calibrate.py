@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import EdgeFusionError
+from cluster.needs import Need
 
+NeedsOf = Callable[[dict[str, Any]], Sequence[Need]]
+"""What the stages of `make` need by a recipe, as plain values, that a run noted; the wings that know its keys tell."""
 START_S = 20.0
 WINDOW_S = 5.5
 DRIVER_S = 0.015
@@ -35,6 +38,7 @@ class Measured:
 
     make_per_s: float
     phases: dict[str, float]
+    """Empty where the number of training workers may have changed on the way (`cluster.train_workers_min`)."""
     load_s: float | None
     """From the begin of make to the begin of the first unit, less `START_S` and `WINDOW_S` on Ray; None if the run was interrupted."""
     unit_spread: float
@@ -43,20 +47,21 @@ class Measured:
     """That the rate was taken from."""
 
 
-def measure(run: Path, start_s: float = START_S, window_s: float = WINDOW_S) -> Measured:
-    """Raises EdgeFusionError if `run` holds no run that made at least three units a worker."""
+def measure(run: Path, needs_of: NeedsOf, start_s: float = START_S, window_s: float = WINDOW_S) -> Measured:
+    """Raises EdgeFusionError if `run` holds no run that made at least three units a worker, or one whose workers cannot be counted."""
     try:
         facts: dict[str, Any] = json.loads((run / "run.json").read_text())
         recipe: dict[str, Any] = facts["recipe"]
         on_ray = recipe["cluster"]["runner"] == "ray"
         make = recipe["factory"]["make"]
-        workers = int(make["render_workers"]) if on_ray else 1
         trainers = int(recipe["cluster"]["train_workers"]) if on_ray else 1
+        known = not on_ray or recipe["cluster"].get("train_workers_min") in (None, trainers)
         unit_images, took = int(make["unit_images"]), float(facts["seconds"]["make"])
     except (OSError, ValueError, KeyError):
         raise EdgeFusionError(
             "holds no run that made its data set", where=str(run), remedy="Give the --out folder of a finished run"
         ) from None
+    workers = _workers(run, needs_of(recipe)) if on_ray else 1
     found = sorted((p.stat().st_mtime, _rows(p), p.stat().st_size) for p in (run / "dataset" / "ledger").glob("unit-*"))
     times = [when for when, rows, _ in found if rows == unit_images]
     each, paused = unit_seconds(times, workers)
@@ -71,12 +76,24 @@ def measure(run: Path, start_s: float = START_S, window_s: float = WINDOW_S) -> 
     pictures = sum(p.stat().st_size for p in (run / "dataset" / "pictures").glob("unit-*"))
     return Measured(
         unit_images / mean,
-        _phase_rates(run, trainers),
+        _phase_rates(run, trainers) if known else {},
         None if paused else max(0.0, opening),
         statistics.pstdev(math.log(s) for s in each),
         (pictures + sum(size for *_, size in found)) / sum(rows for _, rows, _ in found),
         len(each),
     )
+
+
+def _workers(run: Path, needs: Sequence[Need]) -> int:
+    """Workers of the stage that sets the pace: what draws, or writes captions, or where neither is done crops."""
+    need = next(need for name in ("render", "caption", "crop") for need in needs if need.stage == name)
+    if (need.workers_min or need.workers) < need.workers:
+        raise EdgeFusionError(
+            f"made its pictures with {need.workers_min} to {need.workers} workers of stage {need.stage}, and nothing says how many when",
+            where=str(run),
+            remedy=f"Take a run whose recipe has no cluster.stages.{need.stage}.workers_min",
+        )
+    return need.workers
 
 
 def unit_seconds(times: Sequence[float], workers: int) -> tuple[list[float], bool]:

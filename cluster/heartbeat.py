@@ -1,7 +1,8 @@
 """A sign of life in the output folder: `heartbeat.json` says which process on which host is at which step, and when it last said so.
 
 Whoever reads it may be on another host, whose clock may be wrong. So age alone, reckoned by two clocks, proves nothing: a reader who doubts
-looks again for a while, by its own clock, and believes what changes.
+looks again for a while, by its own clock, and believes what changes. On the writer's own machine its process is looked for instead: while it
+is there it may go on at any moment, however long it was silent (Ctrl-Z, a disk that does not answer).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 
 from cluster.errors import EdgeFusionError
-from cluster.machine import every, this_machine
+from cluster.machine import born, every, this_machine
 from cluster.storage import publish_bytes
 
 HEARTBEAT = "heartbeat.json"
@@ -33,13 +34,20 @@ _CERTAIN_S = 86_400.0
 """No clock that a cluster runs on is as wrong as that."""
 
 
+def about_me() -> dict[str, Any]:
+    """By which others find this process, or know that it is gone."""
+    pid = os.getpid()
+    return {"pid": pid, "born": born(pid), "host": socket.gethostname(), "machine": this_machine()}
+
+
 @contextmanager
-def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
-    """Write the heartbeat until the block ends; yields a function to call with the name of each step as it begins."""
+def heartbeat(folder: Path, still_mine: Callable[[], None] = lambda: None) -> Generator[Callable[[str], None]]:
+    """Write the heartbeat until the block ends; yields a function to call with the name of each step as it begins.
+
+    Nothing is written any more once `still_mine` raises an EdgeFusionError: the sign is another process's then.
+    """
     facts: dict[str, Any] = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "machine": this_machine(),
+        **about_me(),
         "state": "running",
         "step": "",
         "began": round(time.time(), 1),
@@ -49,6 +57,7 @@ def heartbeat(folder: Path) -> Generator[Callable[[str], None]]:
     def write() -> None:
         # A full disk is told by the work itself; a heartbeat is not worth a run.
         with contextlib.suppress(EdgeFusionError, OSError):
+            still_mine()
             publish_bytes(folder / HEARTBEAT, (json.dumps({**facts, "when": round(time.time(), 1)}) + "\n").encode())
 
     def begin(step: str) -> None:
@@ -76,16 +85,19 @@ def read_heartbeat(folder: Path, wait: Callable[[str], None] | None = None) -> d
 def judge_sign(look: Look, wait: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The sign of life that `look` reads, with `state` turned into `died` if whoever wrote it is gone, and `age_s`; empty if there is none.
 
+    `silent` is true where the process is there and stopped, or has not said for long that it lives.
+
     Where only the clocks of two hosts say that it is gone, or its clock is ahead of this one's, it is looked at again for some 15 s and counts as
     alive if it changes; `wait` is told so before, in words. With `clock_ahead_s`: by how much the writer's clock was ahead then.
     """
     facts = look()
     if not facts or facts["state"] != "running":
         return facts
-    if facts.get("machine", "") == this_machine() or ("machine" not in facts and facts["host"] == socket.gethostname()):
-        if facts["age_s"] > _SILENT_S or is_gone(facts):
+    if _is_here(facts):
+        silent = facts["age_s"] > _SILENT_S
+        if is_gone(facts) or (silent and not _is_there_still(facts)):
             facts["state"] = "died"
-        return facts
+        return {**facts, "silent": silent or _is_stopped(int(facts["pid"]))}
     if -EVERY_S <= facts["clock_age_s"] <= _SILENT_S:
         return facts
     if facts["clock_age_s"] > _CERTAIN_S:
@@ -143,16 +155,34 @@ def _asked(path: Path) -> dict[str, Any]:
 def is_gone(writer: dict[str, Any]) -> bool:
     """The process that wrote its `machine` (or, before that was written, its `host`) and `pid` is known not to live any more; only this
     machine's can be asked."""
-    here = writer["machine"] == this_machine() if "machine" in writer else writer["host"] == socket.gethostname()
-    if not here:
+    if not _is_here(writer):
         return False
     try:
         os.kill(int(writer["pid"]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
+    began = born(int(writer["pid"]))
+    if writer.get("born") is not None and began is not None and began != writer["born"]:
+        return True  # another has its number now
     # One that was killed and that nobody waited for, as in a container without an init, still has its number.
     with contextlib.suppress(psutil.Error):
         return psutil.Process(int(writer["pid"])).status() == psutil.STATUS_ZOMBIE
     return False
+
+
+def _is_there_still(writer: dict[str, Any]) -> bool:
+    """It is that very process and no later one of its number; False too for a sign by an earlier version, which does not say enough."""
+    return writer.get("born") is not None and born(int(writer["pid"])) == writer["born"]
+
+
+def _is_stopped(pid: int) -> bool:
+    """By Ctrl-Z or SIGSTOP."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
+
+
+def _is_here(writer: dict[str, Any]) -> bool:
+    return writer["machine"] == this_machine() if "machine" in writer else writer["host"] == socket.gethostname()

@@ -81,6 +81,24 @@ def this_machine() -> str:
     return hashlib.sha256(where.encode()).hexdigest()[:16]
 
 
+def born(pid: int) -> float | None:
+    """When the process of this number on this machine began, seconds by a clock of its own; None if nothing can be known of one.
+
+    Numbers are given again once their process is gone; a number and its birth are not."""
+    try:  # since the kernel began: no setting of the clock moves it. The program's name, in brackets, may hold anything
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        if Path("/proc/self/stat").exists():
+            return None
+    import psutil
+
+    try:  # not Linux
+        return round(psutil.Process(pid).create_time(), 1)
+    except psutil.Error:
+        return None
+
+
 def load_per_core() -> float:
     """Processes that wanted a core in the last minute, our own included, for each core there is: far above 1, times taken now are too long."""
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.clocks import WRONG_S, clocks_apart
@@ -16,6 +16,8 @@ from cluster.places import suits
 from cluster.runner import ClusterRecipe, start_ray, stop_ray
 from cluster.stage import Stage
 
+MEMORY_SPARE = 1.25
+"""Memory of a rendered node for each GiB that workers may ask of it; the rest is Ray's, the object store's and the system's."""
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -256,44 +258,88 @@ class Group:
 
 
 def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tuple[Group, Group]:
-    """(GPU nodes, CPU nodes) that hold every step at its full number of workers; either may be of 0 nodes."""
+    """(GPU nodes, CPU nodes) that hold every step at its full number of workers; either may be of 0 nodes.
+
+    Raises EdgeFusionError for a worker that is wider than such a node."""
     with_gpu, without = [n for n in needs if n.gpus], [n for n in needs if not n.gpus]
-    steps = dict.fromkeys(need.step for need in needs)
-    gpus = max(
-        (math.ceil(round(sum(n.gpus * n.workers for n in with_gpu if n.step == s), 6)) for s in steps), default=0
-    )
-    cpus = max((math.ceil(sum(n.cpus * n.workers for n in without if n.step == s)) for s in steps), default=0)
-    beside = _beside_a_gpu(with_gpu, "cpus") * gpus_per_node
-    gpu_memory = _beside_a_gpu(with_gpu, "memory_gib") * gpus_per_node
-    cpu_memory = max((n.memory_gib / n.cpus for n in without), default=0.0) * cpus_per_node
+    _refuse_wide(with_gpu, "gpus", gpus_per_node, "GPUs", "--gpus-per-node")
+    _refuse_wide(without, "cpus", cpus_per_node, "CPUs", "--cpus-per-node")
+    beside = _most_on_a_node(with_gpu, "cpus", "gpus", gpus_per_node)
+    gpu_memory = _most_on_a_node(with_gpu, "memory_gib", "gpus", gpus_per_node)
+    cpu_memory = _most_on_a_node(without, "memory_gib", "cpus", cpus_per_node)
     # Two CPUs are for Ray itself and the loaders; 4 GiB a CPU and 32 a GPU where the recipe says nothing.
-    return (
-        Group(
-            -(-gpus // gpus_per_node),
-            max(4 * gpus_per_node, math.ceil(beside) + 2),
-            gpus_per_node,
-            max(32 * gpus_per_node, math.ceil(gpu_memory * 1.25)),
-            _own_of(with_gpu, -(-gpus // gpus_per_node)),
-            _labels_of(with_gpu),
-        ),
-        Group(
-            -(-cpus // cpus_per_node),
-            cpus_per_node,
-            0,
-            max(4 * cpus_per_node, math.ceil(cpu_memory * 1.25)),
-            _own_of(without, -(-cpus // cpus_per_node)),
-            _labels_of(without),
-        ),
+    gpu = Group(
+        0,
+        max(4 * gpus_per_node, math.ceil(round(beside, 6)) + 2),
+        gpus_per_node,
+        max(32 * gpus_per_node, math.ceil(round(gpu_memory * MEMORY_SPARE, 6))),
+        labels=_labels_of(with_gpu),
     )
+    cpu = Group(
+        0,
+        cpus_per_node,
+        0,
+        max(4 * cpus_per_node, math.ceil(round(cpu_memory * MEMORY_SPARE, 6))),
+        labels=_labels_of(without),
+    )
+    return counted(gpu, with_gpu), counted(cpu, without)
 
 
-def _beside_a_gpu(needs: Sequence[Need], what: str) -> float:
-    """CPUs or memory that the workers on a GPU want, in the step that wants most; several stages of a step share the GPUs."""
+def nodes_of(group: Group, memory_share: float = 1 / MEMORY_SPARE) -> list[Node]:
+    """The nodes as Ray will see them: `memory_share` of their memory is for workers."""
+    memory = group.memory_gib * memory_share
+    return [
+        Node(f"#{i + 1}", group.cpus, group.gpus, memory, group.resources, group.labels) for i in range(group.nodes)
+    ]
+
+
+def refuse_homeless(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
+    """Raises EdgeFusionError where a worker would wait for a place for ever."""
+    for fit in place(needs, nodes):
+        if fit.why:
+            raise EdgeFusionError(
+                f"the nodes would not hold the workers of stage {fit.need.stage}: {fit.why}",
+                where=f"cluster.stages.{fit.need.stage}",
+                remedy="Give larger nodes (--gpus-per-node, --cpus-per-node), or ask for less (cluster.stages, cluster.memory_gib)",
+            )
+
+
+def _refuse_wide(needs: Sequence[Need], what: str, most: int, words: str, option: str) -> None:
+    for need in needs:
+        if (wants := getattr(need, what)) > most + 1e-9:
+            raise EdgeFusionError(
+                f"a worker of stage {need.stage} takes {wants:g} {words} and a node has {most}",
+                where=f"cluster.stages.{need.stage}",
+                remedy=f"Take less, or give {option} {math.ceil(wants)} or more where there are such nodes",
+            )
+
+
+def _most_on_a_node(needs: Sequence[Need], what: str, per: str, room: float) -> float:
+    """The most of `what` that workers of one step can want of a node on which `room` of `per` limits them: Ray starts them in any order."""
     found = 0.0
     for step in dict.fromkeys(need.step for need in needs):
         mine = [need for need in needs if need.step == step]
-        found = max(found, sum(getattr(n, what) * n.workers for n in mine) / sum(n.gpus * n.workers for n in mine))
+        # All that take nothing of `per` may come to one node; of the others the hungriest for what they take.
+        want = sum(getattr(n, what) * n.workers for n in mine if not getattr(n, per))
+        left = room
+        takers = [n for n in mine if getattr(n, per)]
+        for need in sorted(takers, key=lambda n: -getattr(n, what) / getattr(n, per)):
+            each = getattr(need, per)
+            taken = min(left, each * need.workers)
+            want, left = want + getattr(need, what) * taken / each, left - taken
+        found = max(found, want)
     return found
+
+
+def counted(group: Group, needs: Sequence[Need], memory_share: float = 1 / MEMORY_SPARE) -> Group:
+    """As many nodes of this size as hold every step of `needs`: first fit opens one more only where no other has room."""
+    own = {name: math.inf for need in needs for name in need.resources}
+    each = replace(group, nodes=sum(need.workers for need in needs), resources={})
+    nodes = [replace(node, resources=own) for node in nodes_of(each, memory_share)]
+    fits = place([replace(need, workers_min=None) for need in needs], nodes)
+    # At least one where there is something to hold: whoever looks then sees what it lacks.
+    count = max(len({name for fit in fits for name in fit.nodes}), min(1, len(needs)))
+    return replace(group, nodes=count, resources=_own_of(needs, count))
 
 
 def _own_of(needs: Sequence[Need], nodes: int) -> dict[str, int]:

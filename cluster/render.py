@@ -6,9 +6,10 @@ Renders text and starts nothing. Secrets are named, never written. The templates
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +20,29 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.environment import VLLM
 from cluster.errors import EdgeFusionError
 from cluster.machine import pins, version_of
-from cluster.needs import DRIVER, Group, RunView, groups
+from cluster.needs import DRIVER, MEMORY_SPARE, Group, Need, RunView, counted, groups, nodes_of, refuse_homeless
 from cluster.storage import publish_bytes
 
 Place = Literal["kuberay", "slurm", "aws", "gcp"]
 PLACES: tuple[Place, ...] = ("kuberay", "slurm", "aws", "gcp")
 _PYTHON = "3.11.13"
-_MACHINES: dict[str, dict[int, tuple[str, int]]] = {
-    "aws": {0: ("m7i.2xlarge", 8), 1: ("g6e.4xlarge", 16), 4: ("g6e.12xlarge", 48), 8: ("p5.48xlarge", 192)},
-    "gcp": {0: ("n2-standard-8", 8), 1: ("g2-standard-16", 16), 4: ("g2-standard-48", 48), 8: ("a3-highgpu-8g", 208)},
+_MACHINES: dict[str, dict[int, tuple[str, int, int]]] = {
+    "aws": {
+        0: ("m7i.2xlarge", 8, 32),
+        1: ("g6e.4xlarge", 16, 128),
+        4: ("g6e.12xlarge", 48, 384),
+        8: ("p5.48xlarge", 192, 2048),
+    },
+    "gcp": {
+        0: ("n2-standard-8", 8, 32),
+        1: ("g2-standard-16", 16, 64),
+        4: ("g2-standard-48", 48, 192),
+        8: ("a3-highgpu-8g", 208, 1872),
+    },
 }
-"""GPUs a machine: (its name, its CPUs)."""
+"""GPUs a machine: (its name, its CPUs, its GiB of memory)."""
+_MACHINE_MEMORY = 0.65
+"""Of a cloud machine's memory what Ray gives to workers: by itself it keeps 30% for its object store, and the system takes some."""
 _EXTRAS = ("s3", "metrics", "otel")
 """What images bring beside the packages that every run needs."""
 _STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
@@ -87,8 +100,9 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     for name, value in (("storage", storage), ("images", options.images), ("secret", options.secret)):
         if not _PLAIN.fullmatch(value):
             raise EdgeFusionError(f"--{name} {value!r} holds characters that do not belong there", remedy="Correct it")
-    gpu, cpu = groups(view.needs, options.gpus_per_node, options.cpus_per_node)
-    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:8000/v1"
+    cpus_per_node = _MACHINES[place][0][1] if place in _MACHINES else options.cpus_per_node
+    gpu, cpu = groups(view.needs, options.gpus_per_node, cpus_per_node)
+    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
     if view.vllm_model and place in _MACHINES:
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
@@ -99,19 +113,16 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     settings = [setting.format(url=url) for setting in view.server_settings]
     machines: dict[str, str] = {}
     if place in _MACHINES:
-        gpu, cpu, machines = _machines(place, gpu, cpu, options)
+        gpu, cpu, machines = _machines(place, gpu, cpu, view.needs)
     tree = {**(view.launch_tree or view.tree), "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
     run = ["edgefusion", "run", "/etc/edgefusion/recipe.yaml", "--out", f"/shared/runs/{view.name}"]
     more = [word for setting in settings for word in ("--set", setting)]
     whole = gpu if gpu.nodes else cpu
     workers = [("gpu", "gpu", gpu)] * bool(gpu.nodes) + [("cpu", "cpu", cpu)] * bool(cpu.nodes)
-    # Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones.
-    node = replace(
-        whole,
-        cpus=whole.cpus + (-(-cpu.cpus * cpu.nodes // gpu.nodes) if gpu.nodes else 0),
-        resources={**cpu.resources, **gpu.resources},
-        labels=_of_all(gpu.labels, cpu.labels) if place == "slurm" else {},
-    )
+    node = _alike(gpu, cpu, view.needs) if place == "slurm" else whole
+    share = _MACHINE_MEMORY if place in _MACHINES else 1 / MEMORY_SPARE
+    started = [node] if place == "slurm" else [gpu, cpu]
+    refuse_homeless(view.needs, [one for group in started for one in nodes_of(group, share)])
     return {
         "name": view.name,
         "folder": str(folder),
@@ -134,14 +145,36 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "vllm_model": view.vllm_model,
         "vllm_words": served,
         "vllm_line": shlex.join(served),
-        "server_settings": shlex.join(more),
+        # In double quotes: the port is known to the job alone, and nothing else in words of our own means anything to bash.
+        "server_settings": " ".join(f'"{word}"' for word in more),
         # Relative paths of a recipe are those of the image.
         "entrypoint": "cd /app && " + shlex.join(run + more),
-        "launched": "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]]),
+        # One word of the line that a person copies into a shell.
+        "launched": shlex.quote(
+            "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]])
+        ),
         "node": node,
-        "place_words": _place_words(node),
-        "nodes": whole.nodes,
+        "place_words": _place_words(node) if place == "slurm" else "",
+        # Left to itself Ray gives workers 70% of the memory that it finds, which is less than they were promised.
+        "worker_bytes": {group.gpus: int(group.memory_gib * share * 2**30) for group in (gpu, cpu, node)},
     }
+
+
+def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:
+    """Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones: a share on each node, and for one worker at least."""
+    resources, labels = {**cpu.resources, **gpu.resources}, _of_all(gpu.labels, cpu.labels)
+    if not gpu.nodes:
+        return replace(cpu, resources=resources, labels=labels)
+    without = [need for need in needs if not need.gpus]
+    cpus = max((math.ceil(need.cpus) for need in without), default=0)
+    memory = max((math.ceil(need.memory_gib * MEMORY_SPARE) for need in without), default=0)
+    return replace(
+        gpu,
+        cpus=gpu.cpus + max(cpus, -(-cpu.cpus * cpu.nodes // gpu.nodes)),
+        memory_gib=gpu.memory_gib + max(memory, -(-cpu.memory_gib * cpu.nodes // gpu.nodes)),
+        resources=resources,
+        labels=labels,
+    )
 
 
 def _of_all(*labels: Mapping[str, str]) -> dict[str, str]:
@@ -164,17 +197,17 @@ def _place_words(node: Group) -> str:
     return resources + (f" --labels={shlex.quote(labels)}" if labels else "")
 
 
-def _machines(place: Place, gpu: Group, cpu: Group, options: Options) -> tuple[Group, Group, dict[str, str]]:
+def _machines(place: Place, gpu: Group, cpu: Group, needs: Sequence[Need]) -> tuple[Group, Group, dict[str, str]]:
     known = _MACHINES[place]
     if gpu.nodes and gpu.gpus not in known:
         raise EdgeFusionError(
             f"no {place} machine with {gpu.gpus} GPUs is known", remedy=f"Use --gpus-per-node {sorted(known)[1:]}"
         )
-    name, cpus = known[gpu.gpus] if gpu.nodes else ("", 0)
-    small, small_cpus = known[0]
-    needed = cpu.nodes * cpu.cpus
+    name, cpus, memory = known[gpu.gpus] if gpu.nodes else ("", 0, 0)
+    small, small_cpus, small_memory = known[0]
+    with_gpu, without = [n for n in needs if n.gpus], [n for n in needs if not n.gpus]
     return (
-        replace(gpu, cpus=cpus),
-        replace(cpu, nodes=-(-needed // small_cpus), cpus=small_cpus),
+        counted(replace(gpu, cpus=cpus, memory_gib=memory), with_gpu, _MACHINE_MEMORY),
+        counted(replace(cpu, cpus=small_cpus, memory_gib=small_memory), without, _MACHINE_MEMORY),
         {"gpu": name, "cpu": small},
     )

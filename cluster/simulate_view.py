@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.calibrate import DRIVER_S, LISTING_S, START_S, WINDOW_S, Measured, measure
+from cluster.calibrate import DRIVER_S, LISTING_S, START_S, WINDOW_S, Measured, NeedsOf, measure
 from cluster.cli import SET, app
 from cluster.errors import EdgeFusionError
 from cluster.needs import RunView
@@ -35,8 +35,8 @@ _ROWS: tuple[tuple[str, Callable[[Outcome], float], Callable[[float], str]], ...
 _OVERHEAD = "tests/bench/nodes.py overhead"
 
 
-def mount_simulate(view_of: Callable[[Path, list[str]], RunView]) -> None:
-    """Add the command; `view_of` (recipe, overrides) is the front door's."""
+def mount_simulate(view_of: Callable[[Path, list[str]], RunView], needs_of: NeedsOf) -> None:
+    """Add the command; `view_of` (recipe, overrides) and `needs_of` (recipe of a run) are the front door's."""
 
     @app.command("simulate")
     def simulate_run(
@@ -116,7 +116,7 @@ def mount_simulate(view_of: Callable[[Path, list[str]], RunView]) -> None:
                 where=str(recipe),
                 remedy="Give --samples",
             )
-        found = measure(from_run) if from_run else None
+        found = measure(from_run, needs_of) if from_run else None
         rates = _rates(view, found, make_per_s, train_per_s)
         if picture_kb is None and not found and storage_mb_per_s < math.inf:
             raise EdgeFusionError(

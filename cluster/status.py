@@ -88,6 +88,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
         "host": beat.get("host"),
         "heartbeat_age_s": round(beat["age_s"], 1) if beat else None,
         "clock_ahead_s": beat.get("clock_ahead_s"),
+        "silent": state == "running" and beat.get("silent", False),
         "stages": stages,
         "samples": outcomes,
         "units": len(ledger),
@@ -207,7 +208,8 @@ def _rows(path: Path) -> int:
 
 def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
     settings: Facts = recipe["trainer"][phase]
-    last = _last_line(out / "training" / phase / "metrics.jsonl")
+    log = out / "training" / phase / "metrics.jsonl"
+    last = _last_line(log)
     step, steps = int(last.get("step", 0)), int(settings["steps"])
     done = (out / "training" / phase / "unet").exists()
     per_s = float(last.get("images_per_s") or 0) / settings["batch_images"] or None
@@ -218,12 +220,26 @@ def _phase(out: Path, phase: str, recipe: Facts) -> Facts:
         of=steps,
         items="steps",
         per_s=per_s and round(per_s, 3),
+        seconds=_took(log, last, settings["batch_images"]) if done else None,
         eta_s=round((steps - step) / per_s, 1) if per_s and not done else None,
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         memory_gib=last.get("memory_gib"),
         gpu_percent=last.get("gpu_percent"),
     )
+
+
+def _took(log: Path, last: Facts, batch_images: int) -> float | None:
+    """Seconds of a phase from its first step to its last; None where it was interrupted, or where an older log does not say."""
+    if last.get("began_step") != 0:
+        return None
+    try:
+        with log.open() as file:
+            first: Facts = json.loads(file.readline())
+        # A line is written at the end of its step.
+        return round(float(last["time_s"]) - float(first["time_s"]) + batch_images / float(first["images_per_s"]), 1)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
 
 
 def _one_phase_at_a_time(stages: list[Facts]) -> None:

@@ -138,6 +138,11 @@ def _state_line(facts: dict[str, Any]) -> str:
     state, where = facts["state"], f"process {facts['pid']} on {facts['host']}"
     if state == "unknown":
         return "There is no heartbeat: the run is older than heartbeats, or has not begun."
+    if facts["silent"]:
+        return (
+            f"At {facts['step']}, and silent for {clock(facts['heartbeat_age_s'])}: {where} is stopped or stuck. "
+            f"End it (kill -9 {facts['pid']}) or let it go on (fg, or kill -CONT {facts['pid']})."
+        )
     if state == "running":
         apart = facts["clock_ahead_s"]
         clocks = (

@@ -368,6 +368,8 @@ class _Run:
                 # With fp16 a dropped step's norm may be no number, which JSON has no word for.
                 **({"grad_norm": float(f"{self.grad_norm:.6g}")} if math.isfinite(self.grad_norm) else {}),
                 images_per_s=round(rate, 2),
+                # Where this start went on: above 0 the phase was interrupted, and times of two lines are not its work alone.
+                began_step=self.began_step,
                 **machine_use(),
                 time_s=round(time.time(), 2),
             )

@@ -230,7 +230,7 @@ class Log:
             self._events.add_scalar(f"looks/clip_{steps}_steps", score, look.step)
 
     def _draw(self, row: dict[str, Any]) -> None:
-        for name in row.keys() - {"step", "steps", "time_s"}:
+        for name in row.keys() - {"step", "steps", "began_step", "time_s"}:
             self._events.add_scalar(name, row[name], int(row["step"]), walltime=row.get("time_s"))
 
 

@@ -36,6 +36,7 @@ from rich.table import Table
 import cluster.runner
 import factory.make
 from cluster.calibrate import Measured, measure
+from cluster.needs import Need
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, OnRay
 from cluster.scenario import Scenario
@@ -350,7 +351,7 @@ def main() -> None:
 def validate(bench: Bench, calibrate: int, only: list[str], folder: Path, tell: Callable[[str], None]) -> int:
     driver_s = bench.null(128)
     bench.run(Case("calibration", 1), calibrate, folder / "calibrate")
-    found = measure(folder / "calibrate", bench.start_s, bench.window_s)
+    found = measure(folder / "calibrate", lambda _: [Need("make", "render", 1, 1)], bench.start_s, bench.window_s)
     unit_s = bench.unit_images / found.make_per_s
     killed = Case("killed once", 1, Trouble((OPEN_S + 2.5 * unit_s,)))
     _, log = bench.run(killed, 6, folder / "killed")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,9 @@ import pytest
 
 from cluster.calibrate import measure, unit_seconds
 from cluster.errors import EdgeFusionError
+from cluster.needs import Need
+from cluster.recipe import load_recipe
+from edgefusion import Recipe, make_needs
 
 
 def test_workers_in_step_are_told_by_their_rounds() -> None:
@@ -23,17 +28,21 @@ def test_workers_in_step_are_told_by_their_rounds() -> None:
     assert unit_seconds([0, 1, 2, 3], 2) == ([], False)
 
 
-def write_run(folder: Path, times: list[float], workers: int = 1, make_s: float = 50.0) -> None:
-    """Units of four pictures, ten bytes' worth of pictures file each; the last unit holds one."""
+def draws(workers: int, workers_min: int | None = None, stage: str = "render") -> Callable[[Any], list[Need]]:
+    return lambda _: [Need("make", stage, workers, 1, workers_min=workers_min), Need("make", "score", 7, 1)]
+
+
+def write_run(folder: Path, times: list[float], make_s: float = 50.0, images: int = 4, **cluster: int) -> None:
+    """Units of `images` pictures, ten bytes' worth of pictures file each; the last unit holds one."""
     recipe = {
-        "cluster": {"runner": "ray", "train_workers": 2},
-        "factory": {"make": {"render_workers": workers, "unit_images": 4}},
+        "cluster": {"runner": "ray", "train_workers": 2, **cluster},
+        "factory": {"make": {"unit_images": images}},
     }
     (folder / "dataset" / "ledger").mkdir(parents=True)
     (folder / "dataset" / "pictures").mkdir()
     for i, when in enumerate(times):
         path = folder / "dataset" / "ledger" / f"unit-{i:05d}.parquet"
-        pq.write_table(pa.table({"id": list(range(4 if i < len(times) - 1 else 1))}), path)
+        pq.write_table(pa.table({"id": list(range(images if i < len(times) - 1 else 1))}), path)
         os.utime(path, (when, when))
         (folder / "dataset" / "pictures" / path.name).write_bytes(b"x" * 4000)
     (folder / "run.json").write_text(json.dumps({"recipe": recipe, "seconds": {"make": make_s}}))
@@ -43,7 +52,7 @@ def write_run(folder: Path, times: list[float], workers: int = 1, make_s: float 
 
 def test_a_rate_is_free_of_start_up(tmp_path: Path) -> None:
     write_run(tmp_path, [1000.0, 1002.0, 1004.0, 1006.0, 1006.5], make_s=50.0)
-    found = measure(tmp_path, start_s=20, window_s=5)
+    found = measure(tmp_path, draws(1), start_s=20, window_s=5)
     # Make took 50 s; the first whole unit was written 6 s before the last one and took 2 s; the short one is within what is left.
     assert (found.make_per_s, found.units, found.phases) == (2.0, 3, {"adapt": 15.0})
     assert found.load_s == pytest.approx(50 - 6 - 2 - 25)
@@ -53,13 +62,47 @@ def test_a_rate_is_free_of_start_up(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_does_not_tell_how_long_opening_takes(tmp_path: Path) -> None:
     write_run(tmp_path, [0.0, 1.0, 2.0, 3.0, 500.0, 501.0, 502.0, 502.5])
-    found = measure(tmp_path)
+    found = measure(tmp_path, draws(1))
     assert found.load_s is None and found.make_per_s == pytest.approx(4.0)
 
 
 def test_what_is_no_run_or_too_short_is_told(tmp_path: Path) -> None:
     with pytest.raises(EdgeFusionError, match="holds no run"):
-        measure(tmp_path)
-    write_run(tmp_path, [0.0, 1.0, 2.0, 2.5], workers=2)
+        measure(tmp_path, draws(1))
+    write_run(tmp_path, [0.0, 1.0, 2.0, 2.5])
     with pytest.raises(EdgeFusionError, match="a rate takes 6"):
-        measure(tmp_path)
+        measure(tmp_path, draws(2))
+
+
+IN_STEP = [100.0, 100.1, 103.0, 103.1, 106.0, 106.1, 109.0]
+"""Two workers of 3 s a unit, and a short unit at the end."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("recipes/edgefusion.yaml", ["cluster.stages={render: {workers: 2}}"]),
+        ("recipes/edgefusion.yaml", ["factory.make.render_workers=2"]),
+        ("recipes/edgefusion-wild.yaml", ["factory.make.render_workers=2", "factory.make.score_workers=5"]),
+        ("recipes/edgefusion-wild.yaml", ["factory.make.captioner=null", "factory.make.score_workers=2"]),
+    ],
+)
+def test_workers_are_counted_where_the_recipe_placed_them(tmp_path: Path, recipe: str, changes: list[str]) -> None:
+    settings = load_recipe(Recipe, Path(recipe), changes)
+    write_run(tmp_path, IN_STEP, images=settings.factory.make.unit_images)
+    facts = {"recipe": settings.model_dump(mode="json"), "seconds": {"make": 50}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    found = measure(tmp_path, make_needs)
+    assert found.make_per_s == pytest.approx(settings.factory.make.unit_images / 3), "of each of the two"
+
+
+def test_workers_that_nobody_counted_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path, IN_STEP)
+    with pytest.raises(EdgeFusionError, match="with 1 to 2 workers of stage crop, and nothing says how many"):
+        measure(tmp_path, draws(2, 1, "crop"))
+    assert measure(tmp_path, draws(2, 2)).phases == {"adapt": 15.0}
+
+
+def test_training_that_went_on_with_fewer_workers_tells_no_rate(tmp_path: Path) -> None:
+    write_run(tmp_path, IN_STEP, train_workers_min=1)
+    assert measure(tmp_path, draws(2)).phases == {}

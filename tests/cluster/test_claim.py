@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,12 @@ import pytest
 from cluster import claim
 from cluster.claim import claimed, is_claim, refuse_second_driver
 from cluster.errors import EdgeFusionError, LedgerConflict
-from cluster.machine import every, this_machine
+from cluster.heartbeat import HEARTBEAT, heartbeat
+from cluster.machine import born, every, this_machine
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe, OnRay, stop_ray
+from cluster.stage import PENDING, Row, Stage, Unit
+from cluster.training import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -132,17 +140,130 @@ def test_a_number_that_was_given_long_ago_is_not_taken_again(tmp_path: Path, mon
     assert list(claims(tmp_path)) == ["claim-000006.json"]
 
 
-def test_one_that_was_silent_for_too_long_is_told_and_writes_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_driver_keeps_its_folder(tmp_path: Path) -> None:
+    holder = python(HOLDER, str(tmp_path))
+    assert holder.stdout is not None and holder.stdout.readline() == b"mine\n"
+    holder.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
+    (name,) = claims(tmp_path)
+    facts = claims(tmp_path)[name]
+    for silent_s in (0, 3600):  # at once, and after an hour
+        (tmp_path / name).write_text(json.dumps({**facts, "when": time.time() - silent_s}))
+        with pytest.raises(LedgerConflict, match=f"process {holder.pid} on .* is stopped or stuck"):
+            refuse_second_driver(tmp_path, print)
+    holder.kill()
+    holder.communicate()
+    with claimed(tmp_path, "edgefusion run", print):
+        pass
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_keeps_nothing(tmp_path: Path) -> None:
+    here = {"machine": this_machine(), "pid": os.getppid()}
+    claims_by_hand(tmp_path, 3, **here, born=born(os.getppid()))
+    with pytest.raises(LedgerConflict, match=f"process {os.getppid()} on elsewhere"):
+        refuse_second_driver(tmp_path, print)
+    claims_by_hand(tmp_path, 3, **here, born=1.5)
+    with claimed(tmp_path, "edgefusion run", print):
+        assert list(claims(tmp_path)) == ["claim-000004.json"]
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claim is looked at all the time."""
     monkeypatch.setattr(claim, "EVERY_S", 0.05)
-    with claimed(tmp_path, "edgefusion run", print) as still_mine:
-        claims_by_hand(tmp_path, 2)
-        (tmp_path / "claim-000001.json").unlink()  # as the other one does
-        with pytest.raises(LedgerConflict, match="process 1 on elsewhere"):
-            still_mine()
-        time.sleep(0.3)
+
+
+def taken_over(folder: Path) -> None:
+    """As another machine does that took this process for gone."""
+    claims_by_hand(folder, 2)
+    (folder / "claim-000001.json").unlink()
+
+
+@pytest.mark.usefixtures("often")
+def test_one_that_was_silent_for_too_long_is_told_whatever_it_does_and_writes_no_more(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with (
+        pytest.raises(LedgerConflict, match="process 1 on elsewhere"),
+        claimed(tmp_path, "edgefusion run", print),
+        heartbeat(tmp_path, lambda: None) as begin,
+    ):
+        begin("train")
+        taken_over(tmp_path)
+        time.sleep(300)
+        raise AssertionError("nothing woke it")
     assert list(claims(tmp_path)) == ["claim-000002.json"] and claims(tmp_path)["claim-000002.json"]["pid"] == 1
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.usefixtures("often")
+def test_the_heartbeat_of_whoever_took_over_is_not_written_over(tmp_path: Path) -> None:
+    theirs = json.dumps({"pid": 1, "host": "elsewhere", "state": "running", "when": time.time()})
+    with (
+        pytest.raises(LedgerConflict),
+        claimed(tmp_path, "edgefusion run", print) as still_mine,
+        heartbeat(tmp_path, still_mine) as begin,
+    ):
+        begin("train")
+        taken_over(tmp_path)
+        (tmp_path / HEARTBEAT).write_text(theirs)
+        time.sleep(300)
+    assert (tmp_path / HEARTBEAT).read_text() == theirs
+
+
+@pytest.mark.usefixtures("often")
+def test_ctrl_c_is_no_loss_and_a_loss_that_a_library_kept_to_itself_is_told_in_the_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "one", "edgefusion run", print):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(LedgerConflict), claimed(tmp_path / "two", "edgefusion run", print):
+        taken_over(tmp_path / "two")
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(300)
+
+
+def test_what_runs_in_another_thread_is_told_when_it_asks(tmp_path: Path) -> None:
+    def lose() -> None:
+        with claimed(tmp_path, "edgefusion run", print) as still_mine:
+            taken_over(tmp_path)
+            still_mine()
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LedgerConflict, match="process 1 on elsewhere"):
+        pool.submit(lose).result()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("work", ["make", pytest.param("train", marks=pytest.mark.long)])
+def test_one_that_waits_for_ray_is_told_too(tmp_path: Path, work: str) -> None:
+    cluster = build_recipe(ClusterRecipe, {"cpus": 1, "train_gpu": False}, "test")
+
+    def wait_long(mark: Path) -> None:
+        mark.touch()
+        time.sleep(300)
+        mark.with_name("ended").touch()
+
+    def look() -> None:
+        if (tmp_path / "begun").exists() and (tmp_path / "claim-000001.json").exists():
+            taken_over(tmp_path)
+
+    class Slow:
+        def __call__(self, rows: list[Row]) -> list[Row]:
+            wait_long(tmp_path / "begun")
+            return rows
+
+    unit = Unit("unit-00000", [{"id": "a", "outcome": PENDING}])
+    try:
+        with (
+            pytest.raises(LedgerConflict, match="process 1 on elsewhere"),
+            every(0.2, look),
+            claimed(tmp_path, "edgefusion run", print),
+        ):
+            if work == "make":
+                list(OnRay(cluster).run([Stage("slow", Slow)], [unit]))
+            else:
+                launch(lambda: wait_long(tmp_path / "begun"), cluster, tmp_path / "training", 1, use_gpu=False)
+        assert not (tmp_path / "ended").exists(), "it waited to the end"
+    finally:
+        stop_ray()
 
 
 def test_a_place_that_cannot_be_looked_at_or_written_is_nobodys(

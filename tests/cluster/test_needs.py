@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.errors import EdgeFusionError, RecipeError
-from cluster.needs import Need, Node, groups, need_of, parse_nodes, place
+from cluster.needs import Need, Node, groups, need_of, nodes_of, parse_nodes, place
 from cluster.places import suits
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe
@@ -109,6 +110,41 @@ def test_groups_hold_the_largest_step() -> None:
     assert (gpu.nodes, gpu.gpus, cpu.nodes) == (2, 4, 3)
     nodes = [Node("g", gpu.cpus, gpu.gpus, gpu.memory_gib)] * 2 + [Node("c", cpu.cpus)] * 3
     assert not any(fit.why for fit in place(needs, nodes))
+
+
+@pytest.mark.parametrize(
+    ("needs", "gpus_per_node"),
+    [
+        ([Need("make", "render", 1, 1, 1, 40), Need("make", "score", 3, 1, 1, 4)], 1),
+        ([Need("make", "render", 1, 12, 1), Need("make", "score", 7, 0.5, 1)], 1),
+        ([Need("make", "render", 4, 1, 1, 40), Need("make", "score", 4, 1, 1, 4)], 4),
+        ([Need("make", "render", 3, 1, 0.6), Need("train", "train", 1, 1, 1)], 1),
+        ([Need("make", "score", 3, 5), Need("make", "crop", 2, 1, 0, 20)], 1),
+        ([Need("make", "score", 2, 1, 0, 3), Need("make", "commit", 1, 0, 0, 2)], 1),
+        ([Need("make", "commit", 1, 0)], 1),
+    ],
+)
+def test_every_worker_fits_on_a_node_whatever_ray_starts_first(needs: list[Need], gpus_per_node: int) -> None:
+    sized = groups(needs, gpus_per_node, 8)
+    assert not any(fit.why for fit in place(needs, [node for group in sized for node in nodes_of(group)]))
+    for group, per in zip(sized, ("gpus", "cpus"), strict=True):
+        mine = [need for need in needs if need.step == "make" and bool(need.gpus) == (per == "gpus")]
+        for node in nodes_of(group)[:1]:
+            for counts in itertools.product(*(range(need.workers + 1) for need in mine)):
+                wants = {
+                    what: sum(getattr(need, what) * count for need, count in zip(mine, counts, strict=True))
+                    for what in ("cpus", "gpus", "memory_gib")
+                }
+                if wants[per] <= getattr(node, per):  # then nothing else keeps them from it
+                    assert wants["cpus"] <= node.cpus and wants["memory_gib"] <= node.memory_gib
+
+
+def test_a_worker_wider_than_a_node_is_refused() -> None:
+    with pytest.raises(EdgeFusionError, match=r"stage score takes 12 CPUs and a node has 8.*--cpus-per-node 12"):
+        groups([Need("make", "score", 1, 12)], 1, 8)
+    with pytest.raises(EdgeFusionError, match=r"stage train takes 2 GPUs and a node has 1.*--gpus-per-node 2"):
+        groups([Need("train", "train", 1, 1, 2)], 1, 8)
+    assert groups([Need("make", "score", 1, 12)], 1, 12)[1].nodes == 1
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import yaml
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.machine import version_of
-from cluster.needs import RunView
+from cluster.needs import Need, RunView
 from cluster.recipe import load_recipe
 from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
@@ -230,6 +232,64 @@ def test_cloud_files_pass_rays_own_schema(plain: RunView, tmp_path: Path, place:
         validate_config({**prepare_config(config), "surprise": 1})
 
 
+@pytest.mark.parametrize("place", ["aws", "gcp"])
+def test_the_line_that_starts_a_run_on_a_cloud_can_be_copied_into_a_shell(
+    plain: RunView, tmp_path: Path, place: Any
+) -> None:
+    render(plain, place, NFS, tmp_path)
+    line = (tmp_path / f"{place}.yaml").read_text().splitlines()[-1]
+    assert shlex.split(line)[:5] == ["#", "ray", "exec", f"{place}.yaml", "--tmux"]
+    (command,) = shlex.split(line)[5:]
+    there = ["/home/edgefusion/launch/recipe.yaml", "--out", f"/shared/runs/{plain.name}"]
+    assert shlex.split(command) == ["cd", "/app", "&&", "edgefusion", "run", *there]
+
+
+def test_a_recipe_whose_stages_are_all_of_odd_sizes_finds_room(plain: RunView, tmp_path: Path) -> None:
+    needs = (
+        Need("make", "render", 1, 12, 1, 40),
+        Need("make", "caption", 3, 1, 1, 4),
+        Need("make", "score", 3, 3, 0, 12),
+        Need("make", "commit", 1, 0),
+    )
+    view = replace(plain, needs=needs)
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    job = documents(tmp_path / "kuberay")["RayJob"]
+    groups = {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    limits = groups["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["memory"].removesuffix("Gi")) >= 40 and int(limits["cpu"]) >= 12
+    lines = (tmp_path / "slurm" / "slurm.sbatch").read_text().splitlines()
+    asked = {name: value for name, _, value in (line.removeprefix("#SBATCH --").partition("=") for line in lines)}
+    # Four nodes; beside each GPU there is room for a scorer, its memory too.
+    assert asked["nodes"] == "4" and int(asked["cpus-per-task"]) >= 15 and int(asked["mem"].removesuffix("G")) >= 65
+    (head, worker) = (line for line in lines if "--num-cpus=" in line)
+    for line in (head, worker):
+        given = int(line.partition("--memory=")[2].split()[0])
+        assert 52 << 30 <= given < int(asked["mem"].removesuffix("G")) << 30
+    # Eight CPUs and 32 GiB have the CPU machines of a cloud: a scorer each.
+    for place in ("aws", "gcp"):
+        kinds = yaml.safe_load((tmp_path / place / f"{place}.yaml").read_text())["available_node_types"]
+        assert (kinds["gpu"]["max_workers"], kinds["cpu"]["max_workers"]) == (4, 3)
+        assert 12 << 30 < kinds["cpu"]["resources"]["memory"] < 32 << 30
+
+
+def test_workers_that_would_wait_for_ever_are_refused(plain: RunView, tmp_path: Path) -> None:
+    wide, hungry = Need("make", "score", 1, 12), Need("make", "score", 1, 1, 0, 40)
+    for need, place, words in (
+        (wide, "kuberay", "stage score takes 12 CPUs and a node has 8"),
+        (hungry, "gcp", "stage score: a worker needs 40 GiB of memory and no node has more than 2"),
+        (replace(wide, gpus=1, cpus=20), "aws", "stage score: a worker needs 20 CPUs and no node has more than 16"),
+    ):
+        with pytest.raises(EdgeFusionError, match=words):
+            render(replace(plain, needs=(need,)), place, NFS, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_commit_stage_that_takes_no_cpu_is_rendered(tmp_path: Path) -> None:
+    view = cluster_view(PAPER, ["cluster.stages={commit: {cpus: 0}}", "cluster.memory_gib={commit: 1}"])
+    assert render(view, "kuberay", Options(), tmp_path)
+
+
 def test_what_cannot_be_rendered_is_refused(paper: RunView, plain: RunView, tmp_path: Path) -> None:
     for view, place, options, words in (
         (plain, "aws", Options(), "needs storage"),
@@ -269,16 +329,38 @@ STAND_INS = {
     trap 'echo "$who stopped" >> "$LOG"; exit 0' TERM
     while true; do sleep 0.05; done""",
     "edgefusion": """echo "driver $*" >> "$LOG"
+    echo "keys ${OPENAI_API_KEY:-none} $RAY_AUTH_TOKEN" >> "$LOG"
     trap 'echo "driver stopped" >> "$LOG"; exit 130' TERM
     for _ in $(seq "${WORK:-1}"); do sleep 0.05; done
     exit "${CODE:-0}" """,
 }
 
 
+VLLM = f"""#!{sys.executable}
+import http.server, os, sys
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        mine = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+        self.send_response(200 if mine and self.path == "/v1/models" else 401)
+        self.end_headers()
+        self.wfile.write(b"{{}}")
+if os.environ.get("DIES"):
+    sys.exit("no such model")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+with open(os.environ["LOG"], "a") as log:
+    log.write(f"vllm at {{port}}\\n")
+http.server.HTTPServer(("127.0.0.1", port), Server).serve_forever()
+"""
+
+
 @pytest.fixture
 def slurm(plain: RunView, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
     """(command, environment, log) of the rendered script among stand-ins for Slurm, Ray and edgefusion."""
-    render(plain, "slurm", Options(), tmp_path)
+    return among_stand_ins(plain, tmp_path)
+
+
+def among_stand_ins(view: RunView, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
+    render(view, "slurm", Options(), tmp_path)
     (tmp_path / "bin").mkdir()
     for name, body in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -331,6 +413,55 @@ def test_slurm_gives_up_when_the_head_does_not_start(slurm) -> None:
     said = subprocess.run(command, env={**environment, "UNHEALTHY": "1"}, capture_output=True, text=True, timeout=60)
     assert said.returncode == 1 and "the Ray head did not start" in said.stderr
     assert "head stopped" in lines_of(log) and not any(line.startswith("driver") for line in lines_of(log))
+
+
+@pytest.fixture
+def slurm_with_vllm(paper: RunView, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
+    """The same where vLLM, a stand-in too, writes the prompts; the job's number gives it a port that is free now."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command, environment, log = among_stand_ins(paper, tmp_path)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "python").write_text(VLLM)
+    (tmp_path / "vllm" / "python").chmod(0o755)
+    job = 1000 + os.getpid() % 10000
+    return command, {**environment, "VLLM_BIN": str(tmp_path / "vllm"), "SLURM_JOB_ID": str(job)}, log
+
+
+def test_on_slurm_vllm_has_a_port_and_a_key_of_its_own(slurm_with_vllm) -> None:
+    command, environment, log = slurm_with_vllm
+    job, heard = int(environment["SLURM_JOB_ID"]), list[bytes]()
+
+    class Thief(BaseHTTPRequestHandler):
+        """Holds the port that the job would take, and says yes to everything."""
+
+        def do_GET(self) -> None:
+            heard.append(bytes(self.headers))
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 40000 + job), Thief) as thief:
+        thread = threading.Thread(target=thief.serve_forever)
+        thread.start()
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        thief.shutdown()
+        thread.join()
+    assert said.returncode == 0, said.stderr
+    assert not heard, "somebody else was asked, and shown a key"
+    lines = lines_of(log)
+    (port,) = [line.split()[-1] for line in lines if line.startswith("vllm at")]
+    (driver,) = [line for line in lines if line.startswith("driver run")]
+    assert int(port) > 40000 + job and f"writer.base_url=http://127.0.0.1:{port}/v1" in driver
+    ((key, token),) = [line.split()[1:] for line in lines if line.startswith("keys")]
+    assert len(key) == len(token) == 64 and key != token
+    assert lines.index(f"vllm at {port}") < lines.index(driver)
+
+
+def test_on_slurm_a_vllm_that_dies_ends_the_job(slurm_with_vllm) -> None:
+    command, environment, log = slurm_with_vllm
+    said = subprocess.run(command, env={**environment, "DIES": "1"}, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 1 and "no such model" in said.stderr and "vLLM ended before it could be" in said.stderr
+    assert "head stopped" in lines_of(log) and not any(line.startswith("driver run") for line in lines_of(log))
 
 
 def test_every_place_has_a_template_and_is_rendered_the_same_twice(plain: RunView, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from cluster.claim import refuse_second_driver
 from cluster.errors import EdgeFusionError, LedgerConflict
 from cluster.events import Events
 from cluster.heartbeat import HEARTBEAT, heartbeat, read_heartbeat
-from cluster.machine import every, this_machine
+from cluster.machine import born, every, this_machine
 from cluster.status import read_status
 from cluster.status_view import clock, status, view
 
@@ -144,6 +144,22 @@ def test_training_is_read_from_its_log_though_the_last_line_is_cut(out: Path) ->
     assert distill["state"] == "waiting" and distill["eta_s"] is None
 
 
+@pytest.mark.parametrize(("went_on_at", "took"), [(0, 204.0), (60, None), (None, None)])
+def test_a_phase_that_was_not_interrupted_says_what_it_took(out: Path, went_on_at: int | None, took: object) -> None:
+    folder, began = out / "training" / "adapt", 1_000_000.0
+    (folder / "unet").mkdir(parents=True)
+    rows = [{"step": i, "steps": 100, "images_per_s": 2.0, "time_s": began + 4 + 2 * i} for i in range(1, 101)]
+    if went_on_at is not None:  # an older version did not note it
+        rows = [{**row, "began_step": went_on_at if row["step"] > went_on_at else 0} for row in rows]
+    if took:
+        rows = [{**row, "time_s": row["time_s"] + 2 * (row["step"] > 50)} for row in rows]  # a look takes its time too
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt = stage(out, "train: adapt")
+    assert (adapt["state"], adapt["seconds"]) == ("done", took)
+    (folder / "unet").rmdir()
+    assert stage(out, "train: adapt")["seconds"] is None
+
+
 def test_after_selection_the_kept_share_is_known(out: Path) -> None:
     table(
         out / "dataset" / "selection.parquet",
@@ -176,6 +192,34 @@ def test_a_killed_process_is_seen_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert read_heartbeat(tmp_path)["state"] == "died"
+
+
+def test_a_living_process_of_this_machine_is_not_dead_however_long_it_is_silent(out: Path) -> None:
+    other, long_ago = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), time.time() - 7200
+    here = {"machine": this_machine(), "pid": other.pid, "born": born(other.pid), "when": long_ago}
+    try:
+        beats(out, **here)
+        facts = read_status(out)
+        assert (facts["state"], facts["silent"]) == ("running", True)
+        console = Console(width=300)
+        with console.capture() as said:
+            console.print(view(facts))
+        assert f"process {other.pid} on elsewhere is stopped or stuck" in said.get()
+        with pytest.raises(
+            LedgerConflict, match=f"process {other.pid} .* is stopped or stuck. End it .* or let it go on"
+        ):
+            refuse_second_driver(out, print)
+        beats(out, **{**here, "when": time.time()})
+        assert read_status(out)["silent"] is False
+        # The number is another's now, though its last word is fresh; an older version did not say enough to tell.
+        for gone in ({"born": here["born"] - 100, "when": time.time()}, {"born": None}):
+            beats(out, **{**here, **gone})
+            assert read_status(out)["state"] == "died"
+            refuse_second_driver(out, print)
+    finally:
+        other.communicate(b"\n")
+    beats(out, **here)
+    assert read_status(out)["state"] == "died"
 
 
 def test_a_second_driver_is_refused_and_one_after_a_death_is_not(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
