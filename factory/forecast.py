@@ -189,7 +189,9 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
     """The forecast as text: what was measured and what is scaled stand apart."""
     low, high = found.kept_interval()
     told = [f"measured here by a probe of {found.samples} samples, on {found.device}, one process:"]
-    told.append(f"  plan    {found.samples / found.plan_s:10.2f} samples/s, its writer opened in {found.plan_open_s:.1f} s")
+    told.append(
+        f"  plan    {found.samples / found.plan_s:10.2f} samples/s, its writer opened in {found.plan_open_s:.1f} s"
+    )
     for stage in found.stages:
         rate = f"{1 / stage.per_sample_s:10.2f} samples/s" if stage.samples and stage.seconds else "        no samples"
         told.append(f"  {stage.name:7} {rate}, opened in {stage.open_s:.1f} s")
