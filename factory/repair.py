@@ -14,10 +14,12 @@ from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.recipe import build_recipe
 from cluster.storage import digest_file, publish_bytes
 from factory.card import CARD, CROISSANT, GRID, write_card
+from factory.dead import reopen_unit
 from factory.ledger import read_entry, read_pictures
 from factory.make import choose, packed_samples, select_and_pack
 from factory.pack import MANIFEST, read_manifest, shard_bytes
 from factory.recipe import FactoryRecipe, SelectRecipe
+from factory.retry import refuse_if_built
 from factory.select import KEPT, SELECTION, SUMMARY
 from factory.units import plan_units
 from factory.verify import find_damage
@@ -31,11 +33,13 @@ class Repair:
     rebuilt: list[str] = field(default_factory=list)
     """Files written anew from the ledger."""
     reopened: list[str] = field(default_factory=list)
-    """Units whose ledger entry or pictures are damaged: their entries are gone and the next run of the recipe makes them anew."""
+    """Units whose ledger entry or pictures are damaged: they are given back, and the next run of the recipe makes them anew."""
 
 
 def repair(recipe: FactoryRecipe, folder: Path, title: str) -> Repair:
-    """Mend the data set in `folder` and its views, as far as the ledger can. A whole one is left as it is."""
+    """Mend the data set in `folder` and its views, as far as the ledger can. A whole one is left as it is.
+
+    Raises LedgerConflict, with nothing touched, if units must be made anew and something was built on the data set as it is."""
     done = Repair()
     done.reopened = _reopen_damaged(recipe, folder)
     if done.reopened:
@@ -52,22 +56,29 @@ def repair(recipe: FactoryRecipe, folder: Path, title: str) -> Repair:
 
 
 def _reopen_damaged(recipe: FactoryRecipe, folder: Path) -> list[str]:
-    found: list[str] = []
+    """Give back units that are damaged. An entry that can be read is set aside with its captions, which are then not paid for again."""
+    found: dict[str, bool] = {}
     for unit, ids in plan_units(folder, recipe.make.unit_images):
+        legible = False
         try:
             rows = read_entry(folder, unit)
             if [row["id"] for row in rows] != ids.to_pylist():
                 raise CorruptShard("holds other rows", where=unit)
+            legible = True
             for _ in read_pictures(folder, unit, rows[0]["pictures_sha256"]):
                 pass
         except CorruptShard:
-            found.append(unit)
+            found[unit] = legible
     if found:
+        refuse_if_built(folder)
         # The manifest goes first: a data set without one is unfinished, whatever else happens.
         (folder / MANIFEST).unlink(missing_ok=True)
-    for unit in found:
-        (folder / "ledger" / f"{unit}.parquet").unlink(missing_ok=True)
-    return found
+    for unit, legible in found.items():
+        if legible:
+            reopen_unit(folder, unit)
+        else:
+            (folder / "ledger" / f"{unit}.parquet").unlink(missing_ok=True)
+    return list(found)
 
 
 def _mend(recipe: FactoryRecipe, folder: Path, target: Path, name: str) -> list[str]:
