@@ -1,6 +1,6 @@
 """What is broken comes back to the byte, as long as the ledger stands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -131,3 +131,17 @@ def test_damaged_pictures_name_their_remedy(packed: Path) -> None:
     flip(packed / "pictures" / "unit-00001.parquet")
     with pytest.raises(CorruptShard, match=r"edgefusion factory repair .* makes unit-00001 anew"):
         list(read_pictures(packed, "unit-00001", read_entry(packed, "unit-00001")[0]["pictures_sha256"]))
+
+
+def test_pictures_are_read_once_however_many_shards_are_broken(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = contents(packed), list[str]()
+
+    def counted(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, bytes]]:
+        read.append(unit)
+        return read_pictures(folder, unit, sha256)
+
+    for number in range(3):
+        flip(packed / f"shard-{number:06d}.tar")
+    monkeypatch.setattr("factory.make.read_pictures", counted)
+    run("repair", packed, "--recipe", packed.parent / "recipe.yaml")
+    assert contents(packed) == whole and len(read) == len(set(read)) == 3
