@@ -2,49 +2,55 @@
 
 `downloads/part-00000.parquet` (url, text, picture, wrong) holds the bytes as they came, published atomically, a part 256 URLs: a killed
 download goes on after the last whole part, and a rerun reads the disk, not the net. The plan then points into these files as into any
-Parquet source. What the server calls its answer counts for nothing; decoding decides later.
+Parquet source. What the server calls its answer counts for nothing; decoding decides later. Several parts are on their way at once, so that
+one slow URL holds up nothing but its own part; they are judged and published in the order of the list.
 
 A run of failures that looks like an outage stops the download, and the parts of it are not kept; if it was killed before it could tell, the
 next run asks for them anew. What failed for a reason that may pass is asked once more after `ask_again`; a part changes only where an answer
 came.
 
-Guards: http and https only; addresses that are not public are refused at connect time, whatever name led there (redirects, DNS answers that
-change); bounded time, size, redirects and connections a host.
+How a URL is asked for, and from which addresses never, is factory/asking.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import csv
-import random
+import itertools
+import mmap
 import re
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import RecipeError, StageError
 from cluster.status import reason_kind
-from cluster.storage import publish_bytes
-from factory.address import Refused, find_aiohttp, guarded_resolver, refusal_in, refuse_address
+from cluster.storage import publish_bytes, publish_file
+from factory.asking import Asker, Job, asking
 from factory.ingest import attributes_of, url_key
 from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
 
 FOLDER = "downloads"
 PART_URLS = 256
+AHEAD_PARTS = 64
+"""Parts on their way at once. With a dead host in each (a minute of time-outs) there are still some 260 URLs/s, more than one process fetches."""
+_AHEAD_BYTES = 4 << 30
+"""Answers on disk, of parts that are not published, beyond which only the first of these parts goes on."""
+_PLAIN_BYTES = 256 << 20
+"""Pictures of one part beyond which they are written one by one: as a dictionary, Arrow's own choice, they would be in memory four times."""
+_ROWS_AT_ONCE = 16
 _SCHEMA = pa.schema([("url", pa.string()), ("text", pa.string()), ("picture", pa.binary()), ("wrong", pa.string())])
 AGAIN = "again"
 """A file beside the parts: failures that may pass are to be asked again by the next plan."""
 _PASSING = re.compile(r"HTTP (408|425|429|500|502|503|504)\b|no whole answer within |\w+Error(:|,|$)")
-"""Reasons that an outage or a busy server gives, as `_fetch` words them."""
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_REDIRECT = {301, 302, 303, 307, 308}
-_LONGEST_WAIT_S = 60.0
+"""Reasons that an outage or a busy server gives, as factory/asking.py words them."""
 
 
 def download_all(
@@ -58,26 +64,8 @@ def download_all(
 
     `planned`: there is a plan of them already, so what failed stays as it is unless somebody wants it again."""
     assert recipe.download is not None
-    parts: list[Path] = []
-    some: list[_Listed] = []
-    left, again, latest = recipe.limit, wants_again(folder), _Latest(recipe.download)
     spoilt = set() if planned else _spoilt(recipe.download, folder)
-
-    def take() -> None:
-        parts.append(_part(recipe, some, folder, len(parts), again, latest, spoilt))
-        progress(len(some))
-        some.clear()
-
-    for one in (one for path in paths for one in _listed(path, recipe)):
-        if left is not None and left == 0:
-            break
-        left = None if left is None else left - 1
-        some.append(one)
-        if len(some) == PART_URLS:
-            take()
-    if some:
-        take()
-    return parts
+    return asyncio.run(_Download(recipe, folder, progress, spoilt).run(paths))
 
 
 _Listed = tuple[str, str, str]
@@ -124,41 +112,179 @@ def _spoilt(recipe: DownloadRecipe, folder: Path) -> set[Path]:
     return found
 
 
-def _part(
-    recipe: PicturePlan,
-    some: list[_Listed],
-    folder: Path,
-    number: int,
-    again: bool,
-    latest: _Latest,
-    spoilt: Collection[Path],
-) -> Path:
-    assert recipe.download is not None
-    final = folder / FOLDER / f"part-{number:05d}.parquet"
-    if final.exists():
+class _Download:
+    """Parts in the order of the list: entered as there is room for them, fetched side by side, judged and published one after another."""
+
+    def __init__(
+        self, recipe: PicturePlan, folder: Path, progress: Callable[[int], None], spoilt: Collection[Path]
+    ) -> None:
+        assert recipe.download is not None
+        self._recipe, self._folder, self._progress, self._spoilt = recipe, folder, progress, spoilt
+        self._again, self._latest = wants_again(folder), _Latest(recipe.download)
+        self._ahead: deque[_Part] = deque()
+
+    async def run(self, paths: list[Path]) -> list[Path]:
+        """All parts; raises as `download_all` does."""
+        assert self._recipe.download is not None
+        parts: list[Path] = []
+        listed = (one for path in paths for one in _listed(path, self._recipe))
+        left = itertools.islice(listed, self._recipe.limit)
+        async with asking(self._recipe.download, self._may_ask) as asker:
+            while some := list(itertools.islice(left, PART_URLS)):
+                self._ahead.append(part := self._enter(some, len(parts)))
+                parts.append(part.final)
+                for place, url in enumerate(part.left, part.number * PART_URLS):
+                    asker.add(Job(place, url, part.take, part.fail))
+                while self._ahead and (len(self._ahead) >= AHEAD_PARTS or self._ahead[0].done.is_set()):
+                    await self._finish(asker)
+            while self._ahead:
+                await self._finish(asker)
+        return parts
+
+    def _may_ask(self, place: int) -> bool:
+        """The first part always, or nothing would ever be published; others while what waits on disk is within bounds."""
+        first = self._ahead[0].number if self._ahead else 0
+        return place < (first + 1) * PART_URLS or sum(part.bytes for part in self._ahead) < _AHEAD_BYTES
+
+    def _enter(self, some: list[_Listed], number: int) -> _Part:
+        """What is to be asked of a part: all, what failed before, or nothing. Raises StageError if it is there, of another list."""
+        final = self._folder / FOLDER / f"part-{number:05d}.parquet"
+        if not final.exists():
+            more = [pa.field("attributes", pa.string())] if self._recipe.attribute_columns else []
+            rows = [{"url": url, "text": text, "attributes": attributes} for url, text, attributes in some]
+            return _Part(final, number, rows, pa.schema([*_SCHEMA, *more]), asked=True, judged=True)
         table = pq.read_table(final, columns=["url", "text"])
         if list(zip(table["url"].to_pylist(), table["text"].to_pylist(), strict=True)) != [one[:2] for one in some]:
             raise StageError(
                 "was downloaded from another list of URLs", where=str(final), remedy="Start in a new output folder"
             )
-        if again or final in spoilt:
-            _ask_part_again(recipe.download, final, latest if final in spoilt else None)
-        return final
-    answers = asyncio.run(_fetch_all(recipe.download, [url for url, *_ in some]))
-    rows = [
-        {"url": url, "text": text, "picture": data, "wrong": wrong, "attributes": attributes}
-        for (url, text, attributes), (data, wrong) in zip(some, answers, strict=True)
-    ]
-    latest.add(final, [wrong for _, wrong in answers])
-    more = [pa.field("attributes", pa.string())] if recipe.attribute_columns else []
-    _publish(final, pa.Table.from_pylist(rows, schema=pa.schema([*_SCHEMA, *more])))
-    return final
+        schema = pq.read_schema(final).remove_metadata()
+        names = [name for name in schema.names if name != "picture"]
+        asked = self._again or final in self._spoilt
+        rows = pq.read_table(final, columns=names).to_pylist() if asked else [{} for _ in some]
+        return _Part(final, number, rows, schema, asked, judged=final in self._spoilt)
+
+    async def _finish(self, asker: Asker) -> None:
+        """Judge and publish the first part once all of it was answered."""
+        part = self._ahead[0]
+        await part.done.wait()
+        if part.failed is not None:
+            raise part.failed
+        if part.judged:
+            self._latest.add(part.final, [row["wrong"] for row in part.rows])
+        if part.asked:
+            # Beside the event loop, where others are being answered meanwhile.
+            await asyncio.to_thread(part.publish)
+        self._ahead.popleft()
+        asker.look()
+        self._progress(len(part.rows))
 
 
-def _publish(final: Path, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    publish_bytes(final, sink.getvalue().to_pybytes())
+class _Part:
+    """A part on its way: its rows without the pictures, and these on disk in the order in which they come, in a file that has no name."""
+
+    def __init__(
+        self, final: Path, number: int, rows: list[dict[str, Any]], schema: pa.Schema, asked: bool, judged: bool
+    ) -> None:
+        """`asked`: URLs that have no answer, or failed and may answer now, are to be asked; `judged`: their failures may be an outage's."""
+        self.final, self.number, self.rows, self._schema = final, number, rows, schema
+        self.left: dict[str, list[int]] = {}
+        """URLs that are yet to answer, each once, to their rows."""
+        for i, row in enumerate(rows if asked else ()):
+            if "wrong" not in row or may_pass(row["wrong"]):
+                self.left.setdefault(row["url"], []).append(i)
+        self.asked = bool(self.left)
+        self.judged = judged and self.asked
+        self.bytes = 0
+        self.done = asyncio.Event()
+        self.failed: Exception | None = None
+        if not self.left:
+            self.done.set()
+        self._spill: IO[bytes] | None = None
+        self._places: list[tuple[int, int] | None] = [None] * len(rows)
+        """Offset and length of each row's picture."""
+
+    def take(self, url: str, data: bytes | bytearray | None, wrong: str) -> None:
+        """What a URL answered, or why it did not."""
+        place = self._keep(data) if data is not None else None
+        for i in self.left.pop(url):
+            self.rows[i]["wrong"], self._places[i] = wrong, place
+        if not self.left:
+            self.done.set()
+
+    def fail(self, error: Exception) -> None:
+        """Something that is no answer, such as a full disk."""
+        self.failed = self.failed or error
+        self.done.set()
+
+    def _keep(self, data: bytes | bytearray) -> tuple[int, int]:
+        try:
+            if self._spill is None:
+                self.final.parent.mkdir(parents=True, exist_ok=True)
+                self._spill = tempfile.TemporaryFile(dir=self.final.parent)  # noqa: SIM115 - closed by `publish`
+            self._spill.write(data)
+        except OSError as error:
+            raise StageError(
+                f"could not be written ({error.strerror})",
+                where=str(self.final),
+                remedy="Free space and run the same command again, or choose another output folder",
+            ) from error
+        self.bytes += len(data)
+        return self.bytes - len(data), len(data)
+
+    def publish(self) -> None:
+        """Put the part under its name. Raises EdgeFusionError if the disk is full."""
+        publish_file(self.final, self._write)
+        if self._spill is not None:
+            self._spill.close()
+
+    def _write(self, place: Path) -> None:
+        if self.final.exists():
+            self._keep_older()
+        names = [name for name in self._schema.names if name != "picture"]
+        columns: dict[str, Any] = {name: pa.array([row[name] for row in self.rows], pa.string()) for name in names}
+        plain = sum(one[1] for one in self._places if one) > _PLAIN_BYTES
+        columns["picture"] = self._mapped() if plain else self._pictures()
+        table = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+        # One group either way, for the plan names rows by group and place.
+        how: dict[str, Any] = {"use_dictionary": names, "write_batch_size": 1} if plain else {}
+        pq.write_table(table, place, compression="zstd", **how)
+
+    def _keep_older(self) -> None:
+        """Take over the pictures that the part has already."""
+        batches = pq.ParquetFile(self.final).iter_batches(_ROWS_AT_ONCE, columns=["picture"])
+        for row, cell in enumerate(cell for batch in batches for cell in batch["picture"]):
+            if self._places[row] is None and (data := cell.as_py()) is not None:
+                self._places[row] = self._keep(data)
+
+    def _pictures(self) -> pa.Array:
+        """The column in one piece, in memory once."""
+        sizes = [place[1] if place else 0 for place in self._places]
+        ends = np.cumsum([0, *sizes], dtype=np.int32)
+        data = memoryview(bytearray(int(ends[-1])))
+        for place, start, end in zip(self._places, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            if place and self._spill is not None:
+                self._spill.seek(place[0])
+                data[start:end] = self._spill.read(place[1])
+        there = pa.array([place is not None for place in self._places])
+        return pa.Array.from_buffers(
+            pa.binary(), len(sizes), [there.buffers()[1], pa.py_buffer(ends), pa.py_buffer(data)]
+        )
+
+    def _mapped(self) -> pa.ChunkedArray:
+        """The column as pieces of the file on disk, none of which is in memory before it is written."""
+        assert self._spill is not None
+        self._spill.flush()
+        whole = pa.py_buffer(mmap.mmap(self._spill.fileno(), 0, access=mmap.ACCESS_READ))
+        pieces = [
+            pa.nulls(1, pa.binary())
+            if place is None
+            else pa.Array.from_buffers(
+                pa.binary(), 1, [None, pa.py_buffer(np.array([0, place[1]], np.int32)), whole.slice(*place)]
+            )
+            for place in self._places
+        ]
+        return pa.chunked_array(pieces, pa.binary())
 
 
 def may_pass(wrong: str) -> bool:
@@ -193,20 +319,6 @@ def asked_again(folder: Path) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob("part-*.parquet"))
-
-
-def _ask_part_again(recipe: DownloadRecipe, final: Path, latest: _Latest | None) -> None:
-    table = pq.read_table(final)
-    rows = table.to_pylist()
-    failed = [row for row in rows if may_pass(row["wrong"])]
-    if not failed:
-        return
-    answers = asyncio.run(_fetch_all(recipe, [row["url"] for row in failed]))
-    for row, (data, wrong) in zip(failed, answers, strict=True):
-        row["picture"], row["wrong"] = data, wrong
-    if latest is not None:
-        latest.add(final, [row["wrong"] for row in rows])
-    _publish(final, pa.Table.from_pylist(rows, schema=table.schema))
 
 
 def _listed(path: Path, recipe: PicturePlan) -> Iterator[_Listed]:
@@ -257,91 +369,3 @@ def _refuse_lacking(path: Path, needed: list[str], names: list[str]) -> None:
                 where=str(path),
                 remedy="Set factory.plan.download.url_column and factory.plan.attribute_columns",
             )
-
-
-async def _fetch_all(recipe: DownloadRecipe, urls: list[str]) -> list[tuple[bytes | None, str]]:
-    """(bytes, "") or (None, why not) of each URL, in order; the same URL is asked for once."""
-    aiohttp = find_aiohttp()
-    timeout = aiohttp.ClientTimeout(total=recipe.timeout_s, connect=recipe.timeout_s, sock_read=recipe.timeout_s)
-    connector = aiohttp.TCPConnector(
-        limit=recipe.concurrent, limit_per_host=recipe.per_host, resolver=guarded_resolver(recipe.allow_private)
-    )
-    turns = asyncio.Semaphore(recipe.concurrent)
-    hosts: dict[str, asyncio.Semaphore] = {}
-    headers = {"User-Agent": recipe.user_agent, "Accept-Encoding": "identity"}
-    # No proxy and no netrc from the environment: the guard on addresses must see the real ones.
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=connector, headers=headers, auto_decompress=False, trust_env=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-    ) as session:  # fmt: skip
-
-        async def one(url: str) -> tuple[bytes | None, str]:
-            host = hosts.setdefault(_host(url), asyncio.Semaphore(recipe.per_host))
-            async with host, turns:
-                return await _fetch(session, recipe, url)
-
-        unique = list(dict.fromkeys(urls))
-        answers = dict(zip(unique, await asyncio.gather(*(one(url) for url in unique)), strict=True))
-    return [answers[url] for url in urls]
-
-
-async def _fetch(session: Any, recipe: DownloadRecipe, url: str) -> tuple[bytes | None, str]:
-    aiohttp, wrong = find_aiohttp(), ""
-    for attempt in range(recipe.tries):
-        wait_s = recipe.back_off_s * 2**attempt
-        try:
-            return await _ask(session, recipe, url), ""
-        except Refused as error:
-            return None, str(error)
-        except _Later as error:
-            wrong, wait_s = str(error), max(wait_s, error.wait_s)
-        except TimeoutError:
-            wrong = f"no whole answer within {recipe.timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            if refused := refusal_in(error):
-                return None, refused
-            wrong = f"{type(error).__name__}: {str(error)[:120]}".rstrip(": ")
-        if attempt + 1 < recipe.tries:
-            # Spread, so that many clients do not come back at once; what is fetched does not depend on it.
-            await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0))
-    return None, f"{wrong}, {recipe.tries} tries" if recipe.tries > 1 else wrong
-
-
-class _Later(Exception):
-    """The server asks to come again."""
-
-    def __init__(self, what: str, wait_s: float) -> None:
-        super().__init__(what)
-        self.wait_s = wait_s
-
-
-async def _ask(session: Any, recipe: DownloadRecipe, url: str) -> bytes:
-    for _ in range(recipe.redirects + 1):
-        refuse_address(url, recipe.allow_private)
-        async with session.get(url, allow_redirects=False) as answer:
-            if answer.status in _REDIRECT and "Location" in answer.headers:
-                url = urljoin(url, answer.headers["Location"])
-                continue
-            if answer.status in _AGAIN:
-                wait = answer.headers.get("Retry-After", "")
-                raise _Later(f"HTTP {answer.status}", float(wait) if wait.isdigit() else 0.0)
-            if answer.status != 200:
-                raise Refused(f"HTTP {answer.status}")
-            if (answer.content_length or 0) > recipe.max_bytes:
-                raise Refused(f"{answer.content_length} bytes, over the limit")
-            data = bytearray()
-            async for chunk in answer.content.iter_chunked(1 << 16):
-                data += chunk
-                if len(data) > recipe.max_bytes:
-                    raise Refused(f"more than {recipe.max_bytes} bytes")
-            if not data:
-                raise Refused("the answer is empty")
-            return bytes(data)
-    raise Refused(f"more than {recipe.redirects} redirects")
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""

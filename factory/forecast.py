@@ -37,6 +37,7 @@ class Probe:
 
     samples: int
     plan_s: float
+    """Without the writer's opening."""
     stages: tuple[StageProbe, ...]
     made: int
     kept: int
@@ -51,6 +52,8 @@ class Probe:
     """Stages that the recipe leaves on the CPU, on the GPU."""
     cores: int = 0
     """For each GPU of this machine; 0 without one."""
+    plan_open_s: float = 0.0
+    """The writer's opening and closing: once, however many prompts it writes."""
 
     def kept_interval(self) -> tuple[float, float]:
         """95% interval of the kept share (Wilson)."""
@@ -86,9 +89,10 @@ def probe(
     with tempfile.TemporaryDirectory(prefix="edgefusion-probe-") as scratch:
         folder = Path(scratch)
         tell("plan")
+        opening: list[float] = []
         began = time.perf_counter()
-        make_plan(short, seed, folder)
-        plan_s = time.perf_counter() - began
+        make_plan(short, seed, folder, took=opening.append)
+        plan_s = time.perf_counter() - began - sum(opening)
         units = planned_units(folder, short.make.unit_images)
         stages: list[StageProbe] = []
         batches: list[BatchProbe] = []
@@ -122,6 +126,7 @@ def probe(
         gpu_bytes=gpu_bytes(),
         on_gpu=tuple(on_gpu),
         cores=cores_a_gpu(),
+        plan_open_s=sum(opening),
     )
 
 
@@ -137,7 +142,7 @@ def scale(recipe: FactoryRecipe, found: Probe, gpus: int, price: float | None) -
         workers = gpus if stage.name in ("render", "caption") else _workers(recipe, stage.name)
         own = samples * stage.per_sample_s / workers if stage.samples else 0.0
         times[stage.name] = own + stage.open_s
-    plan_hours = samples * found.plan_s / found.samples / 3600
+    plan_hours = (samples * found.plan_s / found.samples + found.plan_open_s) / 3600
     make_hours = max(times.values()) / 3600
     hours = plan_hours + make_hours
     share, low, high = found.kept / found.samples, *found.kept_interval()
@@ -147,9 +152,15 @@ def scale(recipe: FactoryRecipe, found: Probe, gpus: int, price: float | None) -
         plan_hours=plan_hours,
         gpu_hours=make_hours * gpus,
         cost=None if price is None else make_hours * gpus * price,
-        disk_bytes=round(samples * (found.bytes_made + found.bytes_packed) / found.samples),
+        disk_bytes=round(samples * (found.bytes_made + found.bytes_packed * _copies(recipe)) / found.samples),
         kept=(round(samples * share), math.floor(samples * low), math.ceil(samples * high)),
     )
+
+
+def _copies(recipe: FactoryRecipe) -> int:
+    """How often packed samples lie on the disk at the peak: in the main selection, in each view, taken to be as large, and once more while
+    one of them is being packed (factory/pack.py sorts on disk)."""
+    return 1 + len(recipe.views) + 1
 
 
 def planned_samples(recipe: FactoryRecipe) -> int:
@@ -178,7 +189,9 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
     """The forecast as text: what was measured and what is scaled stand apart."""
     low, high = found.kept_interval()
     told = [f"measured here by a probe of {found.samples} samples, on {found.device}, one process:"]
-    told.append(f"  plan    {found.samples / found.plan_s:10.2f} samples/s, opening the writer included")
+    told.append(
+        f"  plan    {found.samples / found.plan_s:10.2f} samples/s, its writer opened in {found.plan_open_s:.1f} s"
+    )
     for stage in found.stages:
         rate = f"{1 / stage.per_sample_s:10.2f} samples/s" if stage.samples and stage.seconds else "        no samples"
         told.append(f"  {stage.name:7} {rate}, opened in {stage.open_s:.1f} s")
@@ -195,7 +208,7 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
         f"scaled to {whole.samples:,} samples on {what}, nothing taken away or waiting:",
         f"  time    {_span(whole.hours)}, of it {_span(whole.plan_hours)} for the plan",
         f"  workers {whole.gpu_hours:,.2f} hours" + ("" if whole.cost is None else f", cost {whole.cost:,.2f}"),
-        f"  disk    {whole.disk_bytes / 2**30:,.2f} GiB: pictures, ledger and shards",
+        f"  disk    {whole.disk_bytes / 2**30:,.2f} GiB at the peak: pictures, ledger, shards of every selection, and those that are being packed once more",
         f"  kept    {whole.kept[0]:,} ({whole.kept[1]:,} to {whole.kept[2]:,} at 95%); a small probe misses most duplicates, "
         "so a large run keeps fewer",
     ]

@@ -108,7 +108,7 @@ def read_pictures(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, b
         raise CorruptShard(
             "is damaged or missing",
             where=str(path),
-            remedy=f"Delete {folder / 'ledger' / unit}.parquet and run the same command again",
+            remedy=f"Run `edgefusion factory repair {folder}`, then the recipe again: it makes {unit} anew",
         )
     table = read_table(path)
     yield from zip(table["id"].to_pylist(), table["picture"].to_pylist(), strict=True)

@@ -25,8 +25,8 @@ from cluster.storage import publish_bytes
 from factory.balance import lacks
 from factory.foretell import foretell, lines
 from factory.recipe import FactoryRecipe
-from factory.tally import Key, Tally, combination, read_outcomes
-from factory.units import plan_files, read_table, unit_name, unit_sizes
+from factory.tally import Key, Strata, Tally, combination, read_outcomes
+from factory.units import first_units, plan_files, read_table, unit_name, unit_sizes
 
 LIVE = "index/live.json"
 _WRITE_S = 3.0
@@ -48,7 +48,9 @@ class Live:
         left = set(todo)
         self._planned, self._left = sum(sizes), sum(sizes[number] for number in left)
         ledger = set(range(len(sizes))) - left
-        self.tally = Tally.read(read_live(folder), recipe.select, ledger)
+        strata = Strata(tuple(first_units(folder, recipe.make.unit_images)), bool(recipe.make.teachers))
+        self.tally = Tally.read(read_live(folder), recipe.select, ledger, strata)
+        self._strata = {} if strata.one else _planned_strata(folder, strata)
         self._earlier = sorted(number for number in ledger if not self.tally.covers(number))
         self._combinations = _planned_combinations(folder, recipe)
         for rule, planned in zip(recipe.select.wanted, self._combinations, strict=True):
@@ -81,7 +83,7 @@ class Live:
                 "stages": stages,
                 "per_s": per_s,
                 "eta_s": round(waits / per_s, 1) if per_s else None,
-                "foretold": foretell(self.tally, self._planned, per_s, self._combinations, self._each),
+                "foretold": foretell(self.tally, self._planned, per_s, self._combinations, self._each, self._strata),
             }
 
     def catch_up(self) -> None:
@@ -150,6 +152,16 @@ def read_live(folder: Path) -> dict[str, Any]:
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
+
+
+def _planned_strata(folder: Path, strata: Strata) -> Counter[Key]:
+    """How many samples of each stratum the plan has."""
+    found = Counter[Key]()
+    for file, path in enumerate(plan_files(folder)):
+        table = read_table(path, ["attributes"]).group_by("attributes").aggregate([([], "count_all")])
+        for row in table.to_pylist():
+            found[strata.key(file, row["attributes"])] += row["count_all"]
+    return found
 
 
 def _planned_combinations(folder: Path, recipe: FactoryRecipe) -> list[Counter[Key]]:

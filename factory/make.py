@@ -27,6 +27,7 @@ from factory.pixels import open_crops
 from factory.plan import Progress
 from factory.recipe import CropRecipe, FactoryRecipe, SelectRecipe
 from factory.retry import built_on
+from factory.same_models import refuse_other_models
 from factory.select import Selection, is_selected_as, select, selected_contents, summarise, write_selection
 from factory.stages import CAPTIONS, CROPS, encode_picture, make_stages
 from factory.teachers import teacher_of
@@ -46,10 +47,14 @@ def make(
     progress: Progress = lambda n: None,
     show: Show = lambda told: None,
 ) -> int:
-    """Make every planned unit that the ledger lacks; returns how many were made now. `show` is given lines that say how it goes."""
+    """Make every planned unit that the ledger lacks; returns how many were made now. `show` is given lines that say how it goes.
+
+    Raises LedgerConflict if a model has other files than when the data set was begun."""
     sweep_partials(folder)
     forget_set_aside(folder / CAPTIONS)
     todo = units_left(folder, recipe.make.unit_images)
+    if todo:
+        refuse_other_models(recipe.make, folder)
     with following(recipe, folder, runner, todo, show) as live:
         for unit in _made(recipe, folder, runner, todo):
             live.add(unit)

@@ -5,6 +5,7 @@ A data set is a folder of `shard-000000.tar`, ..., and `manifest.parquet` (a row
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import itertools
@@ -12,7 +13,8 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -76,10 +78,9 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     folder.mkdir(parents=True, exist_ok=True)
     before = _vouched(folder)
     written: list[pa.Table] = [_SCHEMA.empty_table()]
-    with tempfile.TemporaryFile(dir=folder) as spill:
-        places = _spill(samples, spill)
-        for start in range(0, len(places), samples_per_shard):
-            part = [_unspill(spill, *place) for place in places[start : start + samples_per_shard]]
+    with sorted_on_disk(samples, folder) as there:
+        for start in range(0, len(there), samples_per_shard):
+            part = there.read(start, start + samples_per_shard)
             name = shard_name(start // samples_per_shard)
             data = shard_bytes(part)
             if not before or before.get(name) != hashlib.sha256(data).hexdigest():
@@ -126,6 +127,34 @@ def shard_name(number: int) -> str:
 
 _Place = tuple[bytes, int, int, int]
 """Id (raw, so that they sort as their hex does), offset, length of the head, length of the picture."""
+
+
+class Sorted:
+    """Samples on disk, in the order of their ids."""
+
+    def __init__(self, samples: Iterable[Sample], spill: IO[bytes]) -> None:
+        self._places, self._spill = _spill(samples, spill), spill
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, start: int, stop: int) -> list[Sample]:
+        """Those from number `start` up to `stop`."""
+        return [_unspill(self._spill, *place) for place in self._places[start:stop]]
+
+    def find(self, sample_id: str) -> Sample | None:
+        """The one of this id, if it is there."""
+        at = bisect.bisect_left(self._places, (bytes.fromhex(sample_id),))
+        there = at < len(self) and self._places[at][0].hex() == sample_id
+        return _unspill(self._spill, *self._places[at]) if there else None
+
+
+@contextmanager
+def sorted_on_disk(samples: Iterable[Sample], folder: Path) -> Generator[Sorted]:
+    """`samples` in a file of `folder` that has no name and goes with the block; ids and places lie in memory, however many come. Raises
+    ValueError for one that is doubled or malformed."""
+    with tempfile.TemporaryFile(dir=folder) as spill:
+        yield Sorted(samples, spill)
 
 
 def _spill(samples: Iterable[Sample], spill: IO[bytes]) -> list[_Place]:

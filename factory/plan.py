@@ -64,8 +64,15 @@ Progress = Callable[[int], None]
 """Told how many more items are done."""
 
 
-def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress = lambda n: None) -> Path:
-    """Write `folder/plan.parquet`, a row a picture; parts already written are kept, so a killed plan goes on.
+def make_plan(
+    recipe: FactoryRecipe,
+    seed: int,
+    folder: Path,
+    progress: Progress = lambda n: None,
+    took: Callable[[float], None] = lambda seconds: None,
+) -> Path:
+    """Write `folder/plan.parquet`, a row a picture; parts already written are kept, so a killed plan goes on. `took` is told the seconds in
+    which the writer was opened, or closed.
 
     A prompt that fails its check in every try is planned as dead: planned = kept + rejected + dead holds from here on.
     """
@@ -86,7 +93,7 @@ def make_plan(recipe: FactoryRecipe, seed: int, folder: Path, progress: Progress
         _log.warning("exclusions leave no way to keep every quota: %s%s", "; ".join(missed[:_TOLD]), more)
     parts: list[pa.Table] = []
     alike = Alike(recipe.plan.most_alike)
-    with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG) as writer:
+    with opened_late(recipe.plan.writer, folder / "plan" / WRITER_LOG, took) as writer:
         for start in range(0, len(records), PART_PROMPTS):
             some = records[start : start + PART_PROMPTS]
             part = folder / "plan" / f"part-{start // PART_PROMPTS:05d}.parquet"

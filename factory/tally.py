@@ -6,11 +6,13 @@ shares, caps and people wait for select.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cluster.stage import DEAD, PENDING, Row
 from cluster.status import reason_kind
 from factory.ledger import ENTRY, MADE
 from factory.recipe import SelectRecipe
+from factory.teachers import TEACHER
 from factory.units import read_table
 
 ROW_RULES = ("text", "min_clip", "min_size_px", "scores")
@@ -75,11 +78,33 @@ def later_rules(rules: SelectRecipe) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Strata:
+    """What samples are told apart by in a forecast, since they are made one kind after another: the plan file, and the teacher of several."""
+
+    first_units: tuple[int, ...] = (0,)
+    """Number of the first unit of each plan file."""
+    teachers: bool = False
+
+    @property
+    def one(self) -> bool:
+        """There is nothing to tell apart."""
+        return len(self.first_units) == 1 and not self.teachers
+
+    def key(self, file: int, attributes: str) -> Key:
+        """The stratum of a row of a plan file with these attributes (JSON)."""
+        return combination(str(file), attributes, [TEACHER] if self.teachers else [])
+
+    def file_of(self, unit: int) -> int:
+        """Number of the plan file of a unit."""
+        return bisect.bisect_right(self.first_units, unit) - 1
+
+
 class Tally:
     """Counts over the units that were looked at, each once, whatever order they come in."""
 
-    def __init__(self, rules: SelectRecipe) -> None:
-        self.rules = rules
+    def __init__(self, rules: SelectRecipe, strata: Strata | None = None) -> None:
+        self.rules, self.strata = rules, strata or Strata()
         self.outcomes: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.fallen: Counter[str] = Counter()
@@ -87,6 +112,8 @@ class Tally:
         self.kept = 0
         self.combinations: list[dict[Key, list[int]]] = [{} for _ in rules.wanted]
         """For each rule of `wanted`: (group, values ...) to [rows looked at, rows that stay]."""
+        self.by_stratum: dict[Key, list[int]] = {}
+        """The same of each stratum."""
         self._upto = 0
         self._more: set[int] = set()
 
@@ -102,6 +129,7 @@ class Tally:
         """The ledger's rows of a unit; one that was looked at before counts once."""
         if self.covers(number):
             return
+        file = self.strata.file_of(number)
         for row in rows:
             alive = row["outcome"] in (PENDING, MADE)
             outcome = MADE if alive else row["outcome"]
@@ -110,6 +138,9 @@ class Tally:
                 self._count_reason(f"{outcome}: {reason_kind(row['reason'])}")
             wrong = verdict(row, self.rules)
             self.kept += not wrong
+            stratum = self.by_stratum.setdefault(self.strata.key(file, row.get("attributes") or ""), [0, 0])
+            stratum[0] += 1
+            stratum[1] += not wrong
             if wrong and alive:
                 self.fallen[wrong] += 1
             for rule, found in zip(self.rules.wanted, self.combinations, strict=True):
@@ -138,19 +169,22 @@ class Tally:
             "fallen": dict(self.fallen.most_common()),
             "kept": self.kept,
             "combinations": [[[list(key), *counts] for key, counts in found.items()] for found in self.combinations],
+            "strata": [[list(key), *counts] for key, counts in self.by_stratum.items()],
         }
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], rules: SelectRecipe, ledger: set[int]) -> Tally:
+    def read(
+        cls, facts: Mapping[str, Any], rules: SelectRecipe, ledger: set[int], strata: Strata | None = None
+    ) -> Tally:
         """What an earlier run counted, if it was by the same rules and of units that the ledger still has; else nothing."""
-        fresh = cls(rules)
+        fresh = cls(rules, strata)
         try:
             upto, more = int(facts["upto"]), {int(number) for number in facts["more"]}
             if facts["version"] != _VERSION or facts["rules_sha256"] != rules_mark(rules):
                 return fresh
             if not more <= ledger or any(number not in ledger for number in range(upto)):
                 return fresh
-            found = cls(rules)
+            found = cls(rules, strata)
             found.outcomes.update({str(k): int(v) for k, v in facts["outcomes"].items()})
             found.reasons.update({str(k): int(v) for k, v in facts["reasons"].items()})
             found.fallen.update({str(k): int(v) for k, v in facts["fallen"].items()})
@@ -159,6 +193,9 @@ class Tally:
                 {tuple(map(str, key)): [int(seen), int(kept)] for key, seen, kept in rows}
                 for rows in facts["combinations"]
             ]
+            # An earlier version did not tell strata apart; where there is but one, its counts are those of all.
+            rows = facts["strata"] if "strata" in facts or not found.strata.one else [[["0"], found.rows, found.kept]]
+            found.by_stratum = {tuple(map(str, key)): [int(seen), int(kept)] for key, seen, kept in rows}
             return found if len(found.combinations) == len(rules.wanted) else fresh
         except (KeyError, TypeError, ValueError, AttributeError):
             return fresh

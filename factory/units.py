@@ -32,6 +32,14 @@ def unit_sizes(folder: Path, unit_images: int) -> list[int]:
     return found
 
 
+def first_units(folder: Path, unit_images: int) -> list[int]:
+    """Number of the first unit of each plan file."""
+    found = [0]
+    for path in plan_files(folder)[:-1]:
+        found.append(found[-1] + -(-_open(path).metadata.num_rows // unit_images))
+    return found
+
+
 def planned_units(folder: Path, unit_images: int) -> list[Unit]:
     """All units of the plan in `folder`, in order, in memory."""
     return list(read_units(folder, unit_images, range(len(unit_sizes(folder, unit_images)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,20 +48,26 @@ def open_writer(recipe: WriterKeys, log: Path | None = None) -> PromptWriter:
 
 
 @contextmanager
-def opened_late(recipe: WriterKeys, log: Path) -> Generator[Callable[[], PromptWriter]]:
-    """A function that gives the writer, opened at the first call and closed with the block."""
+def opened_late(
+    recipe: WriterKeys, log: Path, took: Callable[[float], None] = lambda seconds: None
+) -> Generator[Callable[[], PromptWriter]]:
+    """A function that gives the writer, opened at the first call and closed with the block. `took` is told the seconds of either."""
     opened: list[PromptWriter] = []
 
     def get() -> PromptWriter:
         if not opened:
+            began = time.perf_counter()
             opened.append(open_writer(recipe, log))
+            took(time.perf_counter() - began)
         return opened[0]
 
     try:
         yield get
     finally:
+        began = time.perf_counter()
         for writer in opened:
             writer.close()
+        took(time.perf_counter() - began)
 
 
 def spell(record: Record) -> str:

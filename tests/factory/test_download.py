@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -60,6 +63,7 @@ class Site(ThreadingHTTPServer):
         self.down = False
         self.lock = threading.Lock()
         self.stop = threading.Event()
+        self.meet = threading.Barrier(4)
         self.root = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -92,6 +96,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send(b"", 302, Location="file:///etc/passwd")
         elif path == "slow":
             site.stop.wait(20)
+        elif path.startswith("together/"):
+            # All of them at once or none: whoever asks for a few and waits for these gets no answer.
+            site.meet.wait(20)
+            self.send(drawing(int(path.removeprefix("together/"))))
+        elif path.startswith("after/"):
+            first = path.removeprefix("after/")
+            self.send(drawing(3), 200 if site.asked[first] else 503)
         elif path == "cut":
             self.send(drawing(1)[:100], length=5000)
         elif path == "html":
@@ -219,6 +230,98 @@ def test_a_killed_download_goes_on_and_another_list_is_refused(
     write_list(tmp_path / "u.txt", site, "9.png")
     with pytest.raises(StageError, match="another list of URLs"):
         rows_of(plan, tmp_path / "data")
+
+
+def test_a_slow_url_holds_up_no_part_but_its_own(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 2)
+    names = [name for i in range(4) for name in (f"together/{i}", f"{i}.png")]
+    plan = plan_of(write_list(tmp_path / "u.txt", site, *names), tries=1, timeout_s=10)
+    assert [row["reason"] for row in rows_of(plan, tmp_path / "data")] == [""] * 8
+    assert len(list((tmp_path / "data" / "downloads").iterdir())) == 4, "no other file is left there"
+
+
+def test_who_waits_for_another_try_lets_others_go_first(site: Site, tmp_path: Path) -> None:
+    plan = plan_of(write_list(tmp_path / "u.txt", site, "after/1.png", "1.png"), concurrent=1, tries=2, back_off_s=0.5)
+    assert [row["reason"] for row in rows_of(plan, tmp_path / "data")] == ["", ""]
+
+
+def by_hand(part: Path) -> bytes:
+    """The part as it would be written in one go."""
+    table, sink = pq.read_table(part), io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(table.to_pylist(), schema=table.schema), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def test_parts_are_the_same_bytes_whatever_is_fetched_ahead(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 3)
+    names = [*(f"{i}.png" for i in range(7)), "nowhere", "0.png", "nowhere", "9.png"]
+    plan = plan_of(write_list(tmp_path / "u.txt", site, *names))
+    written = []
+    for ahead_parts, ahead_bytes in ((1, 1 << 30), (64, 1), (64, 1 << 30)):
+        monkeypatch.setattr("factory.download.AHEAD_PARTS", ahead_parts)
+        monkeypatch.setattr("factory.download._AHEAD_BYTES", ahead_bytes)
+        parts = download_all(plan, [tmp_path / "u.txt"], tmp_path / f"{ahead_parts}-{ahead_bytes}")
+        written.append([part.read_bytes() for part in parts])
+        assert written[-1] == [by_hand(part) for part in parts]
+    assert written[0] == written[1] == written[2] and len(written[0]) == 4
+
+
+def test_a_part_too_large_for_memory_holds_the_same_rows_in_one_group(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(write_list(tmp_path / "u.txt", site, "0.png", "nowhere", "2.png", "down/3.png"), tries=1)
+    usual = rows_of(plan, tmp_path / "usual")
+    monkeypatch.setattr("factory.download._PLAIN_BYTES", 0)
+    site.down = True
+    rows_of(plan, tmp_path / "large")
+    assert reopen_urls(tmp_path / "large") == 1
+    site.down = False
+    assert rows_of(plan, tmp_path / "large") == usual, "also when it is asked again"
+    file = pq.ParquetFile(tmp_path / "large" / "downloads" / "part-00000.parquet")
+    assert file.num_row_groups == 1
+    assert "RLE_DICTIONARY" not in file.metadata.row_group(0).column(2).encodings
+
+
+def test_answers_on_disk_are_bounded(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bound reached only URLs of the first part are asked, so none of a later one before it is through."""
+    monkeypatch.setattr("factory.download.PART_URLS", 2)
+    monkeypatch.setattr("factory.download._AHEAD_BYTES", 0)
+    names = ["after/3.png", "2.png", "3.png", "4.png"]
+    plan = plan_of(write_list(tmp_path / "u.txt", site, *names), tries=2, back_off_s=0.1)
+    assert [bool(row["reason"]) for row in rows_of(plan, tmp_path / "data")] == [True, False, False, False]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import factory.download as download
+from factory.recipe import PicturePlan
+download.PART_URLS = 2
+publish, left = download._Part.publish, [int(sys.argv[3])]
+def then_die(part):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(part)
+download._Part.publish = then_die
+download.download_all(PicturePlan.model_validate_json(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[4]))
+"""
+
+
+def test_killed_at_any_part_it_goes_on_to_the_same_bytes(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.download.PART_URLS", 2)
+    plan = plan_of(urls := write_list(tmp_path / "u.txt", site, *(f"{i}.png" for i in range(6))))
+    whole = [part.read_bytes() for part in download_all(plan, [urls], tmp_path / "whole")]
+    out = tmp_path / "killed"
+    for through in (0, 1, 1):
+        words = [sys.executable, "-c", KILLED, plan.model_dump_json(), str(urls), str(through), str(out)]
+        assert subprocess.run(words, timeout=300).returncode == -signal.SIGKILL
+    assert [p.read_bytes() for p in sorted((out / "downloads").iterdir())] == whole[:2], "nothing else is left there"
+    assert [part.read_bytes() for part in download_all(plan, [urls], out)] == whole
 
 
 def test_at_most_so_many_at_once_from_a_host(site: Site, tmp_path: Path) -> None:
@@ -376,6 +479,9 @@ def test_what_an_outage_spoilt_is_not_kept_by_a_crash_in_it(
 ) -> None:
     monkeypatch.setattr("factory.download.PART_URLS", 2)
     names = ["0.png", "1.png", *(f"down/{i}.png" for i in range(1, 5)), "down/6.png", "2.png", "nowhere", "none"]
+    monkeypatch.setattr(
+        "factory.download.AHEAD_PARTS", 1
+    )  # what a kill loses would be asked twice, and is counted below
     keys = {"tries": 1, "max_failed_share": 0.4, "failed_after": 6}
     plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), **keys), tmp_path / "plan.parquet"
     judge = _Latest.add

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import RecipeError
@@ -19,7 +20,7 @@ from cluster.status import read_status
 from cluster.status_view import view
 from cluster.storage import publish_bytes
 from factory.ledger import commit_unit
-from factory.live import LIVE, read_live, told
+from factory.live import LIVE, Live, read_live, told
 from factory.make import make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
 from factory.recipe import FactoryRecipe
@@ -153,6 +154,20 @@ def test_the_next_run_counts_what_was_left_and_forgets_what_was_given_back(out: 
     assert facts["samples"]["in_ledger"] == 20 and facts["samples"]["dead"] == 0, "counted from the ledger again"
     run(out)
     assert read_status(out)["samples"]["in_ledger"] == 24
+
+
+def test_a_refill_is_foretold_by_its_own_samples(out: Path) -> None:
+    run(out)
+    data = out / "dataset"
+    rows = pq.read_table(data / PLAN).to_pylist()[:6]
+    publish_bytes(
+        data / "plan-refill-0001.parquet",
+        table_bytes(pa.Table.from_pylist([{**row, "id": "f" + row["id"][1:]} for row in rows], schema=PLAN_SCHEMA)),
+    )
+    live = Live(FactoryRecipe.model_validate(RECIPE), data, InProcess(), [6, 7])
+    found = live.facts()["foretold"]
+    assert (found["strata"], found["not_judged"]) == (2, 1)
+    assert (found["kept"], found["least"], found["most"]) == (11, 11, 17)
 
 
 def test_until_a_batch_is_through_it_says_what_is_waited_for() -> None:

@@ -1,6 +1,6 @@
 """What is broken comes back to the byte, as long as the ledger stands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from cluster.errors import CorruptShard, LedgerConflict
 from factory.cli import app
+from factory.dead import captions_before
 from factory.decisions import Overlay
+from factory.ledger import read_entry, read_pictures
 from factory.pack import MANIFEST
 from factory.verify import verify
 
@@ -110,5 +112,36 @@ def test_a_damaged_unit_is_given_back_to_make(packed: Path) -> None:
     output = run("repair", packed, "--recipe", packed.parent / "recipe.yaml")
     assert "unit-00001: its pictures" in output and "unit-00002" in output and "run the recipe again" in output
     assert sorted(p.name for p in (packed / "ledger").iterdir()) == ["unit-00000.parquet"]
+    assert len(captions_before(packed, "unit-00001")) == 8, "what the entry still tells is not asked for again"
+    assert captions_before(packed, "unit-00002") == {}, "this one tells nothing"
     with pytest.raises(CorruptShard, match="no manifest"):
         verify(packed)
+
+
+def test_a_damaged_unit_stays_once_something_was_built_on_it(packed: Path) -> None:
+    (packed.parent / "student").mkdir()
+    flip(packed / "pictures" / "unit-00001.parquet")
+    broken = contents(packed)
+    with pytest.raises(LedgerConflict, match="student there was made from the data set as it is"):
+        run("repair", packed, "--recipe", packed.parent / "recipe.yaml")
+    assert contents(packed) == broken
+
+
+def test_damaged_pictures_name_their_remedy(packed: Path) -> None:
+    flip(packed / "pictures" / "unit-00001.parquet")
+    with pytest.raises(CorruptShard, match=r"edgefusion factory repair .* makes unit-00001 anew"):
+        list(read_pictures(packed, "unit-00001", read_entry(packed, "unit-00001")[0]["pictures_sha256"]))
+
+
+def test_pictures_are_read_once_however_many_shards_are_broken(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = contents(packed), list[str]()
+
+    def counted(folder: Path, unit: str, sha256: str) -> Iterator[tuple[str, bytes]]:
+        read.append(unit)
+        return read_pictures(folder, unit, sha256)
+
+    for number in range(3):
+        flip(packed / f"shard-{number:06d}.tar")
+    monkeypatch.setattr("factory.make.read_pictures", counted)
+    run("repair", packed, "--recipe", packed.parent / "recipe.yaml")
+    assert contents(packed) == whole and len(read) == len(set(read)) == 3

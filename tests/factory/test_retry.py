@@ -30,7 +30,7 @@ from factory.index import Columns, to_columns
 from factory.ledger import commit_unit, read_entry
 from factory.make import make as factory_make
 from factory.plan import PLAN, PLAN_SCHEMA, table_bytes
-from factory.recipe import SelectRecipe
+from factory.recipe import MakeRecipe, SelectRecipe
 from factory.retry import reopen_dead
 from factory.select import select
 from factory.stages import _Caption, encode_picture
@@ -73,7 +73,13 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int | None], list[R
         monkeypatch.setattr("factory.make.make_stages", lambda _recipe, folder: stages(folder, deadly))
         recipe: Any = SimpleNamespace(
             plan=SimpleNamespace(images_per_prompt=1),
-            make=SimpleNamespace(unit_images=UNIT_IMAGES, dead_after=512, max_dead_share=0.5),
+            make=MakeRecipe.model_validate(
+                {
+                    "teacher": {"model": "owner/teacher", "batch_images": 1},
+                    "scorer": {"model": "owner/clip"},
+                    "unit_images": UNIT_IMAGES,
+                }
+            ),
             select=SelectRecipe(),
         )
         runner = InProcess() if deadly is None else OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))

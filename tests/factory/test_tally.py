@@ -14,7 +14,7 @@ from factory.foretell import foretell, lines
 from factory.index import to_columns
 from factory.recipe import SelectRecipe
 from factory.select import select
-from factory.tally import ROW_RULES, Tally, later_rules, verdict
+from factory.tally import ROW_RULES, Strata, Tally, later_rules, verdict
 
 WORDS = {"exact duplicate", "near duplicate"}
 
@@ -152,6 +152,40 @@ def test_what_will_be_kept_and_whether_it_is_enough() -> None:
     assert best["reached"] == "yes" and best["eta_s"] == 50.0  # 250 more are 500 pictures more
     tally.rules = SelectRecipe(min_clip=0.5, best=510)
     assert foretell(tally, 1000, per_s=10.0)["best"]["reached"] == "open"
+
+
+def two_teachers(upto: int) -> tuple[Tally, dict[tuple[str, ...], int]]:
+    """100 samples of teacher a, of whom 9 in 10 stay, then 100 of b with 4 in 10, then a refill of 50 by a; units of 10."""
+    tally = Tally(SelectRecipe(min_clip=0.5, best=150), Strata((0, 20), teachers=True))
+    for unit in range(upto):
+        name, keep = ("b", 4) if 10 <= unit < 20 else ("a", 9)
+        rows = [{**row, "attributes": json.dumps({"teacher": name})} for row in rows_of(unit, keep)]
+        tally.add(unit, rows)
+    return tally, {("0", "a"): 100, ("0", "b"): 100, ("1", "a"): 50}
+
+
+def test_teachers_and_refills_are_foretold_each_by_its_own_samples() -> None:
+    tally, strata = two_teachers(10)
+    found = foretell(tally, 250, None, strata=strata)
+    assert (found["least"], found["most"]) == (90, 240), "of b and the refill nobody knows anything"
+    assert found["share_95"][0] < 0.4 and found["share_95"][1] > 0.9 and found["best"]["reached"] == "open"
+    assert "of 2 of 3 teachers and refills nothing is judged yet" in lines(found)[0]
+    tally, strata = two_teachers(15)
+    found = foretell(tally, 250, None, strata=strata)
+    assert 110 + 10 < found["least"] < found["most"] < 110 + 33 + 50, "b goes by its own 20 of 50"
+    tally, strata = two_teachers(25)
+    found = foretell(tally, 250, None, strata=strata)
+    assert found["least"] == found["most"] == found["expected"] == 175 and found["not_judged"] == 0
+
+
+def test_counts_of_an_earlier_version_are_read_where_there_is_one_stratum_and_made_anew_elsewhere() -> None:
+    tally, _ = two_teachers(25)
+    facts = json.loads(json.dumps(tally.facts()))
+    assert Tally.read(facts, tally.rules, set(range(25)), tally.strata).by_stratum == tally.by_stratum
+    del facts["strata"]
+    assert Tally.read(facts, tally.rules, set(range(25)), tally.strata).rows == 0
+    plain = Tally.read(facts, tally.rules, set(range(25)))
+    assert plain.rows == 250 and foretell(plain, 500, None) == foretell(tally, 500, None)
 
 
 def test_which_wanted_combinations_will_lack() -> None:
