@@ -75,6 +75,14 @@ def test_a_spike_stops_with_the_step_the_loss_and_the_remedy(tmp_path, what) -> 
     assert all(t.isfinite().all() for part in ("model", "average") for t in saved[part].values())
 
 
+def test_each_line_of_the_log_says_at_which_step_its_start_went_on(tmp_path) -> None:
+    with pytest.raises(StageError):
+        train(tmp_path, HARMS["is nan"])
+    assert state(tmp_path)["step"] == 39
+    train(tmp_path)
+    assert [row["began_step"] for row in read_log(tmp_path / METRICS)] == [0] * 39 + [39] * 21
+
+
 def test_weights_that_a_step_ruined_are_not_saved(tmp_path) -> None:
     """The loss of step 30 is fine and its update is not: that shows at the next loss, before anything is kept."""
     steps = []
