@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import EdgeFusionError, TargetUnavailable
+from export.onnx_file import parts_of
 
 if TYPE_CHECKING:
     from export.graph import Graph
@@ -77,7 +78,7 @@ class EdgeTarget:
 
     def files(self, path: Path) -> list[Path]:
         """All that belongs to a lowered graph."""
-        return [path]
+        return parts_of(path)
 
     def readable(self, path: Path) -> Path:
         """The file in which the operators of a lowered graph can be read."""

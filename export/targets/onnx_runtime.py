@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import TargetUnavailable
+from export.onnx_file import copy_onnx, open_model
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 
@@ -41,7 +41,7 @@ class OnnxRuntime(EdgeTarget):
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         if precision == "fp32":
-            shutil.copyfile(source.onnx, path)
+            copy_onnx(source.onnx, path)
         else:
             quantise_onnx(source.onnx, path, precision, source.calibration, source.keep)
 
@@ -117,7 +117,6 @@ def values_inside(
 ) -> dict[str, np.ndarray]:
     """Of an ONNX file, those of the tensors `names` that it has, as float32. (What is looked at is not fused with what follows it.)"""
     import onnx
-    import onnxruntime
 
     model = onnx.load(str(path))
     there = {name for node in model.graph.node for name in node.output}
@@ -126,9 +125,7 @@ def values_inside(
         return {}
     given = {one.name for one in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in given)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), session_options(threads), providers=list(providers)
-    )
+    session = open_model(model, session_options(threads), providers)
     return dict(zip(wanted, (np.asarray(value, np.float32) for value in session.run(wanted, inputs)), strict=True))
 
 
