@@ -115,6 +115,44 @@ def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
     assert halves == {"unet.onnx": False, "unet.fp16.onnx": True}
 
 
+def test_a_provider_that_does_not_start_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """get_available_providers says what the wheel was built with, and a session without it runs on the CPU and says so nowhere."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this wheel is built with it")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(TargetUnavailable, match=r"CUDAExecutionProvider does not start.*leave cuda out"):
+        export_student(STUDENT, PROMPTS, ExportRecipe(targets=["cuda"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_session_that_the_cpu_took_over_is_no_gpus(student_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this wheel is built with it")
+    target: Any = find_target("cuda")
+    monkeypatch.setattr(type(target), "not_here", lambda self: "")
+    names = {graph: f"{graph}.onnx" for graph in ("text_encoder", "unet", "vae_decoder")}
+    with pytest.raises(TargetUnavailable, match=r"by CPUExecutionProvider and not by CUDAExecutionProvider"):
+        target.open(student_bundles / "onnx", names, 1)
+
+
+def test_what_tensorrt_leaves_to_cuda_stands_apart() -> None:
+    from export.targets.onnx_runtime import CPU, CUDA, TENSORRT, _tally
+
+    ran = [("TRTKernel_graph", TENSORRT), ("Conv", CUDA), ("Conv", CUDA), ("Sin", CPU)]
+    events = [{"cat": "Node", "args": {"op_name": kind, "provider": by}} for kind, by in ran]
+    events.append({"cat": "Session", "args": {}})
+    told = _tally(events, TENSORRT)
+    assert told["accelerated"] == 1 and told["on_cuda"] == {"Conv": 2} and told["not_accelerated"] == {"Sin": 1}
+    told = _tally(events[1:], CUDA)
+    assert told["accelerated"] == 2 and told["not_accelerated"] == {"Sin": 1} and "on_cuda" not in told
+
+
 def test_tiles_are_looked_for_where_they_can_be_seen(tmp_path: Path) -> None:
     """Qualcomm's file is one operator, the context binary."""
     path, origin = tmp_path / "unet.w8a16.onnx", tmp_path / "unet.w8a16.source.onnx"
