@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class OnnxRuntime(EdgeTarget):
         found = onnxruntime.get_available_providers()  # what it was built with, whether or not that starts here
         if self.provider not in found:
             return f"ONNX Runtime has no {self.provider} here, only {', '.join(found)}"
+        if self.provider == TENSORRT:
+            os.environ["NVIDIA_TF32_OVERRIDE"] = (
+                "0"  # it has no option against TF32, and reads this when it builds an engine
+            )
         return "" if self.provider == CPU else _why_not(self.provider)
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
@@ -102,11 +107,12 @@ class OnnxRuntime(EdgeTarget):
         return f"{name} by {self.provider}"
 
     def _providers(self, name: str) -> list[Any]:
-        """For the graph in the file `name`: TensorRT would take halves for a graph in float32 too, if it were let."""
-        if self.provider != TENSORRT:
-            return [self.provider] if self.provider == CPU else [self.provider, CPU]
-        half = {"trt_fp16_enable": ".fp16." in name}
-        return [(self.provider, half), CUDA, CPU]
+        """For the graph in the file `name`. What is stored as float32 is computed as float32: CUDA would take TF32 (10 bits of mantissa), and
+        TensorRT halves, if they were let. The sample program says the same once more (`export/samples/onnx_sample.py`)."""
+        cuda = (CUDA, {"use_tf32": "0"})
+        if self.provider == TENSORRT:
+            return [(TENSORRT, {"trt_fp16_enable": ".fp16." in name}), cuda, CPU]
+        return [cuda, CPU] if self.provider == CUDA else [CPU]
 
 
 @functools.cache

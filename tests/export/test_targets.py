@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
     target: Any = find_target("tensorrt")
     halves = {name: target._providers(name)[0][1]["trt_fp16_enable"] for name in ("unet.onnx", "unet.fp16.onnx")}
     assert halves == {"unet.onnx": False, "unet.fp16.onnx": True}
+
+
+def test_float32_is_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, tensorrt = (find_target(name)._providers("unet.onnx") for name in ("cuda", "tensorrt"))  # type: ignore[attr-defined]
+    assert cuda[0] == tensorrt[1] == ("CUDAExecutionProvider", {"use_tf32": "0"})
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    find_target("tensorrt").not_here()
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 def test_a_provider_that_does_not_start_is_told_before_any_work(
