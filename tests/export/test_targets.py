@@ -1,8 +1,11 @@
 import json
 import os
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -16,7 +19,7 @@ from export.bundle import export_student, open_bundle
 from export.card import _text
 from export.graph import Graph, decoder_graph
 from export.parity import failures, snr_db
-from export.proof import read_reference, reference_inputs
+from export.proof import read_reference, reference_inputs, write_sample
 from export.quantise_openvino import quantise_openvino
 from export.recipe import PRECISIONS, ExportRecipe, GateRecipe, Target
 from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
@@ -114,6 +117,37 @@ def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
     target: Any = find_target("tensorrt")
     halves = {name: target._providers(name)[0][1]["trt_fp16_enable"] for name in ("unet.onnx", "unet.fp16.onnx")}
     assert halves == {"unet.onnx": False, "unet.fp16.onnx": True}
+
+
+@pytest.mark.parametrize("name", ["onnx", "cuda", "tensorrt"])
+def test_the_sample_asks_for_what_was_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = find_target(name)
+    graphs = {"text_encoder": "text_encoder.fp16.onnx", "unet": "unet.onnx", "vae_decoder": "vae_decoder.fp16.onnx"}
+    (tmp_path / "bundle.json").write_text(json.dumps({"target": name, "builds": {"mine": {"graphs": graphs}}}))
+    write_sample(tmp_path, target.sample or name)
+    asked: dict[str, list[Any]] = {}
+
+    class Session:
+        def __init__(self, path: str, providers: list[Any]) -> None:
+            asked[Path(path).name] = providers
+            self.got = [one if isinstance(one, str) else one[0] for one in providers]
+
+        def get_providers(self) -> list[str]:
+            return self.got[starts:]
+
+    preloaded: list[bool] = []
+    fake = SimpleNamespace(InferenceSession=Session, preload_dlls=lambda: preloaded.append(True))
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    monkeypatch.setattr("sys.argv", ["sample.py", "a fox"])
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    starts = 0
+    with pytest.raises(Exception, match="No such file"):  # it goes on as far as this bundle does
+        runpy.run_path(str(tmp_path / "sample.py"))
+    assert asked == {file: target._providers(file) for file in graphs.values()}
+    assert preloaded and os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    starts = 1  # the first one does not
+    with pytest.raises(Exception, match="No such file" if name == "onnx" else "ExecutionProvider does not start"):
+        runpy.run_path(str(tmp_path / "sample.py"))
 
 
 def test_float32_is_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
