@@ -208,7 +208,7 @@ def _describe(
         "prompts": list(work.prompts),
         "student": provenance(work.student, recipe.sources),
         "made_with": work.made_with[target.name],
-        "keep": list(work.keep),
+        "keep": target.kept(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,
         "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},

@@ -72,6 +72,10 @@ class EdgeTarget:
         """Write one graph at `precision` to `path`. Raises StageError for a graph that the target's compiler refuses."""
         raise NotImplementedError
 
+    def kept(self, wanted: Sequence[str]) -> list[str]:
+        """Of the modules that a recipe keeps in float, those that stay so where this target quantises."""
+        return list(wanted)
+
     def suffix_of(self, graph: str) -> str:
         """How the file of a graph ends."""
         return self.suffix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 class CoreMl(EdgeTarget):
     def not_here(self) -> str:
         return "" if sys.platform == "darwin" else "Core ML runs on macOS and iOS only"
+
+    def kept(self, wanted: Sequence[str]) -> list[str]:
+        """None: Core ML's compression is told nothing of modules, and takes every weight."""
+        return []
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """fp32, fp16, or fp16 arithmetic with weights of 8 bits a channel (w8) or palettes of 16 values (w4)."""

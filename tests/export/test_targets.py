@@ -18,6 +18,7 @@ from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.bundle import export_student, open_bundle
 from export.card import _text
 from export.graph import Graph, decoder_graph
+from export.layers import HIGH_PRECISION
 from export.parity import failures, snr_db
 from export.proof import read_reference, reference_inputs, write_sample
 from export.quantise_openvino import quantise_openvino
@@ -90,6 +91,15 @@ def test_the_cards_line_brings_what_the_sample_imports(student_bundles: Path) ->
             needs = needs - {"onnxruntime"} | {"onnxruntime-gpu"}
         line = next(one for one in _text(facts | {"target": name}).splitlines() if "pip install" in one)
         assert set(line.split()[2:]) == needs, name
+
+
+def test_a_target_that_quantises_every_layer_does_not_claim_otherwise(student_bundles: Path) -> None:
+    facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
+    assert facts["keep"] == list(HIGH_PRECISION) == find_target("onnx").kept(HIGH_PRECISION)
+    assert "tools of" not in _text(facts)
+    kept = find_target("coreml").kept(facts["keep"])
+    card = _text(facts | {"target": "coreml", "keep": kept})
+    assert kept == [] and "is quantised: nothing. The tools of coreml quantise every layer" in card
 
 
 def test_onnx_runtimes_version_is_told_whoever_brought_it(monkeypatch: pytest.MonkeyPatch) -> None:
