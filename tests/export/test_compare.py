@@ -32,6 +32,10 @@ def test_forecasts_are_summed_and_never_mixed() -> None:
     estimated = {"a": cost, "b": {"untiled": "the compiler died", "chosen": cost["chosen"]}}
     told = _forecast({**tiling, "compiler_estimated": estimated})
     assert told is not None and told["compiler_estimated"]["untiled"]["dram_mb"] == 4.0
+    # Both over the block that the compiler told of, or the one would look half as dear as the other.
+    assert told["predicted"]["untiled"]["dram_mb"] == 4.0 and told["blocks"] == "1 of 2"
+    told = _forecast({**tiling, "compiler_estimated": {"b": estimated["b"]}})
+    assert told is not None and told["compiler_estimated"] is None and told["blocks"] == "2 of 2"
     assert _forecast(None) is None
 
 
