@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,6 +73,10 @@ class CoreMl(EdgeTarget):
             return run
 
         return {graph: call(model) for graph, model in models.items()}
+
+    def hardware(self, threads: int) -> str:
+        """Core ML chooses by itself, whatever `threads` says."""
+        return f"{platform.machine()}, what Core ML chose of CPU, GPU and Neural Engine"
 
 
 def _compressed(model: Any, precision: str) -> Any:

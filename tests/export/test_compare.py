@@ -19,6 +19,8 @@ def test_bundles_stand_side_by_side_with_full_precision(student_bundles: Path, t
     assert len(set(by_name.values())) >= 3
     assert page.count("time emulated") == 1  # w8a16 alone
     assert page.count("all hold") == 5
+    head = page.split("was taken in one go on")[1].split("Times with")[0]
+    assert "onnxruntime" in head and "openvino" in head  # what each was measured on, not the first one's alone
     assert "None of these bundles holds predicted" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # whole by itself
 

@@ -116,6 +116,9 @@ def test_times_are_labelled_with_what_took_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100")
     assert find_target("onnx").hardware(2).endswith("CPU, 2 threads")
     assert find_target("cuda").hardware(2) == "NVIDIA H100 by CUDAExecutionProvider"
+    # Of threads that nobody asked for nothing is said.
+    assert find_target("executorch").hardware(2).endswith(f"CPU, all {os.cpu_count()} cores")
+    assert find_target("coreml").hardware(2).endswith("what Core ML chose of CPU, GPU and Neural Engine")
     mixed = {"text_encoder": "fp16", "unet": "w8a16", "vae_decoder": "fp16"}
     assert find_target("litert").times_kind(mixed) == "emulated", "ONNX Runtime's CPU plays the halves"
     assert (
