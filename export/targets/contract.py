@@ -80,8 +80,8 @@ class EdgeTarget:
         """How the file of a graph ends."""
         return self.suffix
 
-    def files(self, path: Path) -> list[Path]:
-        """All that belongs to a lowered graph."""
+    def shipped(self, path: Path) -> list[Path]:
+        """What a device needs of a lowered graph: the bundle may hold more, such as what other chips are compiled from, or a report."""
         return parts_of(path)
 
     def readable(self, path: Path) -> Path:
@@ -126,8 +126,8 @@ class EdgeTarget:
 
 
 def bytes_of(target: EdgeTarget, path: Path) -> int:
-    """Of a lowered graph, everything that belongs to it; files of a folder one by one."""
-    found = [file for top in target.files(path) for file in ([top] if top.is_file() else top.rglob("*"))]
+    """Of a lowered graph, what a device needs; files of a folder one by one."""
+    found = [file for top in target.shipped(path) for file in ([top] if top.is_file() else top.rglob("*"))]
     return sum(file.stat().st_size for file in found if file.is_file())
 
 

@@ -28,8 +28,8 @@ class LiteRt(EdgeTarget):
     def suffix_of(self, graph: str) -> str:
         return self.suffix if graph == "unet" else ".onnx"
 
-    def files(self, path: Path) -> list[Path]:
-        return [*super().files(path), *(other for other in (host_path(path),) if other.exists())]
+    def shipped(self, path: Path) -> list[Path]:
+        return [*super().shipped(path), *(other for other in (host_path(path),) if other.exists())]
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """The UNet at w8a16; others at any precision of ONNX Runtime. Raises StageError for a UNet with parts that are not lowered."""

@@ -52,8 +52,9 @@ class Qnn(EdgeTarget):
     """A graph in integers or fp16 is NAME.onnx (for ONNX Runtime on the phone) with its context binary NAME_qnn.bin, and NAME.source.onnx,
     from which other chips are compiled; fp32 is a plain ONNX file for the phone's CPU."""
 
-    def files(self, path: Path) -> list[Path]:
-        return [*super().files(path), *(p for p in (_binary(path), _origin(path)) if p.exists())]
+    def shipped(self, path: Path) -> list[Path]:
+        """Not NAME.source.onnx, which is the same weights once more."""
+        return [*super().shipped(path), *([_binary(path)] if _binary(path).exists() else [])]
 
     def readable(self, path: Path) -> Path:
         """A context binary shows nothing of what is in it."""

@@ -219,6 +219,27 @@ def test_tiles_are_looked_for_where_they_can_be_seen(tmp_path: Path) -> None:
     assert find_target("qnn").readable(path) == origin
 
 
+@pytest.mark.parametrize(
+    ("name", "there", "shipped"),
+    [
+        ("qnn", ("u.onnx", "u_qnn.bin", "u.source.onnx"), {"u.onnx", "u_qnn.bin"}),
+        ("qnn", ("u.onnx",), {"u.onnx"}),
+        ("ethos", ("u.tflite", "u_vela.tflite", "u.vela.json", "u.host.onnx"), {"u_vela.tflite", "u.host.onnx"}),
+        ("ethos", ("u.onnx",), {"u.onnx"}),  # its encoder and decoder
+        ("exynos", ("u.tflite", "u.operators.json", "u.host.onnx"), {"u.tflite", "u.host.onnx"}),
+        ("litert", ("u.tflite", "u.host.onnx"), {"u.tflite", "u.host.onnx"}),
+        ("openvino", ("u.xml", "u.bin"), {"u.xml", "u.bin"}),
+        ("onnx", ("u.onnx", "u.onnx.data"), {"u.onnx", "u.onnx.data"}),
+    ],
+)
+def test_a_size_is_of_what_a_device_needs(name: str, there: tuple[str, ...], shipped: set[str], tmp_path: Path) -> None:
+    for file in there:
+        (tmp_path / file).write_bytes(b"12345")
+    target = find_target(name)
+    assert {path.name for path in target.shipped(tmp_path / there[0])} == shipped
+    assert bytes_of(target, tmp_path / there[0]) == 5 * len(shipped)
+
+
 def test_what_is_no_number_is_never_near() -> None:
     zero, one = np.zeros(4), np.ones(4)
     wrong = np.array([1, 1, 1, np.nan])
