@@ -116,7 +116,7 @@ def prove_tiles(
         raise ParityError(
             f"decoding in tiles of {recipe.decoder.tile} latents changes the pictures: {found['psnr_db']:.1f} dB, {least:g} wanted",
             where="vae_decoder",
-            remedy="Choose a larger export.decoder.tile or overlap, or leave export.decoder out",
+            remedy="Choose a larger export.decoder.tile, a larger overlap (up to the tile less one), or leave export.decoder out",
         )
     return {**recipe.decoder.model_dump(), **found}
 
