@@ -18,7 +18,7 @@ from cluster.errors import LedgerConflict, RecipeError, StageError
 from cluster.events import LOG, NOWHERE, Events
 from cluster.heartbeat import heartbeat
 from cluster.likeness import first_difference, without
-from cluster.machine import NEEDED, commit, load_per_core, machine_facts, version_of, watch_memory
+from cluster.machine import NEEDED, commit, load_per_core, machine_facts, provided_by, watch_memory
 from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, console, progress_bars
 from cluster.recipe import Settings, recipe_digest
@@ -227,7 +227,7 @@ class Chain:
         facts = {
             "recipe_digest": recipe_digest(self.recipe),
             "recipe": tree,
-            "versions": {package: version_of(package) for package in NEEDED},
+            "versions": {package: found[1] if (found := provided_by(package)) else None for package in NEEDED},
             "commit": commit(),
             "machine": machine_facts(),
             "seconds": {},

@@ -17,7 +17,7 @@ from cluster.dashboard import dashboard
 from cluster.environment import KINDS, default_folder, make_environment
 from cluster.errors import EdgeFusionError
 from cluster.events import LOG, PROBLEMS, read_events, samples_of
-from cluster.machine import NEEDED, OPTIONAL, machine_facts, version_of
+from cluster.machine import NEEDED, OPTIONAL, machine_facts, provided_by, version_of
 from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
 from cluster.storage import publish_bytes
@@ -33,9 +33,10 @@ def doctor() -> None:
     table.add_section()
     missing: list[str] = []
     for package in NEEDED:
-        version = version_of(package)
-        table.add_row(package, version or "[red]missing[/]")
-        missing += [] if version else [package]
+        found = provided_by(package)
+        by = f" (by {found[0]})" if found and found[0] != package else ""
+        table.add_row(package, f"{found[1]}{by}" if found else "[red]missing[/]")
+        missing += [] if found else [package]
     for package, remedy in OPTIONAL.items():
         table.add_row(package, version_of(package) or f"not installed; optional, {remedy}".replace("[", r"\["))
     Console().print(table)

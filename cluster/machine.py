@@ -119,6 +119,15 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def provided_by(package: str) -> tuple[str, str] | None:
+    """The distribution that brings what `package` does, and its version: itself, or one that brings the module of its name in its place
+    (onnxruntime-gpu, which is not installed beside onnxruntime)."""
+    if version := version_of(package):
+        return package, version
+    others = metadata.packages_distributions().get(package, ())
+    return next(((name, version) for name in others if (version := version_of(name))), None)
+
+
 def pins(package: str, extras: Sequence[str] = ()) -> dict[str, str]:
     """Every distribution that `package` with `extras` brings, as installed here, by the version without what was built locally (`+cpu`)."""
     found: dict[str, str] = {}

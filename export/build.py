@@ -116,7 +116,7 @@ def prove_tiles(
         raise ParityError(
             f"decoding in tiles of {recipe.decoder.tile} latents changes the pictures: {found['psnr_db']:.1f} dB, {least:g} wanted",
             where="vae_decoder",
-            remedy="Choose a larger export.decoder.tile or overlap, or leave export.decoder out",
+            remedy="Choose a larger export.decoder.tile, a larger overlap (up to the tile less one), or leave export.decoder out",
         )
     return {**recipe.decoder.model_dump(), **found}
 
@@ -208,7 +208,7 @@ def _describe(
         "prompts": list(work.prompts),
         "student": provenance(work.student, recipe.sources),
         "made_with": work.made_with[target.name],
-        "keep": list(work.keep),
+        "keep": target.kept(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,
         "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.layers import HIGH_PRECISION
 from export.recipe import SourceRecipe
 from export.runtime import GRAPHS
+from export.targets.contract import EdgeTarget
 from export.targets.registry import find_target
 from factory.models import ZOO
 from trainer.trained_on import TRAINED_ON
@@ -86,7 +88,7 @@ def _text(facts: dict[str, Any]) -> str:
     parts += [
         "",
         "w8a16, w8a8: int8 weights and 16- or 8-bit integer activations. w8, w4: int8 or 4-bit weights, float activations. "
-        f"In float wherever a graph is quantised: {', '.join(facts['keep']) or 'nothing'}.",
+        f"In float wherever a graph is quantised: {', '.join(facts['keep']) or 'nothing'}.{_heedless(target)}",
         "",
         "## Figures",
         "",
@@ -119,6 +121,12 @@ def _text(facts: dict[str, Any]) -> str:
         ]
     data = _trained_on(facts["student"].get("trained_on", []))
     return "\n".join([*parts, "", *data, *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _heedless(target: EdgeTarget) -> str:
+    if target.kept(HIGH_PRECISION):
+        return ""
+    return f" The tools of {target.name} quantise every layer, also those that a recipe names in `export.keep`."
 
 
 def _trained_on(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -104,13 +104,21 @@ def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) ->
 
 
 def _forecast(tiling: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Sums over the attention blocks of a tiled build; what was not obtained is None."""
+    """Sums over the attention blocks of a tiled build; what was not obtained is None.
+
+    The compiler was asked of tiled blocks alone and may have refused some: both kinds are summed over the blocks that it told of.
+    """
     if tiling is None:
         return None
-    estimated = [one for one in (tiling["compiler_estimated"] or {}).values() if isinstance(one["untiled"], dict)]
+    predicted = tiling["predicted"]
+    estimated = {
+        name: one for name, one in (tiling["compiler_estimated"] or {}).items() if isinstance(one["untiled"], dict)
+    }
+    names = [name for name in predicted if name in estimated or not estimated]
     told: dict[str, Any] = {"profile": tiling["profile"], "emulated": tiling["emulated"]}
-    for kind, blocks in (("predicted", list(tiling["predicted"].values())), ("compiler_estimated", estimated)):
-        told[kind] = None
+    told["blocks"] = f"{len(names)} of {len(predicted)}"
+    for kind, costs in (("predicted", predicted), ("compiler_estimated", estimated)):
+        told[kind], blocks = None, [costs[name] for name in names if name in costs]
         if blocks:
             told[kind] = {
                 when: {

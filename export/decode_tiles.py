@@ -8,6 +8,7 @@ are taken from a pass over the features at half the size and held for all tiles,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,24 +117,27 @@ class TiledDecoder(nn.Module):
 
 
 def starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of a side begin: even steps, the last one moved back to end with the side."""
+    """Where tiles of a side begin: as few as share at least `overlap`, in steps as even as whole numbers allow."""
     if side <= tile:
         return [0]
-    step = tile - overlap
-    return [*range(0, side - tile, step), side - tile]
+    steps = math.ceil((side - tile) / (tile - overlap))
+    return [i * (side - tile) // steps for i in range(steps + 1)]
 
 
 def joined(parts: Sequence[torch.Tensor], begins: Sequence[int], tile: int, factor: int, axis: int) -> torch.Tensor:
-    """Parts put side by side along `axis`. Of what two share, the outer quarters go to the one that is farther from its edge there, and
-    the middle goes from one to the other in a ramp."""
-    kept, start = [], 0
+    """Parts put side by side along `axis`. Of what two share, the outer quarters (or more) go to the one that is farther from its edge
+    there, and the middle goes from one to the other in a ramp."""
+    kept, start, several = [], 0, len(begins) > 2
     for i, (part, begin) in enumerate(zip(parts, begins, strict=True)):
         end = tile * factor
         if i + 1 < len(parts):
-            shared = (begin + tile - begins[i + 1]) * factor
-            trim = shared // 4
-            ramp = shared - 2 * trim
-            end = tile * factor - shared + trim
+            step = (begins[i + 1] - begin) * factor
+            shared = tile * factor - step
+            ramp = shared - 2 * (shared // 4)
+            # Where three tiles share pixels: ramps no longer than the steps end before the next one begins.
+            ramp = min(ramp, step) if several else ramp
+            trim = (shared - ramp) // 2
+            end = step + trim
             other = parts[i + 1].narrow(axis, trim, ramp)
             weight = (torch.arange(ramp, device=part.device, dtype=part.dtype) + 0.5) / ramp
             weight = weight.reshape([-1, *[1] * (-1 - axis)])

@@ -11,6 +11,7 @@ from cluster.errors import EdgeFusionError
 from cluster.storage import digest_file, publish_folder
 from export import ort_web
 from export.bundle import open_bundle, read_bundle
+from export.onnx_file import weights_beside
 from export.runtime import GRAPHS
 from export.words import tokenize
 
@@ -27,6 +28,13 @@ def write_demo(bundle: Path, out: Path, precision: str = "fp32", tarball: Path |
             f"holds {read_bundle(bundle)['target']} builds, and browsers run ONNX",
             where=str(bundle),
             remedy="Export with target onnx and give that bundle",
+        )
+    graphs = read_bundle(bundle)["builds"].get(precision, {}).get("graphs", {})  # open_bundle tells an unknown build
+    if large := [name for name in graphs.values() if weights_beside(bundle / name).exists()]:
+        raise EdgeFusionError(
+            f"{large[0]} has more than 2 GiB of weights, which no browser takes",
+            where=str(bundle),
+            remedy="Choose a smaller build: --precision w8 or fp16",
         )
     if out.is_file():
         raise EdgeFusionError("is a file", where=str(out), remedy="Give the name of a folder: --out demo")

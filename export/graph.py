@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from cluster.errors import EdgeFusionError, RecipeError, StageError
-from cluster.storage import publish_file
 from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
+from export.onnx_file import publish_onnx
 
 
 class _TextEncoder(nn.Module):
@@ -111,7 +111,7 @@ def decoder_graph(vae: Any, latent: torch.Tensor, tiles: tuple[int, int] | None 
 
 
 def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
-    """Write one graph through torch.export; static shapes. Raises StageError if the model does not lower.
+    """Write one graph through torch.export, by `publish_onnx`; static shapes. Raises StageError if the model does not lower.
 
     Without `rewrite` constants are folded and nothing else: the rewriter's time grows with the square of the nodes, so that a
     finely tiled UNet would take it many minutes.
@@ -137,7 +137,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
                 from onnxscript.optimizer import fold_constants
 
                 fold_constants(program.model)
-            publish_file(path, lambda partial: program.save(str(partial), external_data=False))
+            publish_onnx(path, program.model)
     except EdgeFusionError:
         raise
     except Exception as error:

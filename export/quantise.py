@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.layers import LAYERS, kept_layers, kept_nodes
+from export.onnx_file import save_onnx, weights_beside
 
 Inputs = dict[str, np.ndarray]
 
@@ -57,8 +58,10 @@ def _integers(
     kept: list[str],
 ) -> None:
     """QDQ with unsigned activations of 16 or 8 bits and int8 weights per channel, for convolutions and matrix products."""
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
+    large = weights_beside(source).exists()
     logging.disable(logging.WARNING)
     try:
         quantize_static(
@@ -71,10 +74,13 @@ def _integers(
             activation_type={"w8a16": QuantType.QUInt16, "w8a8": QuantType.QUInt8}[precision],
             weight_type=QuantType.QInt8,
             nodes_to_exclude=kept,
+            use_external_data_format=large,
             extra_options={"WeightSymmetric": True},
         )
     finally:
         logging.disable(logging.NOTSET)
+    if large:  # the integers may well go into one file
+        save_onnx(onnx.load(str(target)), target)
 
 
 def _half(source: Path, target: Path) -> None:
@@ -85,11 +91,14 @@ def _half(source: Path, target: Path) -> None:
     logging.disable(logging.WARNING)
     try:
         model = convert_float_to_float16(
-            onnx.load(str(source)), keep_io_types=True, node_block_list=kept_nodes(source, ["time_proj"])
+            # A model in memory is passed on through protobuf to infer its shapes; of a file they are inferred in place.
+            str(source) if weights_beside(source).exists() else onnx.load(str(source)),
+            keep_io_types=True,
+            node_block_list=kept_nodes(source, ["time_proj"]),
         )
     finally:
         logging.disable(logging.NOTSET)
-    onnx.save(model, str(target))
+    save_onnx(model, target)
 
 
 def _weights8(source: Path, target: Path, kept: Sequence[str]) -> None:
@@ -97,7 +106,7 @@ def _weights8(source: Path, target: Path, kept: Sequence[str]) -> None:
 
     model = onnx.load(str(source))
     _store_int8(model, kept)
-    onnx.save(model, str(target))
+    save_onnx(model, target)
 
 
 def _weights4(source: Path, target: Path, kept: Sequence[str]) -> None:
@@ -115,7 +124,7 @@ def _weights4(source: Path, target: Path, kept: Sequence[str]) -> None:
         logging.disable(logging.NOTSET)
     model: Any = work.model.model
     _store_int8(model, kept)
-    onnx.save(model, str(target))
+    save_onnx(model, target)
 
 
 def _store_int8(model: Any, kept: Sequence[str]) -> None:

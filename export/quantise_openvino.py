@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.layers import kept_layers
+from export.layers import kept_layers, kept_nodes
 from export.quantise import Inputs
 
 _GROUP = 32
@@ -31,7 +31,8 @@ def quantise_openvino(
     import openvino
 
     if precision in ("fp32", "fp16", "bf16"):
-        openvino.save_model(openvino.convert_model(str(source)), str(target), compress_to_fp16=precision != "fp32")
+        model = openvino.convert_model(str(source)) if precision == "fp32" else _to_halve(source)
+        openvino.save_model(model, str(target), compress_to_fp16=precision != "fp32")
         return
     import nncf
 
@@ -74,13 +75,33 @@ def quantise_openvino(
     openvino.save_model(done, str(target), compress_to_fp16=False)
 
 
+def _to_halve(source: Path) -> Any:
+    """The model, ready for float16 weights: each frequency of the timestep becomes a sum of two numbers, of which the second is what float16
+    leaves out of the first. Times 999, what it leaves out is half a radian. (OpenVINO's own mark against compression is lost on the way.)
+    """
+    import numpy as np
+    import openvino
+    from openvino import opset13
+
+    model, angles = openvino.convert_model(str(source)), set(kept_nodes(source, ["time_proj"]))
+    for node in model.get_ops():
+        for place in node.inputs() if node.get_friendly_name() in angles else ():
+            value = place.get_source_output().get_node()
+            if value.get_type_name() == "Constant" and value.get_element_type() == openvino.Type.f32:
+                whole = value.get_data()
+                first = whole.astype(np.float16).astype(np.float32)
+                both = opset13.add(opset13.constant(first), opset13.constant(whole - first))
+                place.replace_source_output(both.output(0))
+    return model
+
+
 def _halved(source: Path) -> Any:
     """The model with float16 weights. OpenVINO stores float32 in a model that holds int8 weights, whatever it is asked for, so this comes first."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "half.xml"
-        openvino.save_model(openvino.convert_model(str(source)), str(path), compress_to_fp16=True)
+        openvino.save_model(_to_halve(source), str(path), compress_to_fp16=True)
         # Read from bytes: a model read from a file keeps the file open, and this one goes away.
         return openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 

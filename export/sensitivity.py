@@ -16,6 +16,7 @@ import numpy as np
 
 from export import parity
 from export.layers import HIGH_PRECISION, LAYERS, layer_modules, lies_in
+from export.onnx_file import open_model
 from export.quantise import Inputs, quantise_onnx
 from export.recipe import ExportRecipe
 from export.runtime import Build, Call
@@ -203,5 +204,5 @@ def _open(model: Any) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_model(model, options, ["CPUExecutionProvider"])
     return lambda inputs: session.run(None, inputs)[0]

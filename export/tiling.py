@@ -154,7 +154,8 @@ def _scores(dims: list[int]) -> Scores:
 def _onnx_scores(path: Path) -> list[tuple[Scores, int]]:
     import onnx
 
-    graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)), data_prop=True).graph
+    # Without large weights: shapes do not hang on them, and protobuf would not pass on more than 2 GiB.
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False), data_prop=True).graph
     shapes = {info.name: [d.dim_value for d in info.type.tensor_type.shape.dim] for info in graph.value_info}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:

@@ -27,6 +27,18 @@ def test_doctor_names_what_is_missing_and_the_remedy(monkeypatch) -> None:
     assert "pip install a-package-that-nobody-has" in result.output
 
 
+def test_doctor_takes_a_module_from_whoever_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu stands in the place of onnxruntime, and `pip install onnxruntime` would write over its files."""
+    made = tmp_path / "a_module_gpu-1.2.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: a-module-gpu\nVersion: 1.2\n")
+    (made / "top_level.txt").write_text("a_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("cluster.cli.NEEDED", ["a_module"])
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0 and "1.2 (by a-module-gpu)" in result.output
+
+
 def test_an_unknown_zoo_model_is_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["zoo", "build", "unet", "--steps", "1"])
     assert result.exit_code == 2

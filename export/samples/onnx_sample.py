@@ -1,10 +1,10 @@
 """Draws a picture with this bundle. Needs only: pip install numpy onnxruntime tokenizers
-Then: python sample.py "a red apple" --seed 0 --out apple.png [--build fp32]
+(cuda and tensorrt: onnxruntime-gpu, not onnxruntime). Then: python sample.py "a red apple" --seed 0 [--build fp32]
 """
 
 import argparse
-import functools
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -20,13 +20,14 @@ ask.add_argument("prompt")
 ask.add_argument("--seed", type=int, default=0)
 ask.add_argument("--build", default=next(iter(FACTS["builds"])), choices=list(FACTS["builds"]))
 ask.add_argument("--out", default="out.png")
-ASKED = ask.parse_args()
-
-
-@functools.cache
-def model(graph):
-    kind = {"cuda": "CUDA", "tensorrt": "Tensorrt"}.get(FACTS["target"], "CPU") + "ExecutionProvider"
-    return onnxruntime.InferenceSession(str(HERE / FACTS["builds"][ASKED.build]["graphs"][graph]), providers=[kind])
+ASKED, MODELS = ask.parse_args(), {}
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # what is stored as float32 is computed as float32
+getattr(onnxruntime, "preload_dlls", list)()
+for graph, file in FACTS["builds"][ASKED.build]["graphs"].items():
+    half, cuda = {"trt_fp16_enable": ".fp16." in file}, ("CUDAExecutionProvider", {"use_tf32": "0"})
+    kinds = {"cuda": [cuda], "tensorrt": [("TensorrtExecutionProvider", half), cuda]}.get(FACTS["target"], [])
+    MODELS[graph] = onnxruntime.InferenceSession(str(HERE / file), providers=[*kinds, "CPUExecutionProvider"])
+    assert all(kind[0] in MODELS[graph].get_providers() for kind in kinds[:1]), f"{kinds[0][0]} does not start"
 
 
 def noise(draw, shape):
@@ -45,14 +46,13 @@ words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.j
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
 x = noise(0, FACTS["latent_shape"])
-text = model("text_encoder").run(None, {"input_ids": np.array([words.encode(ASKED.prompt).ids] * len(x))})[0]
+text = MODELS["text_encoder"].run(None, {"input_ids": np.array([words.encode(ASKED.prompt).ids] * len(x))})[0]
 for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
-    y = model("unet").run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
+    y = MODELS["unet"].run(None, {"latent": x, "timestep": np.array([row["t"]], np.float32), "text": text})[0]
     kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
-    if "next_alpha" in row:
-        x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
-rgb = np.concatenate(np.asarray(model("vae_decoder").run(None, {"latent": x})[0]), 1).transpose(1, 2, 0) * 255
+    x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape) if "next_alpha" in row else x
+rgb = np.concatenate(np.asarray(MODELS["vae_decoder"].run(None, {"latent": x})[0]), 1).transpose(1, 2, 0) * 255
 body = zlib.compress(np.insert(rgb.round().astype(np.uint8).reshape(len(rgb), -1), 0, 0, axis=1).tobytes())
 parts = [(b"IHDR", struct.pack(">2I5B", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
 png = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]

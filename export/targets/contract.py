@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import EdgeFusionError, TargetUnavailable
+from export.onnx_file import parts_of
 
 if TYPE_CHECKING:
     from export.graph import Graph
@@ -71,13 +72,17 @@ class EdgeTarget:
         """Write one graph at `precision` to `path`. Raises StageError for a graph that the target's compiler refuses."""
         raise NotImplementedError
 
+    def kept(self, wanted: Sequence[str]) -> list[str]:
+        """Of the modules that a recipe keeps in float, those that stay so where this target quantises."""
+        return list(wanted)
+
     def suffix_of(self, graph: str) -> str:
         """How the file of a graph ends."""
         return self.suffix
 
-    def files(self, path: Path) -> list[Path]:
-        """All that belongs to a lowered graph."""
-        return [path]
+    def shipped(self, path: Path) -> list[Path]:
+        """What a device needs of a lowered graph: the bundle may hold more, such as what other chips are compiled from, or a report."""
+        return parts_of(path)
 
     def readable(self, path: Path) -> Path:
         """The file in which the operators of a lowered graph can be read."""
@@ -121,8 +126,8 @@ class EdgeTarget:
 
 
 def bytes_of(target: EdgeTarget, path: Path) -> int:
-    """Of a lowered graph, everything that belongs to it; files of a folder one by one."""
-    found = [file for top in target.files(path) for file in ([top] if top.is_file() else top.rglob("*"))]
+    """Of a lowered graph, what a device needs; files of a folder one by one."""
+    found = [file for top in target.shipped(path) for file in ([top] if top.is_file() else top.rglob("*"))]
     return sum(file.stat().st_size for file in found if file.is_file())
 
 

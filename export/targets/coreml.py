@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 class CoreMl(EdgeTarget):
     def not_here(self) -> str:
         return "" if sys.platform == "darwin" else "Core ML runs on macOS and iOS only"
+
+    def kept(self, wanted: Sequence[str]) -> list[str]:
+        """None: Core ML's compression is told nothing of modules, and takes every weight."""
+        return []
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """fp32, fp16, or fp16 arithmetic with weights of 8 bits a channel (w8) or palettes of 16 values (w4)."""
@@ -67,6 +73,10 @@ class CoreMl(EdgeTarget):
             return run
 
         return {graph: call(model) for graph, model in models.items()}
+
+    def hardware(self, threads: int) -> str:
+        """Core ML chooses by itself, whatever `threads` says."""
+        return f"{platform.machine()}, what Core ML chose of CPU, GPU and Neural Engine"
 
 
 def _compressed(model: Any, precision: str) -> Any:

@@ -23,9 +23,10 @@ PROFILE = "ethos-u85-1024"
 
 
 class Ethos(LiteRt):
-    def files(self, path: Path) -> list[Path]:
-        more = (compiled_path(path), report_path(path))
-        return [*super().files(path), *(other for other in more if other.exists())]
+    def shipped(self, path: Path) -> list[Path]:
+        """What Vela made, in place of what it was made of, which is there for LiteRT."""
+        compiled = compiled_path(path)
+        return [compiled if one == path and compiled.exists() else one for one in super().shipped(path)]
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """As `litert`'s, then by Vela: NAME_vela.tflite for the NPU and NAME.vela.json, its report."""

@@ -6,6 +6,8 @@ Lowered from the module itself by torch.export. Operators that XNNPACK does not 
 
 from __future__ import annotations
 
+import os
+import platform
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,10 @@ class ExecuTorch(EdgeTarget):
             return run
 
         return {graph: call(graph) for graph in GRAPHS}
+
+    def hardware(self, threads: int) -> str:
+        """Not of `threads`: its runtime takes them all."""
+        return f"{platform.machine()} CPU, all {os.cpu_count()} cores"
 
     def fallback(self, path: Path) -> dict[str, Any] | None:
         """From the program's own table: delegated parts and the operators between them."""

@@ -32,9 +32,6 @@ def vendor_command(name: str) -> str:
 
 
 class Exynos(LiteRt):
-    def files(self, path: Path) -> list[Path]:
-        return [*super().files(path), *(other for other in (coverage_path(path),) if other.exists())]
-
     def lower(self, source: Source, precision: str, path: Path) -> None:
         super().lower(source, precision, path)
         if source.graph.name == "unet":

@@ -5,7 +5,6 @@ What hangs on the step alone is the host's: NAME.host.onnx beside the UNet gives
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import StageError
+from export.onnx_file import copy_onnx
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 from export.targets.litert_run import LiteRtModel
@@ -28,14 +28,14 @@ class LiteRt(EdgeTarget):
     def suffix_of(self, graph: str) -> str:
         return self.suffix if graph == "unet" else ".onnx"
 
-    def files(self, path: Path) -> list[Path]:
-        return [path, *(other for other in (host_path(path),) if other.exists())]
+    def shipped(self, path: Path) -> list[Path]:
+        return [*super().shipped(path), *(other for other in (host_path(path),) if other.exists())]
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         """The UNet at w8a16; others at any precision of ONNX Runtime. Raises StageError for a UNet with parts that are not lowered."""
         if source.graph.name != "unet":
             if precision == "fp32":
-                shutil.copyfile(source.onnx, path)
+                copy_onnx(source.onnx, path)
             else:
                 quantise_onnx(source.onnx, path, precision, source.calibration, source.keep)
             return

@@ -36,7 +36,7 @@ class OpenVino(EdgeTarget):
     def lower(self, source: Source, precision: str, path: Path) -> None:
         quantise_openvino(source.onnx, path, precision, source.calibration, source.keep)
 
-    def files(self, path: Path) -> list[Path]:
+    def shipped(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:

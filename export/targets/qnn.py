@@ -23,6 +23,7 @@ import numpy as np
 
 from cluster.errors import StageError, TargetUnavailable
 from export.layers import kept_nodes
+from export.onnx_file import copy_onnx, weights_beside
 from export.quantise import quantise_onnx
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 from export.targets.onnx_runtime import session_options, values_inside
@@ -51,8 +52,9 @@ class Qnn(EdgeTarget):
     """A graph in integers or fp16 is NAME.onnx (for ONNX Runtime on the phone) with its context binary NAME_qnn.bin, and NAME.source.onnx,
     from which other chips are compiled; fp32 is a plain ONNX file for the phone's CPU."""
 
-    def files(self, path: Path) -> list[Path]:
-        return [path, *(p for p in (_binary(path), _origin(path)) if p.exists())]
+    def shipped(self, path: Path) -> list[Path]:
+        """Not NAME.source.onnx, which is the same weights once more."""
+        return [*super().shipped(path), *([_binary(path)] if _binary(path).exists() else [])]
 
     def readable(self, path: Path) -> Path:
         """A context binary shows nothing of what is in it."""
@@ -60,9 +62,15 @@ class Qnn(EdgeTarget):
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
         if precision == "fp32":
-            shutil.copyfile(source.onnx, path)
+            copy_onnx(source.onnx, path)
             return
         if precision in INTEGERS:
+            if weights_beside(source.onnx).exists():
+                raise StageError(
+                    f"{source.graph.name} has more than 2 GiB of weights in float32, and Qualcomm's preparation of integers reads one file",
+                    where=self.name,
+                    remedy=f"Leave {precision} out of export.precisions for qnn (fp16 is lowered), or take a smaller student",
+                )
             quantise_qnn(source.onnx, _origin(path), precision, source.calibration, source.keep)
         else:
             quantise_onnx(source.onnx, _origin(path), precision, (), ())

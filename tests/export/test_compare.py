@@ -19,6 +19,8 @@ def test_bundles_stand_side_by_side_with_full_precision(student_bundles: Path, t
     assert len(set(by_name.values())) >= 3
     assert page.count("time emulated") == 1  # w8a16 alone
     assert page.count("all hold") == 5
+    head = page.split("was taken in one go on")[1].split("Times with")[0]
+    assert "onnxruntime" in head and "openvino" in head  # what each was measured on, not the first one's alone
     assert "None of these bundles holds predicted" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # whole by itself
 
@@ -32,6 +34,10 @@ def test_forecasts_are_summed_and_never_mixed() -> None:
     estimated = {"a": cost, "b": {"untiled": "the compiler died", "chosen": cost["chosen"]}}
     told = _forecast({**tiling, "compiler_estimated": estimated})
     assert told is not None and told["compiler_estimated"]["untiled"]["dram_mb"] == 4.0
+    # Both over the block that the compiler told of, or the one would look half as dear as the other.
+    assert told["predicted"]["untiled"]["dram_mb"] == 4.0 and told["blocks"] == "1 of 2"
+    told = _forecast({**tiling, "compiler_estimated": {"b": estimated["b"]}})
+    assert told is not None and told["compiler_estimated"] is None and told["blocks"] == "2 of 2"
     assert _forecast(None) is None
 
 

@@ -44,6 +44,37 @@ def test_tiles_cover_the_side_and_join_without_a_trace(side: int, tile: int, ove
     torch.testing.assert_close(joined(parts, begins, size, 4, -1), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("factor", [1, 8])
+@pytest.mark.parametrize("tile", [4, 5, 8, 12])
+def test_any_tiles_join_without_a_trace(tile: int, factor: int) -> None:
+    """Every overlap on every side up to four tiles: tiles may share pixels with those after the next."""
+    for side in range(1, 4 * tile):
+        whole, size = torch.randn(side * factor), min(tile, side)
+        for overlap in range(1, tile):
+            begins = starts(side, tile, overlap)
+            steps = [after - before for before, after in pairwise(begins)]
+            assert begins[0] == 0 and begins[-1] + size == side
+            assert (
+                all(1 <= step <= tile - overlap for step in steps) and max(steps, default=1) - min(steps, default=1) < 2
+            )
+            parts = [whole[begin * factor : (begin + size) * factor].clone() for begin in begins]
+            # What a part says of the outer quarter of what it shares counts for nothing: convolutions lack their surroundings there.
+            for i, step in enumerate(steps):
+                outer = (tile - step) * factor // 4
+                parts[i][len(parts[i]) - outer :] = torch.nan
+                parts[i + 1][:outer] = torch.nan
+            torch.testing.assert_close(joined(parts, begins, size, factor, -1), whole, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overlap", [20, 22, 24])
+def test_tiles_that_share_more_than_half_are_drawn(overlap: int) -> None:
+    vae: Any = AutoencoderTiny(decoder_block_out_channels=(8, 8), num_decoder_blocks=(1, 1))
+    plain, latent = vae.decoder.double().eval(), torch.randn(1, 4, 64, 64, dtype=torch.float64)
+    got, wanted = TiledDecoder(plain, 32, overlap)(latent), plain(latent)
+    assert got.shape == wanted.shape and (got - wanted).square().mean() < 0.01 * wanted.square().mean()
+
+
 @torch.no_grad()
 def test_a_decoder_of_convolutions_is_exact_once_tiles_share_enough() -> None:
     torch.manual_seed(0)

@@ -1,7 +1,11 @@
 import json
+import os
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -14,8 +18,9 @@ from cluster.errors import EdgeFusionError, TargetUnavailable
 from export.bundle import export_student, open_bundle
 from export.card import _text
 from export.graph import Graph, decoder_graph
+from export.layers import HIGH_PRECISION
 from export.parity import failures, snr_db
-from export.proof import read_reference, reference_inputs
+from export.proof import read_reference, reference_inputs, write_sample
 from export.quantise_openvino import quantise_openvino
 from export.recipe import PRECISIONS, ExportRecipe, GateRecipe, Target
 from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
@@ -88,6 +93,15 @@ def test_the_cards_line_brings_what_the_sample_imports(student_bundles: Path) ->
         assert set(line.split()[2:]) == needs, name
 
 
+def test_a_target_that_quantises_every_layer_does_not_claim_otherwise(student_bundles: Path) -> None:
+    facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
+    assert facts["keep"] == list(HIGH_PRECISION) == find_target("onnx").kept(HIGH_PRECISION)
+    assert "tools of" not in _text(facts)
+    kept = find_target("coreml").kept(facts["keep"])
+    card = _text(facts | {"target": "coreml", "keep": kept})
+    assert kept == [] and "is quantised: nothing. The tools of coreml quantise every layer" in card
+
+
 def test_onnx_runtimes_version_is_told_whoever_brought_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime-gpu takes the place of onnxruntime, of which no distribution is left then."""
     import onnxruntime
@@ -102,6 +116,9 @@ def test_times_are_labelled_with_what_took_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100")
     assert find_target("onnx").hardware(2).endswith("CPU, 2 threads")
     assert find_target("cuda").hardware(2) == "NVIDIA H100 by CUDAExecutionProvider"
+    # Of threads that nobody asked for nothing is said.
+    assert find_target("executorch").hardware(2).endswith(f"CPU, all {os.cpu_count()} cores")
+    assert find_target("coreml").hardware(2).endswith("what Core ML chose of CPU, GPU and Neural Engine")
     mixed = {"text_encoder": "fp16", "unet": "w8a16", "vae_decoder": "fp16"}
     assert find_target("litert").times_kind(mixed) == "emulated", "ONNX Runtime's CPU plays the halves"
     assert (
@@ -115,6 +132,84 @@ def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
     assert halves == {"unet.onnx": False, "unet.fp16.onnx": True}
 
 
+@pytest.mark.parametrize("name", ["onnx", "cuda", "tensorrt"])
+def test_the_sample_asks_for_what_was_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = find_target(name)
+    graphs = {"text_encoder": "text_encoder.fp16.onnx", "unet": "unet.onnx", "vae_decoder": "vae_decoder.fp16.onnx"}
+    (tmp_path / "bundle.json").write_text(json.dumps({"target": name, "builds": {"mine": {"graphs": graphs}}}))
+    write_sample(tmp_path, target.sample or name)
+    asked: dict[str, list[Any]] = {}
+
+    class Session:
+        def __init__(self, path: str, providers: list[Any]) -> None:
+            asked[Path(path).name] = providers
+            self.got = [one if isinstance(one, str) else one[0] for one in providers]
+
+        def get_providers(self) -> list[str]:
+            return self.got[starts:]
+
+    preloaded: list[bool] = []
+    fake = SimpleNamespace(InferenceSession=Session, preload_dlls=lambda: preloaded.append(True))
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    monkeypatch.setattr("sys.argv", ["sample.py", "a fox"])
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    starts = 0
+    with pytest.raises(Exception, match="No such file"):  # it goes on as far as this bundle does
+        runpy.run_path(str(tmp_path / "sample.py"))
+    assert asked == {file: target._providers(file) for file in graphs.values()}
+    assert preloaded and os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    starts = 1  # the first one does not
+    with pytest.raises(Exception, match="No such file" if name == "onnx" else "ExecutionProvider does not start"):
+        runpy.run_path(str(tmp_path / "sample.py"))
+
+
+def test_float32_is_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, tensorrt = (find_target(name)._providers("unet.onnx") for name in ("cuda", "tensorrt"))  # type: ignore[attr-defined]
+    assert cuda[0] == tensorrt[1] == ("CUDAExecutionProvider", {"use_tf32": "0"})
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    find_target("tensorrt").not_here()
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+
+
+def test_a_provider_that_does_not_start_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """get_available_providers says what the wheel was built with, and a session without it runs on the CPU and says so nowhere."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this wheel is built with it")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(TargetUnavailable, match=r"CUDAExecutionProvider does not start.*leave cuda out"):
+        export_student(STUDENT, PROMPTS, ExportRecipe(targets=["cuda"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_session_that_the_cpu_took_over_is_no_gpus(student_bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this wheel is built with it")
+    target: Any = find_target("cuda")
+    monkeypatch.setattr(type(target), "not_here", lambda self: "")
+    names = {graph: f"{graph}.onnx" for graph in ("text_encoder", "unet", "vae_decoder")}
+    with pytest.raises(TargetUnavailable, match=r"by CPUExecutionProvider and not by CUDAExecutionProvider"):
+        target.open(student_bundles / "onnx", names, 1)
+
+
+def test_what_tensorrt_leaves_to_cuda_stands_apart() -> None:
+    from export.targets.onnx_runtime import CPU, CUDA, TENSORRT, _tally
+
+    ran = [("TRTKernel_graph", TENSORRT), ("Conv", CUDA), ("Conv", CUDA), ("Sin", CPU)]
+    events = [{"cat": "Node", "args": {"op_name": kind, "provider": by}} for kind, by in ran]
+    events.append({"cat": "Session", "args": {}})
+    told = _tally(events, TENSORRT)
+    assert told["accelerated"] == 1 and told["on_cuda"] == {"Conv": 2} and told["not_accelerated"] == {"Sin": 1}
+    told = _tally(events[1:], CUDA)
+    assert told["accelerated"] == 2 and told["not_accelerated"] == {"Sin": 1} and "on_cuda" not in told
+
+
 def test_tiles_are_looked_for_where_they_can_be_seen(tmp_path: Path) -> None:
     """Qualcomm's file is one operator, the context binary."""
     path, origin = tmp_path / "unet.w8a16.onnx", tmp_path / "unet.w8a16.source.onnx"
@@ -122,6 +217,27 @@ def test_tiles_are_looked_for_where_they_can_be_seen(tmp_path: Path) -> None:
     assert find_target("qnn").readable(path) == path == find_target("onnx").readable(path)
     origin.touch()
     assert find_target("qnn").readable(path) == origin
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "shipped"),
+    [
+        ("qnn", ("u.onnx", "u_qnn.bin", "u.source.onnx"), {"u.onnx", "u_qnn.bin"}),
+        ("qnn", ("u.onnx",), {"u.onnx"}),
+        ("ethos", ("u.tflite", "u_vela.tflite", "u.vela.json", "u.host.onnx"), {"u_vela.tflite", "u.host.onnx"}),
+        ("ethos", ("u.onnx",), {"u.onnx"}),  # its encoder and decoder
+        ("exynos", ("u.tflite", "u.operators.json", "u.host.onnx"), {"u.tflite", "u.host.onnx"}),
+        ("litert", ("u.tflite", "u.host.onnx"), {"u.tflite", "u.host.onnx"}),
+        ("openvino", ("u.xml", "u.bin"), {"u.xml", "u.bin"}),
+        ("onnx", ("u.onnx", "u.onnx.data"), {"u.onnx", "u.onnx.data"}),
+    ],
+)
+def test_a_size_is_of_what_a_device_needs(name: str, there: tuple[str, ...], shipped: set[str], tmp_path: Path) -> None:
+    for file in there:
+        (tmp_path / file).write_bytes(b"12345")
+    target = find_target(name)
+    assert {path.name for path in target.shipped(tmp_path / there[0])} == shipped
+    assert bytes_of(target, tmp_path / there[0]) == 5 * len(shipped)
 
 
 def test_what_is_no_number_is_never_near() -> None:
