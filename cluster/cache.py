@@ -204,15 +204,25 @@ class RemoteFolder:
 
     def _held(self) -> list[tuple[Path, int, float]]:
         """(path, bytes, last use) of files and of those being fetched; leftovers of killed processes are removed."""
-        found: list[tuple[Path, int, float]] = []
+        found: dict[Path, tuple[int, float]] = {}
+
+        def count(path: Path) -> None:
+            facts = path.stat()
+            found[path] = (facts.st_size, facts.st_mtime)
+
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if path.name.endswith(".part") and not _is_locked(path.with_name(f"{path.stem}.lock")):
-                    path.unlink()
-                elif _WHOLE.fullmatch(path.name) or path.name.endswith(".part"):
-                    facts = path.stat()
-                    found.append((path, facts.st_size, facts.st_mtime))
-        return found
+                if _WHOLE.fullmatch(path.name):
+                    count(path)
+                elif path.name.endswith(".part"):
+                    try:
+                        if _is_locked(path.with_name(f"{path.stem}.lock")):
+                            count(path)
+                        else:
+                            path.unlink()
+                    except FileNotFoundError:  # since the folder was listed it got its own name
+                        count(path.with_name(path.stem.lstrip(".")))
+        return [(path, *facts) for path, facts in found.items()]
 
     @contextmanager
     def _plain_words(self, name: str) -> Generator[None]:

@@ -115,14 +115,19 @@ class _Loss:
                 raise self.error from None
             raise
         finally:
-            self._listens = False
-            signal.signal(_SIGNAL, before or signal.SIG_DFL)
+            self._listens, self.over = False, True
+            # By default the signal would end the process, and one may still be on its way.
+            signal.signal(_SIGNAL, before if callable(before) else _nothing)
         if self.error:
             raise self.error
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if self.error and not self.over:
             raise KeyboardInterrupt
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """The folder is given back; who tells of its loss is late."""
 
 
 def refuse_second_driver(folder: Path, wait: Callable[[str], None]) -> None:

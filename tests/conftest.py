@@ -34,10 +34,11 @@ SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Generator[pytest.LogCaptureFixture]:
-    """pytest's own, listening to our logger itself: libraries take handlers off the root's and raise its level."""
+    """pytest's own, listening to our logger itself: libraries take handlers off the root's, and raise its level or theirs."""
     log = logging.getLogger("edgefusion")
     level = log.level
     log.addHandler(caplog.handler)
+    caplog.handler.setLevel(logging.NOTSET)
     log.setLevel(logging.INFO)
     log.propagate = False
     yield caplog

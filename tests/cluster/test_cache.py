@@ -176,6 +176,25 @@ for turn in range(turns):
 """
 
 
+def test_a_file_that_gets_its_name_while_room_is_made_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = RemoteFolder(f"local://{tmp_path}", CacheRecipe(folder=str(tmp_path / "cache")))
+    name = "a" * 64
+    partial = files._folder / f".{name}.part"
+    partial.write_bytes(b"x" * 10)
+
+    def finished(_: Path) -> bool:
+        partial.rename(files._folder / name)  # by another process, just now
+        return answers.pop()
+
+    monkeypatch.setattr("cluster.cache._is_locked", finished)
+    answers = [True, False]
+    for _ in range(2):
+        assert [(path.name, size) for path, size, _ in files._held()] == [(name, 10)]
+        (files._folder / name).rename(partial)
+
+
 def test_processes_share_a_cache_that_is_too_small_even_if_one_is_killed(tmp_path: Path) -> None:
     store, folder = tmp_path / "store", tmp_path / "cache"
     store.mkdir()

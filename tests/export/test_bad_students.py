@@ -139,13 +139,13 @@ def test_a_module_that_the_converter_refuses_is_named(tmp_path: Path) -> None:
 def test_a_graph_is_whole_or_absent_and_another_exports_graph_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(self: object, path: str, **_: object) -> None:
+    def dies(model: object, path: str, **_: object) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
     graph = Graph("twice", nn.Identity().eval(), {"x": torch.ones(2)}, "y")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("torch.onnx.ONNXProgram.save", dies)
+        patch.setattr("onnx_ir.save", dies)
         to_onnx(graph, tmp_path / "graphs" / "twice.onnx")
     assert not list((tmp_path / "graphs").iterdir())
     to_onnx(graph, tmp_path / "graphs" / "twice.onnx")
