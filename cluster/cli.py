@@ -131,7 +131,7 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         if not nodes:
             local = view.cluster.address == "local" or view.cluster.runner == "in-process"
             nodes = (
-                [own_node(view.cluster)]
+                [own_node(view.cluster, view.needs)]
                 if local
                 else ray_nodes(view.cluster, lambda words: typer.echo(words, err=True))
             )

@@ -120,3 +120,11 @@ def see_that_it_fits(stages: Sequence[Stage], memory_bytes: dict[str, int], loca
         if local:
             raise StageError(what, where="cluster", remedy=f"Change the recipe or use a larger machine; {remedy}")
         log.warning("%s now; waiting for one to join. %s", what, remedy)
+    slots = sum(float(node["Resources"].get("CPU", 0)) for node in nodes)
+    if (wanted := sum((stage.workers_min or stage.workers) * stage.cpus for stage in stages)) > slots:
+        log.warning(
+            "the stages want %g CPU slots at the same time, and Ray has %g: later stages wait until earlier ones need theirs no more, and "
+            "nothing is kept before. Lower workers (factory.make.render_workers, cluster.stages), or raise cluster.cpus of a local Ray",
+            wanted,
+            slots,
+        )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 from cluster.clocks import WRONG_S, clocks_apart
 from cluster.errors import EdgeFusionError
 from cluster.places import suits
-from cluster.runner import ClusterRecipe, start_ray, stop_ray
+from cluster.runner import ClusterRecipe, local_slots, start_ray, stop_ray
 from cluster.stage import Stage
 
 MEMORY_SPARE = 1.25
@@ -165,12 +164,13 @@ def _why(need: Need, nodes: Sequence[Node], free: list[dict[str, float]]) -> str
     return "; ".join(short) or "no single node has all that a worker needs left at once"
 
 
-def own_node(recipe: ClusterRecipe) -> Node:
-    """This machine as a local Ray would offer it, found without starting Ray."""
+def own_node(recipe: ClusterRecipe, needs: Sequence[Need] = ()) -> Node:
+    """This machine as a local Ray would offer it (`start_ray`), found without starting Ray."""
     import psutil
     import torch
 
-    cpus = recipe.cpus or max(2, os.cpu_count() or 2)
+    stages = [(need.workers, need.cpus) for need in needs if need.step == "make" and need.stage != DRIVER]
+    cpus = local_slots(recipe, stages)
     # Ray keeps the object store and 30% of what is left from its memory resource; this is the more cautious sum.
     memory = psutil.virtual_memory().available / 2**30 - recipe.object_store_mib / 1024
     return Node("this machine", cpus, torch.cuda.device_count(), round(memory, 1))

@@ -7,6 +7,7 @@ stage does. Knows no images.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -52,7 +53,11 @@ class ClusterRecipe(Settings):
     address: str = Field(
         default="local", description="`local` starts Ray here; `auto` or host:port joins a running cluster"
     )
-    cpus: int | None = Field(default=None, ge=1, description="CPU slots of a local Ray; all cores if left out")
+    cpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU slots of a local Ray; if left out as many as it has cores, or as the stages have workers",
+    )
     object_store_mib: int = Field(default=200, ge=80, description="shared memory of a local Ray, MiB")
     train_workers: int = Field(default=1, ge=1, description="Ray Train workers, one a GPU or one a CPU group")
     train_workers_min: int | None = Field(
@@ -207,7 +212,7 @@ class OnRay:
     def _window(
         self, stages: Sequence[Stage], rows: list[dict[str, Any]], attempts: Attempts | None, restarts: int
     ) -> Iterator[Unit]:
-        start_ray(self.recipe)
+        start_ray(self.recipe, stages)
         memory = {stage.name: self.recipe.memory_bytes(stage.name) for stage in stages}
         see_that_it_fits(stages, memory, self.recipe.address == "local")
         if self._flow is None:
@@ -312,8 +317,15 @@ def _work(
     return done
 
 
-def start_ray(recipe: ClusterRecipe) -> None:
-    """Join or start Ray once per process, quietly."""
+def local_slots(recipe: ClusterRecipe, workers: Sequence[tuple[int, float]] = ()) -> int:
+    """CPU slots of a local Ray: the recipe's, or those in which all `workers` (how many, CPUs of each) are at work at the same time; what is
+    wider than this machine finds no room by that."""
+    cores = max(2, os.cpu_count() or 2)
+    return recipe.cpus or max(cores, math.ceil(sum(count * each for count, each in workers if each <= cores)))
+
+
+def start_ray(recipe: ClusterRecipe, stages: Sequence[Stage] = ()) -> None:
+    """Join or start Ray once per process, quietly; one that is started has CPU slots for all `stages` together."""
     # Quiet: our own bars and errors say what a user needs.
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -332,7 +344,7 @@ def start_ray(recipe: ClusterRecipe) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "address": recipe.address}
     if recipe.address == "local":
         options |= {
-            "num_cpus": recipe.cpus or max(2, os.cpu_count() or 2),
+            "num_cpus": local_slots(recipe, [(stage.workers, stage.cpus) for stage in stages]),
             "include_dashboard": False,
             "object_store_memory": recipe.object_store_mib << 20,
         }

@@ -34,7 +34,7 @@ SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Generator[pytest.LogCaptureFixture]:
-    """pytest's own, listening to our logger itself: libraries take handlers off the root's, and raise its level or theirs."""
+    """pytest's own, listening to our logger itself: libraries take handlers off the root's, and whoever starts Ray raises the level of those that pytest gave its loggers."""
     log = logging.getLogger("edgefusion")
     level = log.level
     log.addHandler(caplog.handler)

@@ -2,7 +2,8 @@
 
 The bare loop holds the pocket teacher and the filter CLIP in this process, paints and scores batch by batch, and keeps nothing:
 no encoding, hashes, ledger or digests. Half of its batches run before making and half after, for machines drift. Making does the whole
-of `factory make`. Its rate is taken between the first unit done and the last; what comes before is start-up, reported apart. Both see the
+of `factory make`. Its rate is taken between commits: from the last of the workers' first units to the last of all (Ray hands units
+out later, and in heaps); what comes before is start-up, reported apart. Both see the
 same prompts and batches, in one run; `--set` changes what making does with the cores, and the bare loop keeps the recipe's threads.
 """
 
@@ -46,20 +47,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make_plan(recipe.factory, recipe.seed, Path(scratch), lambda n: None)
         before = bare_loop(recipe.factory, Path(scratch), slice(None, None, 2))
-        began, done = time.monotonic(), []
+        began = time.time()
         runner = make_runner(changed.cluster)
-        make(changed.factory, Path(scratch), runner, lambda n: done.append((time.monotonic() - began, n)))
+        make(changed.factory, Path(scratch), runner)
         runner.close()
+        workers = changed.factory.make.render_workers if asked.runner == "ray" else 1
+        done = sorted(path.stat().st_mtime - began for path in (Path(scratch) / "ledger").iterdir())
         after = bare_loop(recipe.factory, Path(scratch), slice(1, None, 2))
     bare = 2 / (1 / before + 1 / after)
-    rate = sum(n for _, n in done[1:]) / (done[-1][0] - done[0][0])
+    # The last unit may be a short one, so only whole ones are counted.
+    whole = asked.samples // recipe.factory.make.unit_images
+    rate = (whole - workers) * recipe.factory.make.unit_images / (done[whole - 1] - done[workers - 1])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     table = Table(
         "what",
         "pictures/s",
         "ratio",
         title=f"{asked.samples} samples · {' '.join([asked.runner, *asked.changes])} · commit {commit} · {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
-        caption=f"first unit of {recipe.factory.make.unit_images} out after {done[0][0]:.1f} s",
+        caption=f"first unit of {recipe.factory.make.unit_images} committed after {done[0]:.1f} s, the last after {done[-1]:.1f} s",
     )
     table.add_row("factory make", f"{rate:.2f}", f"{rate / bare:.3f}")
     table.add_row("bare loop", f"{bare:.2f}", "1.000")

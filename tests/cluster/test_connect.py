@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 import ray.exceptions
 
-from cluster.connect import explain, knock
+from cluster.connect import explain, knock, see_that_it_fits
 from cluster.errors import RecipeError, StageError
 from cluster.recipe import build_recipe
 from cluster.runner import ClusterRecipe, OnRay, _stage_error, start_ray
@@ -89,6 +90,35 @@ def test_a_stage_that_no_node_can_hold_ends_a_local_run() -> None:
                 list(runner.run([stage], [unit]))
     finally:
         runner.close()
+
+
+def test_a_local_ray_has_slots_for_all_stages_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first stage took them all, and nothing was committed before it was through."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", given.update)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    stages = [Stage("render", idle, 2, cpus=1), Stage("score", idle, 1, cpus=0.5), Stage("commit", idle, 1, cpus=0.1)]
+    for settings, slots in (({}, 3), ({"cpus": 2}, 2)):
+        start_ray(recipe(**settings), stages)
+        assert given["num_cpus"] == slots
+    start_ray(recipe(), [Stage("render", idle, 1, cpus=64), *stages[1:]])
+    assert given["num_cpus"] == 2, "no worker as wide as that fits"
+
+
+def test_stages_that_wait_for_each_other_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    render, score = Stage("render", idle, 2, cpus=1), Stage("score", idle, 1, cpus=0.5)
+    see_that_it_fits([Stage("render", idle, 1, cpus=1), score], {}, local=True)
+    assert not caplog.records
+    see_that_it_fits([render, score], {}, local=True)
+    assert "want 2.5 CPU slots at the same time, and Ray has 2" in caplog.text
+
+
+def idle() -> Any:
+    raise AssertionError("nobody opens it")
 
 
 def test_a_recipe_with_a_password_is_refused_without_repeating_it() -> None:
