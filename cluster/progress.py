@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from cluster.machine import every
 
 console = Console(stderr=True)
 _LINE_S = 10.0
+speaking = threading.Lock()
+"""Held by whoever turns stderr away for a while: what a log is told then would be lost."""
 
 
 @contextmanager
@@ -44,6 +47,10 @@ def _lines_of(bars: Progress) -> Callable[[], None]:
     told: dict[TaskID, tuple[str, int]] = {}
 
     def tell() -> None:
+        with speaking:
+            _tell()
+
+    def _tell() -> None:
         for task in list(bars.tasks):
             count = f" {task.completed:.0f} of {task.total:.0f}" if task.total and task.total > 1 else ""
             line = f"{task.description}{count}{', done' if task.finished else ''}"

@@ -29,6 +29,7 @@ from cluster.live_ray import FlowActor, RayDesk
 from cluster.machine import stand_in
 from cluster.metrics import WorkerMetrics
 from cluster.places import TRAIN, PodGroup, PodPlace, StagePlace, placed
+from cluster.progress import speaking
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
@@ -363,13 +364,14 @@ def start_ray(recipe: ClusterRecipe, stages: Sequence[Stage] = ()) -> None:
 def _hushed() -> Generator[None]:
     """Drop what Ray's C++ core writes to stderr while it starts; its failures also come as exceptions."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with speaking:  # the lines of a log wait meanwhile
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def stop_ray() -> None:

@@ -1,9 +1,11 @@
 import io
+import threading
 
 import pytest
 from rich.console import Console
 
 from cluster import progress
+from cluster.runner import _hushed
 
 
 def test_without_a_terminal_a_log_gets_lines_of_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +40,15 @@ def test_lines_below_a_bar_are_shown_until_it_is_full(monkeypatch: pytest.Monkey
         bars.update(task, completed=8)
         bars.refresh() if terminal else progress._lines_of(bars)()
         assert "8" in sink.getvalue() and "busy" not in sink.getvalue()
+
+
+def test_a_line_waits_while_stderr_is_turned_away(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.progress_bars() as bars:
+        bars.add_task("plan", total=8)
+        speaker = threading.Thread(target=progress._lines_of(bars))
+        with _hushed():
+            speaker.start()
+            speaker.join(0.2)
+            assert speaker.is_alive()
+        speaker.join()
+        assert "plan 0 of 8" in capfd.readouterr().err
