@@ -41,9 +41,8 @@ _IN_TEXT = (
         r"\1***",
     ),
 )
-logging.getLogger("edgefusion").setLevel(
-    logging.INFO
-)  # of its own: libraries raise the root's, and our warnings would go with theirs
+# A level of its own: libraries raise the root's, and our warnings would go with theirs.
+logging.getLogger("edgefusion").setLevel(logging.INFO)
 _TAIL_BYTES = 64 << 10
 _TAIL_FILES = 256
 

@@ -231,9 +231,8 @@ class ShardStream:
                     for entry in archive:
                         found[entry.name] = (entry.offset_data, entry.size)
                 except tarfile.TarError:
-                    if (
-                        self.on_corrupt == "stop"
-                    ):  # else those before the damage are read, each proven by the main process
+                    # With samples left out, those before the damage are read: the main process proved each.
+                    if self.on_corrupt == "stop":
                         raise
             self._members[shard] = found
         return self._members[shard]

@@ -25,7 +25,7 @@ def new_accelerator(mixed_precision: str, trackers: Sequence[Tracker] = ()) -> A
         mixed_precision=mixed_precision,
         cpu=not torch.cuda.is_available(),
         log_with=list(trackers) or None,
-        # Before PyTorch 2.10 a pass without gradients (the target's) left its cast weights to the student's, which then learned nothing.
+        # In older PyTorch a pass without gradients (the target's) leaves its cast weights to the student's, which then learns next to nothing.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -44,9 +44,8 @@ class OnnxRuntime(EdgeTarget):
         if self.provider not in found:
             return f"ONNX Runtime has no {self.provider} here, only {', '.join(found)}"
         if self.provider == TENSORRT:
-            os.environ["NVIDIA_TF32_OVERRIDE"] = (
-                "0"  # it has no option against TF32, and reads this when it builds an engine
-            )
+            # It has no option against TF32, and reads this when it builds an engine.
+            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
         return "" if self.provider == CPU else _why_not(self.provider)
 
     def lower(self, source: Source, precision: str, path: Path) -> None:
