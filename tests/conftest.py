@@ -32,6 +32,24 @@ from factory.pocket.writer import train_tokenizer as train_writer_tokenizer
 SUBJECTS = ("fox", "red apple", "rocket", "pizza", "owl", "key")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that reports, not one of its workers
+        config.pluginmanager.register(_SayAtOnce(config))
+
+
+class _SayAtOnce:
+    """A failure is printed when it happens: a run that is cut off still says what failed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal:
+            terminal.ensure_newline()
+            terminal.write_line(f"{report.nodeid} failed ({report.when}):\n{report.longreprtext}")
+
+
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Generator[pytest.LogCaptureFixture]:
     """pytest's own, listening to our logger itself: libraries take handlers off the root's, and whoever starts Ray raises the level of those that pytest gave its loggers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -417,7 +418,7 @@ def test_slurm_gives_up_when_the_head_does_not_start(slurm) -> None:
 
 @pytest.fixture
 def slurm_with_vllm(paper: RunView, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
-    """The same where vLLM, a stand-in too, writes the prompts; the job's number gives it a port that is free now."""
+    """The same where vLLM, a stand-in too, writes the prompts; the job's number gives it a port."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     command, environment, log = among_stand_ins(paper, tmp_path)
@@ -428,9 +429,17 @@ def slurm_with_vllm(paper: RunView, tmp_path: Path) -> tuple[list[str], dict[str
     return command, {**environment, "VLLM_BIN": str(tmp_path / "vllm"), "SLURM_JOB_ID": str(job)}, log
 
 
+def served_for_a_job(handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    """At the port that some job's number gives; any program of this machine may have some of these."""
+    for job in range(1000, 2000):
+        with contextlib.suppress(OSError):
+            return ThreadingHTTPServer(("127.0.0.1", 40000 + job), handler)
+    raise AssertionError("a thousand ports are taken")
+
+
 def test_on_slurm_vllm_has_a_port_and_a_key_of_its_own(slurm_with_vllm) -> None:
     command, environment, log = slurm_with_vllm
-    job, heard = int(environment["SLURM_JOB_ID"]), list[bytes]()
+    heard = list[bytes]()
 
     class Thief(BaseHTTPRequestHandler):
         """Holds the port that the job would take, and says yes to everything."""
@@ -440,9 +449,11 @@ def test_on_slurm_vllm_has_a_port_and_a_key_of_its_own(slurm_with_vllm) -> None:
             self.send_response(200)
             self.end_headers()
 
-    with ThreadingHTTPServer(("127.0.0.1", 40000 + job), Thief) as thief:
+    with served_for_a_job(Thief) as thief:
         thread = threading.Thread(target=thief.serve_forever)
         thread.start()
+        job = thief.server_port - 40000
+        environment["SLURM_JOB_ID"] = str(job)
         said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         thief.shutdown()
         thread.join()
