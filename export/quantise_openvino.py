@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layers import kept_layers, kept_nodes
+from export.openvino_core import openvino_core
 from export.quantise import Inputs
 
 _GROUP = 32
@@ -38,7 +39,7 @@ def quantise_openvino(
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     whole = precision.removesuffix("bf16")
-    model = openvino.Core().read_model(str(source)) if whole == precision else _halved(source)
+    model = openvino_core().read_model(str(source)) if whole == precision else _halved(source)
     # OpenVINO calls the layer of an ONNX node as the node, or, where it split a bias off, NAME/WithoutBiases.
     patterns = [rf"^{re.escape(name)}(/WithoutBiases)?$" for name in kept_layers(source, keep)]
     ignored = nncf.IgnoredScope(patterns=patterns, validate=False)
@@ -103,7 +104,7 @@ def _halved(source: Path) -> Any:
         path = Path(folder) / "half.xml"
         openvino.save_model(_to_halve(source), str(path), compress_to_fp16=True)
         # Read from bytes: a model read from a file keeps the file open, and this one goes away.
-        return openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+        return openvino_core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 def _quiet(work: Any, *args: Any, **options: Any) -> Any:

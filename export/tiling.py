@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional as F
 
 from cluster.errors import ParityError
+from export.openvino_core import openvino_core
 from export.solve import Plan
 
 Scores = tuple[int, int, int]
@@ -176,10 +177,8 @@ def _onnx_scores(path: Path) -> list[tuple[Scores, int]]:
 
 
 def _openvino_scores(path: Path) -> list[tuple[Scores, int]]:
-    import openvino
-
     found: list[tuple[Scores, int]] = []
-    for node in openvino.Core().read_model(str(path)).get_ops():
+    for node in openvino_core().read_model(str(path)).get_ops():
         if node.get_type_name() == "ScaledDotProductAttention":  # OpenVINO's own fusion, tile by tile
             query, key = list(node.get_input_shape(0)), list(node.get_input_shape(1))
             found.append((_scores([*query[:-1], key[-2]]), 1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import TargetUnavailable
+from export.openvino_core import openvino_core
 from export.quantise_openvino import quantise_openvino
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 
@@ -26,9 +27,7 @@ class OpenVino(EdgeTarget):
             )
 
     def not_here(self) -> str:
-        import openvino
-
-        found = openvino.Core().available_devices
+        found = openvino_core().available_devices
         if any(one == self.device or one.startswith(f"{self.device}.") for one in found):
             return ""
         return f"OpenVINO finds no {self.device} here, only {', '.join(found)}"
@@ -52,9 +51,7 @@ class OpenVino(EdgeTarget):
     def tensors(
         self, path: Path, names: Sequence[str], inputs: dict[str, np.ndarray], threads: int
     ) -> dict[str, np.ndarray]:
-        import openvino
-
-        model = openvino.Core().read_model(str(path))
+        model = openvino_core().read_model(str(path))
         there = {name for operator in model.get_ops() for output in operator.outputs() for name in output.get_names()}
         wanted = [name for name in dict.fromkeys(names) if name in there]
         given = {name for output in model.outputs for name in output.get_names()}
@@ -64,9 +61,7 @@ class OpenVino(EdgeTarget):
 
     def _compiled(self, model: Any, name: str, threads: int) -> Any:
         """`model`: a file's path or an opened one; `name`: the file's, which says in what it is computed."""
-        import openvino
-
-        core, hint = openvino.Core(), "bf16" if "bf16." in name else "f32"
+        core, hint = openvino_core(), "bf16" if "bf16." in name else "f32"
         if hint == "bf16" and "BF16" not in core.get_property(self.device, "OPTIMIZATION_CAPABILITIES"):
             raise TargetUnavailable(
                 f"this {self.device} has no bfloat16 arithmetic",

@@ -210,7 +210,11 @@ def test_the_heartbeat_of_whoever_took_over_is_not_written_over(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("often")
-def test_ctrl_c_is_no_loss_and_a_loss_that_a_library_kept_to_itself_is_told_in_the_end(tmp_path: Path) -> None:
+def test_ctrl_c_is_no_loss_and_a_loss_that_a_library_kept_to_itself_is_told_in_the_end(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what is in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "one", "edgefusion run", print):
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(LedgerConflict), claimed(tmp_path / "two", "edgefusion run", print):

@@ -14,6 +14,7 @@ from cluster.storage import sweep_partials
 from export.demo import write_demo
 from export.graph import Graph, to_onnx
 from export.onnx_file import copy_onnx, weights_beside
+from export.openvino_core import openvino_core
 from export.parity import snr_db
 from export.proof import BUNDLE, broken_files, write_sums
 from export.targets.contract import Source, bytes_of
@@ -112,9 +113,7 @@ def test_targets_carry_the_weights_of_a_large_graph(
     (tmp_path / "unet.onnx.data").unlink()
     assert bytes_of(target, path) == sum(file.stat().st_size for file in place.iterdir())
     if name == "openvino":
-        import openvino
-
-        got = np.array(openvino.Core().compile_model(str(path), "CPU")(rows_of(graph))[0])
+        got = np.array(openvino_core().compile_model(str(path), "CPU")(rows_of(graph))[0])
         assert snr_db(graph.module(*graph.inputs.values()).detach().numpy(), got) > least
         return
     assert snr_of(path, graph) > least

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from cluster.errors import EdgeFusionError
 from export.clip_gate import judge_failures, scores
 from export.layers import HIGH_PRECISION, kept_layers, layer_modules, lies_in
+from export.openvino_core import openvino_core
 from export.parity import failures, picture_parity, snr_db
 from export.proof import read_reference, reference_inputs
 from export.quantise import quantise_onnx
@@ -76,11 +77,9 @@ def test_a_scan_quantises_the_part_and_nothing_else(student_bundles: Path, tmp_p
 
 
 def test_openvino_keeps_what_the_recipe_keeps(student_bundles: Path, tmp_path: Path) -> None:
-    import openvino
-
     weights = student_bundles / "openvino" / "unet.w8.xml"
     kept = kept_layers(student_bundles / "onnx" / "unet.onnx", HIGH_PRECISION)
-    model = openvino.Core().read_model(str(weights))
+    model = openvino_core().read_model(str(weights))
     by_name = {op.get_friendly_name().removesuffix("/WithoutBiases"): op for op in model.get_ops()}
 
     def is_packed(name: str) -> bool:
@@ -222,7 +221,6 @@ def test_openvino_keeps_the_angles_of_the_timestep(tmp_path: Path, precision: st
 @pytest.mark.parametrize(("rows", "smooths"), [(4, False), (16, True)])
 def test_openvino_smooths_only_what_it_saw_enough_of(tmp_path: Path, rows: int, smooths: bool) -> None:
     """SmoothQuant on few rows cost the shipped student's W8A8 4 dB (docs/export.md)."""
-    import openvino
     import torch
     from torch import nn
 
@@ -234,6 +232,6 @@ def test_openvino_smooths_only_what_it_saw_enough_of(tmp_path: Path, rows: int, 
     to_onnx(Graph("layers", layers, {"x": torch.randn(1, 8, 32)}, "y"), tmp_path / "plain.onnx")
     seen = [{"x": np.random.default_rng(i).standard_normal((1, 8, 32)).astype(np.float32)} for i in range(rows)]
     quantise_openvino(tmp_path / "plain.onnx", tmp_path / "w8a8.xml", "w8a8", seen, [])
-    ops = openvino.Core().read_model(str(tmp_path / "w8a8.xml")).get_ops()
+    ops = openvino_core().read_model(str(tmp_path / "w8a8.xml")).get_ops()
     assert any(op.get_type_name() == "FakeQuantize" for op in ops)
     assert any("smooth_quant" in op.get_friendly_name() for op in ops) == smooths

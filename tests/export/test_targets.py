@@ -2,6 +2,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -19,10 +20,12 @@ from export.bundle import export_student, open_bundle
 from export.card import _text
 from export.graph import Graph, decoder_graph
 from export.layers import HIGH_PRECISION
+from export.openvino_core import openvino_core
 from export.parity import failures, snr_db
 from export.proof import read_reference, reference_inputs, write_sample
 from export.quantise_openvino import quantise_openvino
 from export.recipe import PRECISIONS, ExportRecipe, GateRecipe, Target
+from export.targets import openvino_cpu
 from export.targets.contract import EdgeTarget, Source, bytes_of, check_open
 from export.targets.registry import MODULES, find_target, target_of
 from factory.models import resolve
@@ -262,9 +265,27 @@ def test_a_provider_that_is_not_there_is_told_before_any_work(name: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_openvino_device_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import openvino
+def test_signals_are_heard_after_builds_have_come_and_gone(student_bundles: Path) -> None:
+    """OpenVINO takes the stack that signals come on for itself, and Ctrl-C once ended the process by a fault of memory."""
+    code = """
+import gc, signal, sys
+from pathlib import Path
+from export.targets.registry import find_target
+names = {graph: f"{graph}.xml" for graph in ("text_encoder", "unet", "vae_decoder")}
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+first, second = (find_target("openvino").open(Path(sys.argv[1]), names, 1) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.raise_signal(signal.SIGUSR1)
+"""
+    words = [sys.executable, "-c", code, str(student_bundles / "openvino")]
+    said = subprocess.run(words, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, "heard\n"), said.stderr
 
+
+def test_an_openvino_device_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_target("openvino").device == "CPU" and find_target("onnx", "NPU").device == ""
     assert target_of({"target": "openvino", "device": "NPU"}).device == "NPU"
     with pytest.raises(ValueError, match="openvino_device"):
@@ -278,7 +299,7 @@ def test_an_openvino_device_is_asked_for_by_name(tmp_path: Path, monkeypatch: py
             asked.append({"model": Path(model).name, "device": device, **config})
             return object()
 
-    monkeypatch.setattr(openvino, "Core", Core)
+    monkeypatch.setattr(openvino_cpu, "openvino_core", Core)
     assert not find_target("openvino", "GPU").not_here() and not find_target("openvino", "GPU.1").not_here()
     recipe = ExportRecipe(targets=["openvino"], openvino_device="NPU")
     with pytest.raises(
@@ -297,9 +318,7 @@ def test_an_openvino_device_is_asked_for_by_name(tmp_path: Path, monkeypatch: py
 
 
 def test_int8_weights_with_bf16_arithmetic(student_bundles: Path, tmp_path: Path) -> None:
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
     reference = read_reference(student_bundles / "onnx")
