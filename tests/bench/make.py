@@ -4,7 +4,7 @@ The bare loop holds the pocket teacher and the filter CLIP in this process, pain
 no encoding, hashes, ledger or digests. Half of its batches run before making and half after, for machines drift. Making does the whole
 of `factory make`. Its rate is taken between commits: from the last of the workers' first units to the last of all (Ray hands units
 out later, and in heaps); what comes before is start-up, reported apart. Both see the
-same prompts and batches, in one run; `--set` changes what making does with the cores, and the bare loop keeps the recipe's threads.
+same prompts and batches, in one run; `--set` changes what making does with the cores. The bare loop has as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 def bare_loop(recipe: FactoryRecipe, folder: Path, which: slice) -> float:
     """Pictures a second over these of the batches; models' loading and the first batch are left out."""
     assert recipe.make.teacher is not None
-    set_threads(recipe.make.threads)
+    set_threads(os.cpu_count() or 1)
     painter, clip, each = Painter(recipe.make.teacher), Clip(recipe.make.scorer), recipe.make.teacher.batch_images
     rows = [row for path in plan_files(folder) for row in read_table(path).to_pylist() if row["outcome"] == "pending"]
     batches = [rows[i : i + each] for i in range(0, len(rows) // each * each, each)][which]
