@@ -232,6 +232,7 @@ def test_errors_are_plain_and_exit_codes_differ_by_kind(undisturbed: tuple[Path,
     assert "Traceback" in said.stderr
 
 
+@pytest.mark.long
 def test_a_build_that_misses_its_gate_is_not_called_built(copy: tuple[Path, Path], tmp_path: Path) -> None:
     from cluster.errors import ParityError
     from export.bundle import export_student

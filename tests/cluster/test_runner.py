@@ -51,6 +51,7 @@ def answers(runner: Runner, stages: list[Stage]) -> dict[str, list[Row]]:
     return {unit.id: unit.rows for unit in runner.run(stages, units(5))}
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

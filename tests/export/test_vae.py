@@ -35,6 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "model"
 
 
+@pytest.mark.long
 def test_a_trained_decoder_draws_in_a_bundle(small: Path, tmp_path: Path) -> None:
     few = {"calibration_prompts": 1, "parity_prompts": 2, "latency_runs": 1, "threads": 1}
     recipe = ExportRecipe(targets=["onnx"], precisions=["fp32"], vae=str(small), **few)

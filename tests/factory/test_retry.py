@@ -98,6 +98,7 @@ def files(data: Path) -> dict[str, bytes]:
     return {str(p.relative_to(data)): p.read_bytes() for p in found}
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_deadly_sample_is_a_dead_letter_until_it_is_tried_again(planned: Path, make) -> None:
     entries = make(planned, deadly=11)

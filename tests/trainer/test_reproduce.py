@@ -88,6 +88,7 @@ def test_a_finished_run_trains_nothing_again_and_rows_share_phase_one(whole: Pat
     assert mix[0]["samples"] > mix[1]["samples"] and mix[0]["share"] > mix[1]["share"]
 
 
+@pytest.mark.long
 def test_killed_while_it_trains_it_ends_in_the_same_figures(whole: Path, protocol: Path, tmp_path: Path) -> None:
     """A real kill -9 of the command; what is left then is finished here."""
     out = begun(whole, tmp_path / "out")

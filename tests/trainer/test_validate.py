@@ -53,6 +53,7 @@ def test_looks_show_the_student_change_and_change_nothing(tiny_models, data, tmp
     assert not (tmp_path / "blind" / "adapt" / LOOKS).exists()
 
 
+@pytest.mark.long
 def test_a_kill_at_every_checkpoint_leaves_the_same_looks(tiny_models, data, tmp_path, monkeypatch) -> None:
     loop.train(recipe(tiny_models), data, tmp_path / "whole", seed=1)
     saved = fit.save_state
