@@ -81,7 +81,8 @@ def test_a_person_curates_by_keys_alone(server: Server, browser: webdriver.Chrom
     press(browser, Keys.END, "e")
     until(lambda: focus(browser) == "caption", "the caption to edit")
     press(browser, "an owl, as a person says it", Keys.ENTER)
-    until(lambda: read_decisions(folder).get(ids[23]), "the caption")
+    # Saved is what the page knows of, too: until then a reload would lose its undo.
+    until(lambda: text(browser, "saved") == "all saved" and ids[23] in read_decisions(folder), "the caption")
     found = read_decisions(folder)
     assert (found[ids[0]].verdict, found[ids[0]].who) == ("keep", "ada")
     assert (found[ids[1]].verdict, found[ids[1]].reason) == ("reject", "broken anatomy")
