@@ -26,42 +26,19 @@ from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import PARTIAL, publish_bytes, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
-from trainer.identity import IDLE
+from factory.recipe.idle import IDLE as FACTORY_IDLE
+from trainer.identity import IDLE as TRAINER_IDLE
 from trainer.progress import follow_training, is_finished
 from trainer.recipe import TrainerRecipe
 
 RUN = "run.json"
-_SERVED = (("plan", "writer"), ("make", "captioner"))
-_OPENED = (
-    *_SERVED,
-    ("make", "teacher"),
-    ("make", "teachers", "*"),
-    ("make", "scorer"),
-    ("make", "scores", "*", "clip"),
-)
 _LIMITS = (
-    *(
-        ("factory", *model, key)
-        for model in _SERVED
-        for key in ("max_cost", "key_variable", "timeout_s", "tries", "concurrent", "server", "environment", "device")
-    ),
-    *(("factory", *model, "allow_pickle") for model in _OPENED),
-    *(
-        ("factory", "plan", "download", key)
-        for key in ("max_failed_share", "failed_after", "timeout_s", "tries", "back_off_s", "concurrent", "per_host")
-    ),
-    *(
-        ("factory", "make", key)
-        for key in ("render_workers", "render_gpus", "score_workers", "score_gpus", "crop_gpus")
-    ),
-    ("factory", "sources"),
-    ("factory", "make", "max_dead_share"),
-    ("factory", "make", "dead_after"),
-    *(("trainer", *key) for key in IDLE),
+    *(("factory", *key) for key in FACTORY_IDLE),
+    *(("trainer", *key) for key in TRAINER_IDLE),
     ("export", "allow_pickle"),
 )
 """Keys that decide nothing but where a run computes, which weights may be opened, how servers are run and asked, what a card says of licences,
-when it saves and when it stops; errors say to change some of them and to run the same command again. `*`: whatever is there."""
+when it saves and when it stops; errors say to change some of them and to run the same command again."""
 
 
 class Recipe(Settings):

@@ -32,9 +32,11 @@ from trainer.state import (
     Best,
     Log,
     load_state,
+    points_of,
     save_state,
     state_of,
 )
+from trainer.track import track, track_look
 from trainer.use import machine_use
 from trainer.watch import LossWatch
 from trainer.workers import of_main
@@ -221,8 +223,8 @@ class _Run:
             score = self.validation.draw(average, self.step, self.folder)
             if score is not None and (keep := self.best.offer(score, self.step, average.state_dict)):
                 self.writing.run(keep)
-            if self.log:
-                self.log.show(self.step)
+            if self.log and (look := self.log.show(self.step)):
+                track_look(self.accelerator, self.phase, look)
         self.accelerator.wait_for_everyone()
         self.began += time.monotonic() - began
 
@@ -359,7 +361,7 @@ class _Run:
         if self.log:
             done = self.step + 1 - self.began_step
             rate = done * self.settings.batch_images / (time.monotonic() - self.began)
-            self.log.write(
+            row: dict[str, Any] = dict(
                 step=self.step + 1,
                 steps=self.settings.steps,
                 loss=round(loss, 6),
@@ -373,8 +375,5 @@ class _Run:
                 **machine_use(),
                 time_s=round(time.time(), 2),
             )
-            values = {"loss": loss, **self.notes, "learning_rate": self.rate, "images_per_s": rate}
-            # Under a name of the phase's own: both phases count from 1.
-            self.accelerator.log(
-                {f"{self.phase}/{name}": v for name, v in values.items()} | {f"{self.phase}/step": self.step + 1}
-            )
+            self.log.write(**row)
+            track(self.accelerator, self.phase, self.step + 1, points_of(row))

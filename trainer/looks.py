@@ -17,6 +17,10 @@ class Look:
     sheet: Path
     scores: dict[int, float]
 
+    def named_scores(self) -> dict[str, float]:
+        """As TensorBoard and the trackers know them."""
+        return {f"looks/clip_{steps}_steps": score for steps, score in self.scores.items()}
+
 
 def read_looks(folder: Path) -> list[Look]:
     """What `draw` left in a phase's folder, in the order of the steps."""

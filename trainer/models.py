@@ -19,6 +19,8 @@ from trainer.recipe import TrainerRecipe
 from trainer.surgery import SurgeryError, build_student, student_config
 
 LORA = "lora"
+# Widths alone do not tell base, small and the whole teacher apart.
+_SHAPE = ("block_out_channels", "layers_per_block", "mid_block_type", "down_block_types", "up_block_types")
 
 
 def open_pipeline(model: str, allow_pickle: bool = False) -> Any:
@@ -109,8 +111,13 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
         ) from error
     student: Any = open_unet(recipe.start, recipe.allow_pickle, schedule_of(pipeline).prediction)
     out = "Leave trainer.start out to cut the student from the teacher"
-    if list(student.config["block_out_channels"]) != list(wanted["block_out_channels"]):
-        raise StageError(f"trainer.start {recipe.start} is no {recipe.student} student of {recipe.teacher}", remedy=out)
+    for name in _SHAPE:
+        there, needed = _plain(student.config[name]), _plain(wanted[name])
+        if there != needed:
+            raise StageError(
+                f"trainer.start {recipe.start} is no {size} student of {recipe.teacher}: its {name} is {there}, not {needed}",
+                remedy=f"Name its own size as trainer.student, or leave trainer.start out to cut a {size} one from the teacher",
+            )
     refuse_misfit(student, pipeline, f"trainer.start {recipe.start}", out)
     if phase == "distill" and takes_guidance(student) and not recipe.distill.guidance_input:
         raise StageError(
@@ -118,6 +125,11 @@ def student_for(phase: str, recipe: TrainerRecipe, pipeline: Any, folder: Path) 
             remedy="Set trainer.distill.guidance_input=true with guidance_min below guidance_max, or start from another",
         )
     return student.float()
+
+
+def _plain(value: Any) -> Any:
+    """Configs come with lists from files and with tuples from defaults."""
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 def teacher_of(name: str, student: UNet2DConditionModel, pipeline: Any, allow_pickle: bool = False) -> Any:

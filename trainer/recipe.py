@@ -207,8 +207,8 @@ class TrainerRecipe(DataRecipe):
     )
     on_corrupt: OnCorrupt = Field(
         default="stop",
-        description="at a missing or damaged shard: `stop`, or `skip` its damaged samples. A sample of a sound shard that is no picture is "
-        "skipped either way",
+        description="at a missing or damaged shard: `stop`, or `skip` its damaged samples; one of a data set by URL stops always. A sample of a "
+        "sound shard that is no picture is skipped either way",
     )
     max_corrupt_share: float = Field(
         default=0.05, ge=0, le=1, description="share of all samples that may be skipped; more ends the training"

@@ -215,23 +215,29 @@ class Log:
             file.write(json.dumps(row) + "\n")
         self._draw(row)
 
-    def show(self, step: int) -> None:
+    def show(self, step: int) -> Look | None:
         """The look at `step`, which lies beside the log."""
-        for look in read_looks(self.path.parent):
-            if look.step == step:
-                self._show(look)
+        found = next((look for look in read_looks(self.path.parent) if look.step == step), None)
+        if found:
+            self._show(found)
+        return found
 
     def close(self) -> None:
         self._events.close()
 
     def _show(self, look: Look) -> None:
         self._events.add_image("looks", np.asarray(Image.open(look.sheet).convert("RGB")), look.step, dataformats="HWC")
-        for steps, score in look.scores.items():
-            self._events.add_scalar(f"looks/clip_{steps}_steps", score, look.step)
+        for name, score in look.named_scores().items():
+            self._events.add_scalar(name, score, look.step)
 
     def _draw(self, row: dict[str, Any]) -> None:
-        for name in row.keys() - {"step", "steps", "began_step", "time_s"}:
-            self._events.add_scalar(name, row[name], int(row["step"]), walltime=row.get("time_s"))
+        for name, value in points_of(row).items():
+            self._events.add_scalar(name, value, int(row["step"]), walltime=row.get("time_s"))
+
+
+def points_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a line is a curve over the steps."""
+    return {name: value for name, value in row.items() if name not in ("step", "steps", "began_step", "time_s")}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -19,6 +21,7 @@ from cluster.errors import CorruptShard, StageError, TargetUnavailable
 from trainer.checkpoints import newest_checkpoint, read_checkpoint
 from trainer.fit import MAX_ROLLBACKS, fit
 from trainer.identity import Identity
+from trainer.looks import LOOKS
 from trainer.recipe import PhaseRecipe
 from trainer.state import METRICS, read_log
 from trainer.watch import LossWatch
@@ -226,6 +229,89 @@ def test_a_tracker_that_is_not_installed_is_refused_in_words(monkeypatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TargetUnavailable, match="pip install wandb"):
         new_accelerator("no", ["wandb"])
+
+
+class Tracker(GeneralTracker):
+    """What a tracker of Accelerate is told; `kept` has (what, step, values)."""
+
+    name = "stand-in"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, int | None, dict]] = []
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.kept.append(("row", step, dict(values)))
+
+
+class PictureTracker(Tracker):
+    name = "wandb"
+
+    def log_images(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.kept.append(
+            ("pictures", step, {name: [picture.size for picture in some] for name, some in values.items()})
+        )
+
+
+class FileTracker(Tracker):
+    name = "mlflow"
+
+    def log_artifact(self, local_path: str, artifact_path: str) -> None:
+        self.kept.append(("file", None, {artifact_path: Path(local_path).name}))
+
+
+class Looks:
+    keeps_best = False
+
+    def is_due(self, step: int, steps: int) -> bool:
+        return step == 2
+
+    def draw(self, average: object, step: int, folder: Path) -> float:
+        (folder / LOOKS).mkdir()
+        place = folder / LOOKS / f"step-{step:07d}"
+        Image.new("RGB", (6, 3)).save(place.with_suffix(".png"))
+        place.with_suffix(".json").write_text('{"step": 2, "scores": {"4": 0.5, "1": 0.25}}')
+        return 0.375
+
+
+def test_trackers_are_told_what_tensorboard_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_module, "machine_use", lambda: {"memory_gib": 1.5, "gpu_percent": 50.0})
+    trackers = [Tracker(), PictureTracker(), FileTracker()]
+    accelerator = Accelerator(cpu=True, log_with=trackers)
+    accelerator.init_trackers("edgefusion")
+    settings = PhaseRecipe(steps=3, batch_images=4, learning_rate=1e-3)
+    fit(
+        "distill",
+        settings,
+        Identity({}),
+        nn.Linear(3, 1),
+        lambda m, _a, _d, _s: m(torch.ones(4, 3)).pow(2).mean(),
+        tmp_path,
+        accelerator,
+        validation=Looks(),
+    )
+    drawn: dict[int, dict[str, float]] = {step: {} for step in (1, 2, 3)}
+    for tag, step, value in points(tmp_path):
+        if tag != "looks":
+            drawn[step][f"distill/{tag}"] = value
+    assert {"distill/grad_norm", "distill/memory_gib", "distill/gpu_percent", "distill/learning_rate"} < set(drawn[1])
+    for tracker in trackers:
+        told: dict[int, dict[str, float]] = {step: {} for step in (1, 2, 3)}
+        for what, at, values in tracker.kept:
+            if what == "row":
+                step = values.pop("distill/step")
+                assert at == (None if tracker.name == "wandb" else step)
+                told[step] |= values
+        assert {step: set(row) for step, row in told.items()} == {step: set(row) for step, row in drawn.items()}
+        assert all(row == pytest.approx(drawn[step], rel=1e-5) for step, row in told.items())
+    seen = [[(what, values) for what, _, values in tracker.kept if what != "row"] for tracker in trackers]
+    assert seen == [
+        [],
+        [("pictures", {"distill/looks": [(6, 3)]})],
+        [("file", {"distill/looks": "step-0000002.png"})],
+    ]
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])

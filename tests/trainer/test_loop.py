@@ -182,6 +182,25 @@ def test_a_start_of_another_shape_is_refused(tiny_models, data, tmp_path) -> Non
         loop.train(recipe(tiny_models, start=str(tiny_models / "teacher")), data, tmp_path, seed=1)
 
 
+def test_a_start_of_another_size_is_refused_though_widths_agree(tiny_models, tmp_path) -> None:
+    pipeline = open_pipeline(str(tiny_models / "teacher"))
+    for size in ("base", "small"):
+        build_student(pipeline.unet, size).float().save_pretrained(tmp_path / size)
+    starts = {"base": tmp_path / "base", "small": tmp_path / "small", "whole": tiny_models / "teacher"}
+    phase = {"batch_images": 4, "learning_rate": 1e-3, "steps": 1}
+    for student in starts:
+        for start, place in starts.items():
+            adapt = phase | {"steps": int(student != "whole")}
+            settings = recipe(tiny_models, adapt=adapt, distill=phase, student=student, start=str(place))
+            if student == start:
+                loop.student_for("adapt", settings, pipeline, tmp_path / "none")
+                continue
+            differs = "mid_block_type" if {student, start} == {"base", "small"} else "layers_per_block"
+            with pytest.raises(StageError, match=rf"is no {student} student of .*: its {differs} is ") as caught:
+                loop.student_for("adapt", settings, pipeline, tmp_path / "none")
+            assert str(place) in str(caught.value) and "as trainer.student" in str(caught.value)
+
+
 def test_the_paper_recipe_builds_its_student_at_full_size() -> None:
     settings = load_recipe(Recipe, DEFAULT_RECIPE.with_name("edgefusion.yaml"))
     with torch.device("meta"):

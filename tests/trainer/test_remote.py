@@ -126,6 +126,23 @@ def test_what_is_not_there_or_was_changed_is_refused(url: str, data: Path, tiny_
         stream.read(0)
 
 
+def test_on_corrupt_skip_leaves_out_no_shard_of_a_data_set_by_url(url: str, tmp_path: Path) -> None:
+    """As docs/training.md says."""
+    files, shard = fsspec.filesystem("s3"), f"{url}/shard-000000.tar"
+    remote = RemoteFolder(url, CacheRecipe(folder=str(tmp_path / "cache")))
+    with files.open(shard, "rb") as file:
+        whole = file.read()
+    files.pipe(shard, whole[:-1] + b"x")
+    stream = ShardStream(remote, on_corrupt="skip")
+    assert stream.damaged == {}
+    with pytest.raises(CorruptShard, match=r"shard-000000\.tar"):
+        stream.read(0)
+    files.rm(shard)
+    files.invalidate_cache()
+    with pytest.raises(CorruptShard, match=r"shard-000000\.tar: is missing"):
+        ShardStream(remote, on_corrupt="skip")
+
+
 def test_a_cache_that_cannot_hold_the_data_set_is_warned_of(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

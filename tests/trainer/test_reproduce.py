@@ -24,7 +24,7 @@ from factory.verify import verify
 from trainer.reproduce.data import ensure_data
 from trainer.reproduce.paper import COMPARISONS, EDGEFUSION, ROWS, row_named
 from trainer.reproduce.recipe import TablesRecipe
-from trainer.reproduce.tables import chosen_rows, reproduce
+from trainer.reproduce.tables import chosen_rows, claim, reproduce
 from trainer.reproduce.verdicts import (
     A_DIFFERENCE,
     AGREES,
@@ -183,6 +183,27 @@ def test_another_protocol_is_refused_and_more_seeds_are_not(whole: Path, protoco
     with pytest.raises(RecipeError, match="no row is called '2/sint'"):
         chosen_rows(["2/sint"])
     assert [row.name for row in chosen_rows(["3/synt*"])] == ["3/synt/synt", "3/synt-cur/synt-cur", EDGEFUSION]
+
+
+def test_keys_of_the_data_recipes_that_decide_no_picture_may_change(protocol: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((protocol.parent / "pocket.yaml").read_text())
+
+    def with_changes(**make: Any) -> TablesRecipe:
+        path = tmp_path / "pocket.yaml"
+        path.write_text(yaml.safe_dump(tree | {"factory": tree["factory"] | {"make": tree["factory"]["make"] | make}}))
+        return recipe_of(protocol, synt_recipe=str(path))
+
+    plain = recipe_of(protocol)
+    claim(plain, tmp_path / "out")
+    workers = {"render_workers": 7, "score_workers": 3, "render_gpus": 1, "score_gpus": 0.5, "crop_gpus": 0.5}
+    claim(with_changes(**workers), tmp_path / "out")
+    # Their sums round otherwise.
+    with pytest.raises(LedgerConflict, match="another protocol"):
+        claim(with_changes(threads=5), tmp_path / "out")
+    before = tmp_path / "before"
+    before.mkdir()
+    (before / "protocol.json").write_text(json.dumps({"digest": plain.digest(idle=())}))
+    claim(plain, before)
 
 
 def test_every_comparison_names_cells_that_the_paper_has() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from cluster.likeness import Key, without
 from cluster.recipe import Settings, load_recipe
 from factory.models import fingerprint
 from factory.recipe import FactoryRecipe
+from factory.recipe.idle import IDLE
 from factory.taxonomy import load_taxonomy
 from trainer.options import AdversarialRecipe, LoraRecipe
 
@@ -90,15 +92,16 @@ class TablesRecipe(Settings):
         path = Path(self.synt_recipe if name == "synt" else self.wild_recipe)
         return load_recipe(FactoryPart, path, [*OVERRIDES[name], *more])
 
-    def digest(self) -> str:
-        """What the results depend on, the models' files included: not how many seeds there are, nor where the recipes lie."""
+    def digest(self, idle: Sequence[Key] = IDLE) -> str:
+        """What the results depend on, the models' files included: not how many seeds there are, where the recipes lie, nor their `idle` keys."""
         own = self.model_dump(mode="json", exclude={"seeds", "wild_recipe", "synt_recipe", "threads"})
         taxonomy = load_taxonomy(str(self.factory_of("synt").factory.plan.model_dump()["taxonomy"]))
         made = {name: self.factory_of(name).model_dump(mode="json") for name in OVERRIDES}
         names = sorted({self.teacher, self.judge, "zoo:evalset.parquet", *_files_in(made)})
         files = [fingerprint(name) for name in names if name.startswith("zoo:") or Path(name).exists()]
+        told = {name: without(part, [("factory", *key) for key in idle]) for name, part in made.items()}
         return hashlib.sha256(
-            json.dumps([own, made, files, taxonomy.model_dump(mode="json")], sort_keys=True).encode()
+            json.dumps([own, told, files, taxonomy.model_dump(mode="json")], sort_keys=True).encode()
         ).hexdigest()
 
 
