@@ -17,6 +17,7 @@ from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe, load_recipe
 from cluster.runner import ClusterRecipe
 from factory.recipe import FactoryRecipe, ScorerRecipe
+from factory.recipe.earlier import without_gone_keys
 
 _ORDER = (
     *("run", "forecast", "retry-failed", "plan"),
@@ -391,8 +392,8 @@ def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _F
         return load_recipe(_FactoryPart, recipe, overrides)
     record = folder.resolve().parent / "run.json"
     try:
-        tree = json.loads(record.read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+        tree = without_gone_keys(json.loads(record.read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RecipeError(
             f"nothing says by which recipe it was made: {record} is not there",
             where=str(folder),

@@ -249,9 +249,10 @@ def _batch(recipe: FactoryRecipe, stage: str) -> int:
     make = recipe.make
     if stage == "render" and make.painters():
         return max(teacher.batch_images for teacher in make.painters().values())
-    return (
-        make.captioner.batch_pictures if stage == "caption" and make.captioner is not None else make.scorer.batch_images
-    )
+    if stage == "caption" and make.captioner is not None:
+        # What a server answers is warm after one question, and may cost.
+        return make.captioner.batch_pictures if make.captioner.kind == "transformers" else 1
+    return make.scorer.batch_images
 
 
 def _bytes(folder: Path) -> int:
