@@ -216,9 +216,13 @@ class PicturePlan(Settings):
         "zoo:wild.parquet; with braces ({000..099}.tar), patterns (*.tar) and URLs (s3://bucket/*.tar)",
     )
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
-    text_column: str = Field(default="text", description="Parquet column with the text")
+    text_column: str = Field(
+        default="text",
+        description="column with the text, of Parquet files or lists of URLs; of these it may be missing unless another name is given here",
+    )
     metadata_columns: list[str] = Field(
-        default=[], description="further Parquet columns that are kept as each sample's `metadata`"
+        default=[],
+        description="further columns of Parquet files or lists of URLs that are kept as each sample's `metadata`",
     )
     attribute_columns: list[str] = Field(
         default=[],
