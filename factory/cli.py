@@ -272,7 +272,9 @@ def forecast(
         list[str] | None, typer.Option("--set", help="override a key: --set factory.plan.prompts=1000 (repeatable)")
     ] = None,
 ) -> None:
-    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it."""
+    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it.
+
+    A server that the recipe names for prompts or captions is asked too, and charges."""
     from factory.forecast import lines, planned_samples, probe, scale
     from factory.plan import resolve_models
     from factory.size_lines import lines as size_lines
