@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from cluster.errors import RecipeError, StageError
 from cluster.status import reason_kind
 from cluster.storage import publish_bytes, publish_file
-from factory.asking import Asker, Job, asking
+from factory.asking import Asker, Job, asking, may_answer_later
 from factory.ingest import attributes_of, metadata_of, url_key
 from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
@@ -49,8 +49,9 @@ _ROWS_AT_ONCE = 16
 _SCHEMA = pa.schema([("url", pa.string()), ("text", pa.string()), ("picture", pa.binary()), ("wrong", pa.string())])
 AGAIN = "again"
 """A file beside the parts: failures that may pass are to be asked again by the next plan."""
-_PASSING = re.compile(r"HTTP (408|425|429|500|502|503|504)\b|no whole answer within |\w+Error(:|,|$)")
-"""Reasons that an outage or a busy server gives, as factory/asking.py words them."""
+_STATUS = re.compile(r"HTTP (\d+)\b")
+_PASSING = re.compile(r"no whole answer within |\w+Error(:|,|$)")
+"""Reasons as factory/asking.py words them; the second are those that an outage gives."""
 
 
 def download_all(
@@ -289,6 +290,8 @@ class _Part:
 
 def may_pass(wrong: str) -> bool:
     """Whether a URL that failed for this reason may answer another time."""
+    if status := _STATUS.match(wrong):
+        return may_answer_later(int(status[1]))
     return _PASSING.match(wrong) is not None
 
 

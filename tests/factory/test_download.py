@@ -121,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"", 503)
             else:
                 self.send(drawing(int(path.removeprefix("down/").removesuffix(".png"))))
+        elif path == "520":
+            self.send(drawing(4), 200 if count > 1 else 520)
         elif path == "busy":
             self.send(drawing(2), 200 if count > 2 else 503)
         elif path.endswith(".png"):
@@ -182,6 +184,11 @@ def test_every_failure_is_a_dead_letter_with_its_reason(site: Site, tmp_path: Pa
     got = {name: row for name, row in zip(names, rows, strict=True) if not row["reason"]}
     assert fetch(got["1.png"]["source"], got["1.png"]["picture_sha256"], tmp_path / "data") == drawing(1)
     assert json.loads(got["busy"]["source"])["url"] == f"{site.root}/busy"
+
+
+def test_a_status_that_only_cdns_know_is_asked_again(site: Site, tmp_path: Path) -> None:
+    (row,) = rows_of(plan_of(write_list(tmp_path / "u.txt", site, "520")), tmp_path / "data")
+    assert (row["reason"], site.asked["520"]) == ("", 2)
 
 
 def test_from_urls_to_a_packed_data_set_and_again_without_the_net(
@@ -519,12 +526,15 @@ def test_reasons_that_may_pass() -> None:
     passing = [
         "HTTP 503, 3 tries",
         "HTTP 429",
+        *(f"HTTP {status}, 3 tries" for status in (500, 501, 505, 508, 520, 529, 599)),
         "no whole answer within 20 s, 3 tries",
         "ClientConnectorDNSError: x, 3 tries",
     ]
     final = [
         "HTTP 404",
         "HTTP 403",
+        "HTTP 600",
+        "HTTP 999",
         "the answer is empty",
         "more than 5 redirects",
         "the address is not public",
