@@ -79,13 +79,19 @@ class Handler(BaseHTTPRequestHandler):
             site.asked[path] += 1
             site.here += 1
             site.most = max(site.most, site.here)
+            self.here = True
         try:
             self.reply(path, site.asked[path])
         except OSError:
             pass  # the client broke off
         finally:
-            with site.lock:
-                site.here -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Once and before the answer goes out: whoever has it may ask again before this thread is heard of."""
+        with self.server.lock:
+            self.server.here -= self.here
+            self.here = False
 
     def reply(self, path: str, count: int) -> None:
         site = self.server
@@ -134,6 +140,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(
         self, body: bytes, status: int = 200, kind: str = "image/png", length: int | None = None, **more: str
     ) -> None:
+        self.leave()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) if length is None else length))
