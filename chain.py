@@ -26,6 +26,7 @@ from cluster.runner import ClusterRecipe, make_runner, stop_ray
 from cluster.storage import PARTIAL, publish_bytes, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
+from factory.recipe.earlier import without_gone_keys
 from factory.recipe.idle import IDLE as FACTORY_IDLE
 from trainer.identity import IDLE as TRAINER_IDLE
 from trainer.progress import follow_training, is_finished
@@ -437,8 +438,9 @@ def what_is_made(recipe: dict[str, Any], trained: bool) -> dict[str, Any]:
 
 
 def _by_this_version(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version wrote, with the defaults of keys that came since; as it stands if it is no recipe any more."""
+    """What an earlier version wrote, with the defaults of keys that came since and without those that went; as it stands if it is no recipe
+    any more."""
     try:
-        return Recipe.model_validate(recipe).model_dump(mode="json")
+        return Recipe.model_validate(without_gone_keys(recipe)).model_dump(mode="json")
     except ValidationError:
         return recipe

@@ -19,7 +19,6 @@ from urllib.parse import urljoin, urlsplit
 from factory.address import Refused, find_aiohttp, guarded_resolver, refusal_in, refuse_address
 from factory.recipe import DownloadRecipe
 
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECT = {301, 302, 303, 307, 308}
 _LONGEST_WAIT_S = 60.0
 
@@ -150,6 +149,12 @@ class Asker:
         return None
 
 
+def may_answer_later(status: int) -> bool:
+    """Whether a server that answers so may do better another time: all that it puts down to itself. Proxies and CDNs have numbers of their
+    own for that (520 to 530), and one that is wrongly set up says anything."""
+    return status in (408, 425, 429) or 500 <= status < 600
+
+
 class _Later(Exception):
     """The server asks to come again."""
 
@@ -166,7 +171,7 @@ async def _get(session: Any, recipe: DownloadRecipe, url: str) -> bytearray:
             if answer.status in _REDIRECT and "Location" in answer.headers:
                 url = urljoin(url, answer.headers["Location"])
                 continue
-            if answer.status in _AGAIN:
+            if may_answer_later(answer.status):
                 wait = answer.headers.get("Retry-After", "")
                 raise _Later(f"HTTP {answer.status}", float(wait) if wait.isdigit() else 0.0)
             if answer.status != 200:

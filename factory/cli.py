@@ -17,6 +17,7 @@ from cluster.errors import EdgeFusionError, RecipeError
 from cluster.recipe import Settings, build_recipe, load_recipe
 from cluster.runner import ClusterRecipe
 from factory.recipe import FactoryRecipe, ScorerRecipe
+from factory.recipe.earlier import without_gone_keys
 
 _ORDER = (
     *("run", "forecast", "retry-failed", "plan"),
@@ -271,7 +272,9 @@ def forecast(
         list[str] | None, typer.Option("--set", help="override a key: --set factory.plan.prompts=1000 (repeatable)")
     ] = None,
 ) -> None:
-    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it."""
+    """Hours, cost, disk and kept share of a whole run, scaled from a short probe of its own models on this machine; and sizes for it.
+
+    A server that the recipe names for prompts or captions is asked too, and charges."""
     from factory.forecast import lines, planned_samples, probe, scale
     from factory.plan import resolve_models
     from factory.size_lines import lines as size_lines
@@ -391,8 +394,8 @@ def _factory_part(folder: Path, recipe: Path | None, overrides: list[str]) -> _F
         return load_recipe(_FactoryPart, recipe, overrides)
     record = folder.resolve().parent / "run.json"
     try:
-        tree = json.loads(record.read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+        tree = without_gone_keys(json.loads(record.read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RecipeError(
             f"nothing says by which recipe it was made: {record} is not there",
             where=str(folder),

@@ -31,10 +31,14 @@ _CONTEXT = {
 }
 """The standard one of version 1.0."""
 
+_ENCODINGS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+
 
 def croissant(folder: Path, shards: dict[str, str], count: int, name: str, recipe: FactoryRecipe) -> dict[str, Any]:
-    """Croissant 1.0 (JSON-LD): the shards as a file set, the manifest as a record set, the models that the samples come from."""
+    """Croissant 1.0 (JSON-LD): the pictures in the shards as a file set, the manifest and the pictures with their texts as record sets, the
+    models that the samples come from."""
     fields, parts = ("id", "shard", "prompt", "picture_kind"), provenance(recipe, folder)
+    kind = recipe.make.picture_kind
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -73,6 +77,14 @@ def croissant(folder: Path, shards: dict[str, str], count: int, name: str, recip
                 }
                 for shard, digest in shards.items()
             ),
+            {
+                "@type": "cr:FileSet",
+                "@id": "picture-files",
+                "name": "picture-files",
+                "containedIn": [{"@id": shard} for shard in shards],
+                "encodingFormat": _ENCODINGS[kind],
+                "includes": f"*.{kind}",
+            },
         ],
         "recordSet": [
             {
@@ -89,6 +101,40 @@ def croissant(folder: Path, shards: dict[str, str], count: int, name: str, recip
                     }
                     for field in fields
                 ],
-            }
+            },
+            {
+                "@type": "cr:RecordSet",
+                "@id": "pictures",
+                "name": "pictures",
+                "description": "each picture with its text, which its .txt in the shard holds too",
+                "field": [
+                    {
+                        "@type": "cr:Field",
+                        "@id": "pictures/id",
+                        "name": "id",
+                        "dataType": "sc:Text",
+                        "source": {
+                            "fileSet": {"@id": "picture-files"},
+                            "extract": {"fileProperty": "filename"},
+                            "transform": {"regex": rf"([0-9a-f]{{64}})\.{kind}$"},
+                        },
+                        "references": {"fileObject": {"@id": "manifest"}, "extract": {"column": "id"}},
+                    },
+                    {
+                        "@type": "cr:Field",
+                        "@id": "pictures/image",
+                        "name": "image",
+                        "dataType": "sc:ImageObject",
+                        "source": {"fileSet": {"@id": "picture-files"}, "extract": {"fileProperty": "content"}},
+                    },
+                    {
+                        "@type": "cr:Field",
+                        "@id": "pictures/text",
+                        "name": "text",
+                        "dataType": "sc:Text",
+                        "source": {"fileObject": {"@id": "manifest"}, "extract": {"column": "prompt"}},
+                    },
+                ],
+            },
         ],
     }

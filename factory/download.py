@@ -1,9 +1,9 @@
 """Pictures by URL: lists of addresses become Parquet files of what they answered, kept in the data set folder.
 
-`downloads/part-00000.parquet` (url, text, picture, wrong) holds the bytes as they came, published atomically, a part 256 URLs: a killed
-download goes on after the last whole part, and a rerun reads the disk, not the net. The plan then points into these files as into any
-Parquet source. What the server calls its answer counts for nothing; decoding decides later. Several parts are on their way at once, so that
-one slow URL holds up nothing but its own part; they are judged and published in the order of the list.
+`downloads/part-00000.parquet` (url, text, picture, wrong, and what else of the list is kept) holds the bytes as they came, published
+atomically, a part 256 URLs: a killed download goes on after the last whole part, and a rerun reads the disk, not the net. The plan then
+points into these files as into any Parquet source. What the server calls its answer counts for nothing; decoding decides later. Several
+parts are on their way at once, so that one slow URL holds up nothing but its own part; they are judged and published in the order of the list.
 
 A run of failures that looks like an outage stops the download, and the parts of it are not kept; if it was killed before it could tell, the
 next run asks for them anew. What failed for a reason that may pass is asked once more after `ask_again`; a part changes only where an answer
@@ -21,7 +21,7 @@ import mmap
 import re
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +32,8 @@ import pyarrow.parquet as pq
 from cluster.errors import RecipeError, StageError
 from cluster.status import reason_kind
 from cluster.storage import publish_bytes, publish_file
-from factory.asking import Asker, Job, asking
-from factory.ingest import attributes_of, url_key
+from factory.asking import Asker, Job, asking, may_answer_later
+from factory.ingest import attributes_of, metadata_of, url_key
 from factory.prompts import read_lines
 from factory.recipe import DownloadRecipe, PicturePlan
 
@@ -49,8 +49,9 @@ _ROWS_AT_ONCE = 16
 _SCHEMA = pa.schema([("url", pa.string()), ("text", pa.string()), ("picture", pa.binary()), ("wrong", pa.string())])
 AGAIN = "again"
 """A file beside the parts: failures that may pass are to be asked again by the next plan."""
-_PASSING = re.compile(r"HTTP (408|425|429|500|502|503|504)\b|no whole answer within |\w+Error(:|,|$)")
-"""Reasons that an outage or a busy server gives, as factory/asking.py words them."""
+_STATUS = re.compile(r"HTTP (\d+)\b")
+_PASSING = re.compile(r"no whole answer within |\w+Error(:|,|$)")
+"""Reasons as factory/asking.py words them; the second are those that an outage gives."""
 
 
 def download_all(
@@ -68,8 +69,8 @@ def download_all(
     return asyncio.run(_Download(recipe, folder, progress, spoilt).run(paths))
 
 
-_Listed = tuple[str, str, str]
-"""URL, text, attributes as JSON."""
+_Listed = tuple[str, str, dict[str, str]]
+"""URL, text, and what else of the list a part keeps, by its column there: attributes and metadata, each as JSON."""
 
 
 class _Latest:
@@ -150,8 +151,8 @@ class _Download:
         """What is to be asked of a part: all, what failed before, or nothing. Raises StageError if it is there, of another list."""
         final = self._folder / FOLDER / f"part-{number:05d}.parquet"
         if not final.exists():
-            more = [pa.field("attributes", pa.string())] if self._recipe.attribute_columns else []
-            rows = [{"url": url, "text": text, "attributes": attributes} for url, text, attributes in some]
+            more = [pa.field(name, pa.string()) for name in _kept({}, self._recipe)]
+            rows = [{"url": url, "text": text, **kept} for url, text, kept in some]
             return _Part(final, number, rows, pa.schema([*_SCHEMA, *more]), asked=True, judged=True)
         table = pq.read_table(final, columns=["url", "text"])
         if list(zip(table["url"].to_pylist(), table["text"].to_pylist(), strict=True)) != [one[:2] for one in some]:
@@ -289,6 +290,8 @@ class _Part:
 
 def may_pass(wrong: str) -> bool:
     """Whether a URL that failed for this reason may answer another time."""
+    if status := _STATUS.match(wrong):
+        return may_answer_later(int(status[1]))
     return _PASSING.match(wrong) is not None
 
 
@@ -323,21 +326,21 @@ def _parts(folder: Path) -> list[Path]:
 
 def _listed(path: Path, recipe: PicturePlan) -> Iterator[_Listed]:
     assert recipe.download is not None
-    columns = [recipe.download.url_column, recipe.text_column, *recipe.attribute_columns]
-    needed = [columns[0], *recipe.attribute_columns]
+    columns = [recipe.download.url_column, recipe.text_column, *recipe.metadata_columns, *recipe.attribute_columns]
     if path.suffix == ".txt":
+        _refuse_lacking(path, recipe, columns[:2])
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in read_lines(file):
                 url, _, text = line.strip().partition("\t")
                 if url:
-                    yield url.strip(), text.strip(), "{}"
+                    yield url.strip(), text.strip(), {}
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             reader = csv.DictReader(read_lines(file))
             try:
-                _refuse_lacking(path, needed, list(reader.fieldnames or []))
+                _refuse_lacking(path, recipe, list(reader.fieldnames or []))
                 for row in reader:
-                    yield (row[columns[0]] or "").strip(), row.get(columns[1]) or "", attributes_of(row, recipe)
+                    yield (row[columns[0]] or "").strip(), row.get(columns[1]) or "", _kept(row, recipe)
             except csv.Error as error:
                 raise RecipeError(
                     f"cannot be read ({error})",
@@ -350,22 +353,36 @@ def _listed(path: Path, recipe: PicturePlan) -> Iterator[_Listed]:
         except (pa.ArrowInvalid, OSError) as error:
             raise StageError(f"cannot be read ({error})", where=str(path), remedy="Copy it again") from error
         names = parquet.schema_arrow.names
-        _refuse_lacking(path, needed, names)
-        for batch in parquet.iter_batches(columns=[name for name in columns if name in names]):
+        _refuse_lacking(path, recipe, names)
+        for batch in parquet.iter_batches(columns=[name for name in dict.fromkeys(columns) if name in names]):
             for row in batch.to_pylist():
                 url, text = str(row[columns[0]] or "").strip(), str(row.get(columns[1]) or "")
-                yield url, text, attributes_of(row, recipe)
+                yield url, text, _kept(row, recipe)
     else:
         raise RecipeError(
             "is no list of URLs (.txt, .csv or .parquet)", where=str(path), remedy="Check factory.plan.paths"
         )
 
 
-def _refuse_lacking(path: Path, needed: list[str], names: list[str]) -> None:
-    for column in needed:
-        if column not in names:
-            raise RecipeError(
-                f"has no column {column}; there are {names}",
-                where=str(path),
-                remedy="Set factory.plan.download.url_column and factory.plan.attribute_columns",
-            )
+def _kept(row: Mapping[str, Any], recipe: PicturePlan) -> dict[str, str]:
+    """Of a row of the list what a part keeps besides URL and text; none of what the recipe does not ask for."""
+    attributes = {"attributes": attributes_of(row, recipe)} if recipe.attribute_columns else {}
+    return {**attributes, "metadata": metadata_of(row, recipe)} if recipe.metadata_columns else attributes
+
+
+def _refuse_lacking(path: Path, recipe: PicturePlan, names: list[str]) -> None:
+    """Raises RecipeError if the list lacks a column. Texts may be missing altogether, unless the recipe says where they stand: by another
+    name than the usual one."""
+    assert recipe.download is not None
+    named = recipe.text_column != PicturePlan.model_fields["text_column"].default
+    wanted = {
+        "download.url_column": [recipe.download.url_column],
+        "text_column": [recipe.text_column] if named else [],
+        "metadata_columns": recipe.metadata_columns,
+        "attribute_columns": recipe.attribute_columns,
+    }
+    for key, columns in wanted.items():
+        for column in columns:
+            if column not in names:
+                there = "as a .txt it has only URLs and texts" if path.suffix == ".txt" else f"there are {names}"
+                raise RecipeError(f"has no column {column}; {there}", where=str(path), remedy=f"Set factory.plan.{key}")

@@ -17,6 +17,8 @@ from typing import Any
 
 from cluster.errors import EdgeFusionError
 from cluster.machine import load_per_core
+from factory.charges import Charge, charges, probe_lines, run_lines
+from factory.counting import count_pictures
 from factory.make import select_and_pack
 from factory.plan import make_plan
 from factory.probing import cores_a_gpu, gpu_bytes, timed, tried
@@ -54,6 +56,8 @@ class Probe:
     """For each GPU of this machine; 0 without one."""
     plan_open_s: float = 0.0
     """The writer's opening and closing: once, however many prompts it writes."""
+    asked: tuple[Charge, ...] = ()
+    """Of servers that charge."""
 
     def kept_interval(self) -> tuple[float, float]:
         """95% interval of the kept share (Wilson)."""
@@ -108,6 +112,8 @@ def probe(
                 on_gpu.append(timed(replace(stage, gpus=1.0), before, _batch(short, stage.name))[1])
         tell("select")
         funnel = select_and_pack(short, folder)
+        captioned = sum(stage.samples for stage in stages if stage.name == "caption")
+        asked = charges(short, folder, funnel["planned"], captioned)
         made = sum(_bytes(folder / part) for part in ("pictures", "ledger", "downloads"))
         packed = sum(path.stat().st_size for path in folder.glob("shard-*.tar"))
     if funnel["planned"] == funnel["dead"]:
@@ -127,6 +133,7 @@ def probe(
         on_gpu=tuple(on_gpu),
         cores=cores_a_gpu(),
         plan_open_s=sum(opening),
+        asked=asked,
     )
 
 
@@ -164,18 +171,18 @@ def _copies(recipe: FactoryRecipe) -> int:
 
 
 def planned_samples(recipe: FactoryRecipe) -> int:
-    """Samples of the whole run. Raises EdgeFusionError if the recipe does not say."""
+    """Samples of the whole run. Raises EdgeFusionError if neither the recipe nor its sources say."""
     plan = recipe.plan
     if plan.kind == "written":
         return plan.prompts * plan.images_per_prompt
     if plan.kind == "file":
         return sum(1 for _ in read_prompts(plan)) * plan.images_per_prompt
-    if plan.limit is None:
+    if (held := plan.limit or count_pictures(plan)) is None:
         raise EdgeFusionError(
-            "the recipe does not say how many pictures its sources hold",
+            "the recipe does not say how many pictures its sources hold, and shards do not tell unread",
             remedy="Set factory.plan.limit for the forecast",
         )
-    return plan.limit
+    return held
 
 
 def device() -> str:
@@ -203,11 +210,14 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
         f"  kept    {found.kept} of {found.samples} ({low:.0%} to {high:.0%} at 95%), dead {found.dead}; "
         f"{(found.bytes_made + found.bytes_packed) / found.samples / 1024:.1f} KiB a sample"
     )
+    told += probe_lines(found.asked)
     what = f"{gpus} workers as fast as this {found.device}"
     told += [
         f"scaled to {whole.samples:,} samples on {what}, nothing taken away or waiting:",
         f"  time    {_span(whole.hours)}, of it {_span(whole.plan_hours)} for the plan",
-        f"  workers {whole.gpu_hours:,.2f} hours" + ("" if whole.cost is None else f", cost {whole.cost:,.2f}"),
+        f"  workers {whole.gpu_hours:,.2f} hours"
+        + ("" if whole.cost is None else f", cost {whole.cost:,.2f} without the plan's"),
+        *run_lines(found.asked, whole.samples),
         f"  disk    {whole.disk_bytes / 2**30:,.2f} GiB at the peak: pictures, ledger, shards of every selection, and those that are being packed once more",
         f"  kept    {whole.kept[0]:,} ({whole.kept[1]:,} to {whole.kept[2]:,} at 95%); a small probe misses most duplicates, "
         "so a large run keeps fewer",
@@ -249,9 +259,10 @@ def _batch(recipe: FactoryRecipe, stage: str) -> int:
     make = recipe.make
     if stage == "render" and make.painters():
         return max(teacher.batch_images for teacher in make.painters().values())
-    return (
-        make.captioner.batch_pictures if stage == "caption" and make.captioner is not None else make.scorer.batch_images
-    )
+    if stage == "caption" and make.captioner is not None:
+        # What a server answers is warm after one question, and may cost.
+        return make.captioner.batch_pictures if make.captioner.kind == "transformers" else 1
+    return make.scorer.batch_images
 
 
 def _bytes(folder: Path) -> int:

@@ -102,6 +102,8 @@ def read_part(path: Path) -> Iterator[dict[str, Any]]:
                 "column": "picture",
                 "url": got["url"],
             }
+            if metadata := got.get("metadata"):
+                source["metadata"] = json.loads(metadata)
             yield _row(key, text, source, sha, wrong, got.get("attributes") or "{}")
 
 
@@ -354,6 +356,11 @@ def attributes_of(known: Mapping[str, Any], recipe: PicturePlan) -> str:
         if isinstance(value, str | int | float)
     }
     return writable(json.dumps(words, ensure_ascii=False)) if words else "{}"
+
+
+def metadata_of(known: Mapping[str, Any], recipe: PicturePlan) -> str:
+    """The recipe's `metadata_columns` of what is known of a picture, as JSON."""
+    return json.dumps(_plain({name: known.get(name) for name in recipe.metadata_columns}), ensure_ascii=False)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

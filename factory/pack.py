@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import stat
 import tarfile
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, EdgeFusionError
-from cluster.storage import publish_bytes
+from cluster.storage import digest_file, publish_bytes
 
 MANIFEST = "manifest.parquet"
 MAX_MEMBER_BYTES = 64 << 20
@@ -71,7 +72,7 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     """Write shards of `samples` in the order of their ids, then the manifest; returns the manifest's path.
 
     An older manifest goes before the first shard that it does not vouch for: killed on the way, the data set is whole or says that it is not.
-    Rerunning with the same samples writes the same bytes. They are spilled to disk first and sorted by id there: one shard and the ids lie
+    Rerunning with the same samples gives the same bytes, and writes no shard that has them already. They are spilled to disk first and sorted by id there: one shard and the ids lie
     in memory, however many samples come. `decisions_sha256` says which human decisions went in; the manifest keeps it, so that later ones
     show. Raises ValueError for a doubled or malformed id, an unknown picture kind or an empty prompt.
     """
@@ -83,9 +84,12 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
             part = there.read(start, start + samples_per_shard)
             name = shard_name(start // samples_per_shard)
             data = shard_bytes(part)
-            if not before or before.get(name) != hashlib.sha256(data).hexdigest():
+            digest = hashlib.sha256(data).hexdigest()
+            if not before or before.get(name) != digest:
                 (folder / MANIFEST).unlink(missing_ok=True)
-            written.append(_rows(part, name, publish_bytes(folder / name, data)))
+            if not _holds(folder / name, len(data), digest):
+                publish_bytes(folder / name, data)
+            written.append(_rows(part, name, digest))
     stale = {path.name for path in folder.glob("shard-*.tar")} - {table["shard"][0].as_py() for table in written[1:]}
     if stale:
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -98,6 +102,15 @@ def pack(samples: Iterable[Sample], folder: Path, samples_per_shard: int = 1000,
     pq.write_table(table, sink)
     publish_bytes(folder / MANIFEST, sink.getvalue())
     return folder / MANIFEST
+
+
+def _holds(shard: Path, size_bytes: int, digest: str) -> bool:
+    """Whether the file is there and whole: what has this name was synced before it got it."""
+    try:
+        facts = shard.lstat()  # a link is replaced, whatever it leads to
+        return stat.S_ISREG(facts.st_mode) and facts.st_size == size_bytes and digest_file(shard) == digest
+    except OSError:
+        return False
 
 
 def _vouched(folder: Path) -> dict[str, str]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from chain import RUN, Chain, Recipe
-from cluster.errors import LedgerConflict
+from cluster.errors import LedgerConflict, RecipeError
 from cluster.recipe import load_recipe
+from factory.cli import _factory_part
+from factory.plan import PLAN
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 OFFERED = [
@@ -49,6 +51,23 @@ def test_a_run_that_an_earlier_version_began_goes_on_and_another_recipes_does_no
     (tmp_path / RUN).write_text("[]")
     with pytest.raises(LedgerConflict, match="cannot be read"):
         Chain(recipe, tmp_path)
+
+
+def test_keys_that_nothing_reads_any_more_part_no_recipe(tmp_path: Path) -> None:
+    """An earlier version wrote the batch sizes of transformers into the recipe of every writer and captioner."""
+    recipe = load_recipe(Recipe, RECIPES[0].parent / "edgefusion-wild.yaml")
+    tree = recipe.model_dump(mode="json")
+    captioner = tree["factory"]["make"]["captioner"]
+    assert captioner["kind"] == "vllm" and captioner.pop("concurrent")
+    captioner["batch_pictures"] = 32
+    (tmp_path / RUN).write_text(json.dumps({"recipe": tree, "seconds": {}}))
+    assert Chain(recipe, tmp_path).facts["recipe"] == recipe.model_dump(mode="json")
+    data = tmp_path / "dataset"
+    data.mkdir()
+    (data / PLAN).touch()
+    assert _factory_part(data, None, []).factory == recipe.factory
+    with pytest.raises(RecipeError, match="batch_pictures"):
+        load_recipe(Recipe, RECIPES[0].parent / "edgefusion-wild.yaml", ["factory.make.captioner.batch_pictures=32"])
 
 
 def test_while_it_trains_only_what_decides_no_weight_may_change(tmp_path: Path) -> None:

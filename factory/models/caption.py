@@ -40,9 +40,8 @@ def open_captioner(recipe: CaptionerKeys) -> Describer:
         return _Asked(recipe, server, recipe.concurrent)
     if isinstance(recipe, VllmCaptioner):
         name = "the captioner's vLLM"
-        return _Asked(
-            recipe, serve_vllm(recipe.model, recipe.environment, recipe.server, name, revision=recipe.revision)
-        )
+        served = serve_vllm(recipe.model, recipe.environment, recipe.server, name, revision=recipe.revision)
+        return _Asked(recipe, served, recipe.concurrent)
     assert isinstance(recipe, TransformersCaptioner)
     return _Transformers(recipe)
 
@@ -91,7 +90,7 @@ class _Transformers:
 
 
 class _Asked:
-    def __init__(self, recipe: CaptionerKeys, endpoint: Endpoint, concurrent: int = 16) -> None:
+    def __init__(self, recipe: CaptionerKeys, endpoint: Endpoint, concurrent: int) -> None:
         self.recipe, self.endpoint, self.concurrent = recipe, endpoint, concurrent
 
     def describe(self, pictures: Sequence[np.ndarray]) -> list[str]:

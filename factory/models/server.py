@@ -33,6 +33,7 @@ _MAX_ANSWER_BYTES = 16 << 20
 _MAX_REASON_BYTES, _SHOWN_LETTERS = 4096, 300
 _REFUSED = (400, 413, 422)
 """What servers answer to one question that they will not take: moderated, too long, too large. They answer the same to a wrong parameter."""
+_OWN_TIMEOUT_S = 600.0
 _NAME = "own"
 """What a model is called on a server of ours."""
 
@@ -111,7 +112,9 @@ class _Own(Endpoint):
     """A server that this process started."""
 
     def __init__(self, served: Served) -> None:
-        super().__init__("", _NAME, where="`server.arguments`, or what the recipe")
+        # Questions wait in its queue, many at once, and nobody pays for the time.
+        access = ServerAccess(timeout_s=_OWN_TIMEOUT_S)
+        super().__init__("", _NAME, access=access, where="`server.arguments`, or what the recipe")
         self._served, self._one_at_a_time = served, Lock()
 
     @property

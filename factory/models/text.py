@@ -42,7 +42,7 @@ def open_writer(recipe: WriterKeys, log: Path | None = None) -> PromptWriter:
             return _Vllm(recipe)
         name = "the prompt writer's vLLM"
         served = serve_vllm(recipe.model, recipe.environment, recipe.server, name, log, recipe.revision)
-        return _Asked(recipe, recipe.api, served)
+        return _Asked(recipe, recipe.api, served, recipe.concurrent)
     assert isinstance(recipe, TransformersWriter)
     return _Transformers(recipe)
 
@@ -163,7 +163,7 @@ class _Vllm(_Here):
 class _Asked:
     """A server that speaks OpenAI's protocol: somebody's, or one that was started for this writer."""
 
-    def __init__(self, recipe: WriterKeys, api: str, endpoint: Endpoint, concurrent: int = 16) -> None:
+    def __init__(self, recipe: WriterKeys, api: str, endpoint: Endpoint, concurrent: int) -> None:
         self.recipe, self.api, self.endpoint, self.concurrent = recipe, api, endpoint, concurrent
 
     def write(self, records: Sequence[Record], seed: int) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from factory.recipe.names import VIEW_NAME, AllowPickle
-from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, REVISION, Priced, ServerAccess
+from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, OWN_CONCURRENT, REVISION, Priced, ServerAccess
 
 
 class DiffusersTeacher(Settings):
@@ -158,7 +158,6 @@ class CaptionerKeys(Settings):
     revision: str | None = Field(default=None, description=REVISION)
     template: str = Field(default="Describe the picture in one sentence.", description="the question")
     max_new_tokens: int = Field(default=48, ge=4, le=512, description="longest caption, tokens")
-    batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")
 
 
 class TransformersCaptioner(CaptionerKeys):
@@ -169,6 +168,7 @@ class TransformersCaptioner(CaptionerKeys):
     template: str = Field(default="<image>", description="what the model reads; <image> stands for the picture")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)
+    batch_pictures: int = Field(default=32, ge=1, description="pictures captioned at once")
 
 
 class OpenAiCaptioner(CaptionerKeys, Priced, ServerAccess):
@@ -185,6 +185,9 @@ class VllmCaptioner(CaptionerKeys):
     kind: Literal["vllm"] = "vllm"
     environment: str = Field(description=f"{ENVIRONMENT}; on every node that captions")
     server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+    concurrent: int = Field(
+        default=256, ge=1, le=512, description=f"{OWN_CONCURRENT}, as far as a work unit has pictures"
+    )
 
 
 Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner | VllmCaptioner, Field(discriminator="kind")]

@@ -26,7 +26,6 @@ class WriterKeys(Settings):
     )
     temperature: float = Field(default=0.9, ge=0, le=2, description="sampling temperature")
     max_new_tokens: int = Field(default=48, ge=4, le=1024, description="longest prompt, tokens")
-    batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
 
 
 DTYPE = "compute type"
@@ -42,6 +41,7 @@ class TransformersWriter(WriterKeys):
     revision: str | None = Field(default=None, description=REVISION)
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description=DTYPE)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description=DEVICE)
+    batch_prompts: int = Field(default=64, ge=1, description="prompts written at once")
 
 
 _API = "`completions`: the model reads the template as it is; `chat`: as a user's message, for models that were taught to chat"
@@ -50,15 +50,19 @@ ENVIRONMENT = (
     "vllm)"
 )
 
+OWN_CONCURRENT = "requests at once to the server that the run starts; its `--max-num-seqs` is a good choice"
+
 
 class VllmWriter(WriterKeys):
     """The same by vLLM. It pins torch, so give it an `environment` of its own; without one it is imported here."""
 
     kind: Literal["vllm"] = "vllm"
     revision: str | None = Field(default=None, description=REVISION)
-    batch_prompts: int = Field(default=4096, ge=1, description="prompts written at once")
     environment: str | None = Field(default=None, description=f"{ENVIRONMENT}; left out: vLLM is imported here")
     server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+    concurrent: int = Field(
+        default=256, ge=1, le=512, description=f"{OWN_CONCURRENT}; vLLM that is imported here takes all at once"
+    )
     api: Literal["completions", "chat"] = Field(default="completions", description=_API)
 
     @model_validator(mode="after")
@@ -212,9 +216,13 @@ class PicturePlan(Settings):
         "zoo:wild.parquet; with braces ({000..099}.tar), patterns (*.tar) and URLs (s3://bucket/*.tar)",
     )
     picture_column: str = Field(default="picture", description="Parquet column with the picture file's bytes")
-    text_column: str = Field(default="text", description="Parquet column with the text")
+    text_column: str = Field(
+        default="text",
+        description="column with the text, of Parquet files or lists of URLs; of these it may be missing unless another name is given here",
+    )
     metadata_columns: list[str] = Field(
-        default=[], description="further Parquet columns that are kept as each sample's `metadata`"
+        default=[],
+        description="further columns of Parquet files or lists of URLs that are kept as each sample's `metadata`",
     )
     attribute_columns: list[str] = Field(
         default=[],

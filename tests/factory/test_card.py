@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cluster.runner import InProcess
 from cluster.storage import digest_file
 from factory.card import CARD, CROISSANT, GRID, write_card
 from factory.make import make, select_and_pack
-from factory.pack import MANIFEST
+from factory.pack import MANIFEST, read_manifest, read_shard
 from factory.plan import make_plan
 from factory.recipe import FactoryRecipe
 
@@ -59,7 +65,7 @@ def test_the_card_counts_what_is_there(data: Path, tiny_models: Path) -> None:
     assert str(tiny_models / "teacher") in text and "## Balance" in text and "background" in text
     assert (data / GRID).read_bytes().startswith(b"\x89PNG")
     croissant = json.loads((data / CROISSANT).read_text())
-    assert {f["contentUrl"] for f in croissant["distribution"]} == {
+    assert {f["contentUrl"] for f in croissant["distribution"] if f["@type"] == "cr:FileObject"} == {
         MANIFEST,
         *(p.name for p in data.glob("shard-*.tar")),
     }
@@ -97,19 +103,37 @@ def test_croissant_is_what_its_own_library_takes(data: Path) -> None:
     assert tree["conformsTo"] == "http://mlcommons.org/croissant/1.0" and tree["@type"] == "sc:Dataset"
     assert tree["@context"]["recordSet"] == "cr:recordSet", "without it readers find no record set"
     objects = {one["@id"]: one for one in tree["distribution"]}
+    pictures = objects.pop("picture-files")
     for one in objects.values():
-        assert one["sha256"] == digest_file(data / one["contentUrl"])
+        assert one["@type"] == "cr:FileObject" and one["sha256"] == digest_file(data / one["contentUrl"])
         assert {"@type", "@id", "name", "encodingFormat"} <= set(one)
     for record in tree["recordSet"]:
         for field in record["field"]:
-            assert field["source"]["fileObject"]["@id"] in objects and field["@id"].startswith(f"{record['@id']}/")
+            (place,) = (field["source"][kind]["@id"] for kind in ("fileObject", "fileSet") if kind in field["source"])
+            assert place in (*objects, "picture-files") and field["@id"].startswith(f"{record['@id']}/")
+    shards = [one["@id"] for one in pictures["containedIn"]]
+    assert {*shards, "manifest"} == set(objects) and pictures["encodingFormat"] == "image/png"
+    regex = tree["recordSet"][1]["field"][0]["source"]["transform"]["regex"]
+    names: list[str] = []
+    for shard in shards:
+        with tarfile.open(data / shard) as archive:
+            names += archive.getnames()
+    assert pq.read_table(data / MANIFEST)["id"].to_pylist() == [
+        found[1] for name in names if fnmatch(name, pictures["includes"]) and (found := re.search(regex, name))
+    ]
     mlcroissant = pytest.importorskip("mlcroissant", reason="pip install mlcroissant")
     found = mlcroissant.Dataset(str(data / CROISSANT))
     assert not found.metadata.ctx.issues.errors
     ids = [row["samples/id"].decode() for row in found.records("samples")]
-    import pyarrow.parquet as pq
-
-    assert ids == pq.read_table(data / MANIFEST)["id"].to_pylist()
+    manifest = read_manifest(data)
+    assert ids == [row["id"] for row in manifest]
+    shown = {row["pictures/id"].decode(): row for row in found.records("pictures")}
+    assert len(shown) == len(manifest) > 0
+    for shard in shards:
+        for key, members in read_shard(data / shard):
+            assert shown[key]["pictures/text"] == members["txt"]
+            wanted = Image.open(io.BytesIO(members["png"]))
+            assert shown[key]["pictures/image"].tobytes() == wanted.tobytes()
 
 
 def test_webdataset_reads_the_shards(data: Path) -> None:

@@ -79,13 +79,19 @@ class Handler(BaseHTTPRequestHandler):
             site.asked[path] += 1
             site.here += 1
             site.most = max(site.most, site.here)
+            self.here = True
         try:
             self.reply(path, site.asked[path])
         except OSError:
             pass  # the client broke off
         finally:
-            with site.lock:
-                site.here -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Once and before the answer goes out: whoever has it may ask again before this thread is heard of."""
+        with self.server.lock:
+            self.server.here -= self.here
+            self.here = False
 
     def reply(self, path: str, count: int) -> None:
         site = self.server
@@ -121,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"", 503)
             else:
                 self.send(drawing(int(path.removeprefix("down/").removesuffix(".png"))))
+        elif path == "520":
+            self.send(drawing(4), 200 if count > 1 else 520)
         elif path == "busy":
             self.send(drawing(2), 200 if count > 2 else 503)
         elif path.endswith(".png"):
@@ -132,6 +140,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(
         self, body: bytes, status: int = 200, kind: str = "image/png", length: int | None = None, **more: str
     ) -> None:
+        self.leave()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -182,6 +191,11 @@ def test_every_failure_is_a_dead_letter_with_its_reason(site: Site, tmp_path: Pa
     got = {name: row for name, row in zip(names, rows, strict=True) if not row["reason"]}
     assert fetch(got["1.png"]["source"], got["1.png"]["picture_sha256"], tmp_path / "data") == drawing(1)
     assert json.loads(got["busy"]["source"])["url"] == f"{site.root}/busy"
+
+
+def test_a_status_that_only_cdns_know_is_asked_again(site: Site, tmp_path: Path) -> None:
+    (row,) = rows_of(plan_of(write_list(tmp_path / "u.txt", site, "520")), tmp_path / "data")
+    assert (row["reason"], site.asked["520"]) == ("", 2)
 
 
 def test_from_urls_to_a_packed_data_set_and_again_without_the_net(
@@ -519,12 +533,15 @@ def test_reasons_that_may_pass() -> None:
     passing = [
         "HTTP 503, 3 tries",
         "HTTP 429",
+        *(f"HTTP {status}, 3 tries" for status in (500, 501, 505, 508, 520, 529, 599)),
         "no whole answer within 20 s, 3 tries",
         "ClientConnectorDNSError: x, 3 tries",
     ]
     final = [
         "HTTP 404",
         "HTTP 403",
+        "HTTP 600",
+        "HTTP 999",
         "the answer is empty",
         "more than 5 redirects",
         "the address is not public",
@@ -543,3 +560,41 @@ def test_columns_of_a_list_become_attributes(site: Site, tmp_path: Path) -> None
     assert [row["id"] for row in rows] == [row["id"] for row in plain] and plain[0]["attributes"] == "{}"
     with pytest.raises(RecipeError, match="has no column mood"):
         list(_listed(tmp_path / "u.csv", plan.model_copy(update={"attribute_columns": ["mood"]})))
+
+
+def test_columns_of_a_list_become_metadata(site: Site, tmp_path: Path) -> None:
+    """Beside attributes or alone, from CSV and Parquet, and a list that lacks one is refused; without any the parts are as they were."""
+    rows = [{"url": f"{site.root}/{name}", "text": "t", "site": "s", "n": n} for n, name in enumerate(["1.png", "no"])]
+    (tmp_path / "u.csv").write_text("url,text,site,n\n" + "".join(",".join(map(str, r.values())) + "\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "u.parquet")
+    for name, number, more in (("u.csv", str, {}), ("u.parquet", int, {"attribute_columns": ["n"]})):
+        plan = plan_of(tmp_path / name).model_copy(update={"metadata_columns": ["site", "n"], **more})
+        found = rows_of(plan, tmp_path / f"data-{name}")
+        told = [json.loads(row["source"])["metadata"] for row in found]
+        assert told == [{"site": "s", "n": number(0)}, {"site": "s", "n": number(1)}]
+        assert fetch(found[0]["source"], found[0]["picture_sha256"], tmp_path / f"data-{name}") == drawing(1)
+        assert [row["attributes"] for row in found] == (['{"n": "0"}', '{"n": "1"}'] if more else ["{}"] * 2)
+    rows_of(plan_of(tmp_path / "u.csv"), tmp_path / "plain")
+    part = pq.read_schema(tmp_path / "plain" / "downloads" / "part-00000.parquet")
+    assert part.names == ["url", "text", "picture", "wrong"]
+    lacking = plan_of(tmp_path / "u.csv").model_copy(update={"metadata_columns": ["place"]})
+    with pytest.raises(RecipeError, match=r"has no column place; there are .*factory\.plan\.metadata_columns"):
+        list(_listed(tmp_path / "u.csv", lacking))
+    write_list(tmp_path / "u.txt", site, "1.png")
+    with pytest.raises(RecipeError, match=r"has no column place; as a \.txt it has only URLs and texts"):
+        list(_listed(tmp_path / "u.txt", lacking))
+
+
+def test_a_text_column_that_the_recipe_names_must_be_there(site: Site, tmp_path: Path) -> None:
+    """Left out, a list may have no texts at all."""
+    (tmp_path / "u.csv").write_text(f"url,TEXT\n{site.root}/1.png,a fox\n")
+    pq.write_table(pa.table({"url": [f"{site.root}/1.png"], "TEXT": ["a fox"]}), tmp_path / "u.parquet")
+    for name in ("u.csv", "u.parquet"):
+        plan = plan_of(tmp_path / name)
+        assert [text for _, text, _ in _listed(tmp_path / name, plan)] == [""]
+        right = plan.model_copy(update={"text_column": "TEXT"})
+        assert [text for _, text, _ in _listed(tmp_path / name, right)] == ["a fox"]
+        with pytest.raises(RecipeError, match=r"has no column TXET; there are .*factory\.plan\.text_column"):
+            list(_listed(tmp_path / name, plan.model_copy(update={"text_column": "TXET"})))
+    write_list(tmp_path / "u.txt", site, "1.png")
+    assert list(_listed(tmp_path / "u.txt", plan_of(tmp_path / "u.txt").model_copy(update={"text_column": "TEXT"})))

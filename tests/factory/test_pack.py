@@ -53,6 +53,33 @@ def test_packing_fewer_samples_again_leaves_no_stale_shard(tmp_path) -> None:
     assert verify(tmp_path) == 5
 
 
+def test_after_a_kill_only_what_is_missing_or_damaged_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(some(45), tmp_path, samples_per_shard=10)
+    whole = contents(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / "shard-000000.tar").unlink()
+    flipped = bytearray(whole["shard-000001.tar"])
+    flipped[900] ^= 1
+    (tmp_path / "shard-000001.tar").write_bytes(flipped)
+    (tmp_path / "shard-000002.tar").write_bytes(whole["shard-000002.tar"][:-512])
+    (tmp_path / "elsewhere").write_bytes((tmp_path / "shard-000003.tar").read_bytes())
+    (tmp_path / "shard-000003.tar").unlink()
+    (tmp_path / "shard-000003.tar").symlink_to("elsewhere")
+    written: list[str] = []
+    monkeypatch.setattr(
+        "factory.pack.publish_bytes", lambda path, data: (written.append(path.name), publish_bytes(path, data))[1]
+    )
+    pack(some(45), tmp_path, samples_per_shard=10)
+    assert written == [*(f"shard-{i:06d}.tar" for i in range(4)), MANIFEST], "the fifth is right"
+    (tmp_path / "elsewhere").unlink()
+    assert contents(tmp_path) == whole and not (tmp_path / "shard-000003.tar").is_symlink()
+    written.clear()
+    pack(some(45), tmp_path, samples_per_shard=10)
+    assert written == [MANIFEST] and contents(tmp_path) == whole
+
+
 @pytest.mark.parametrize("count", [25, 7, 0])
 @pytest.mark.parametrize("writes", [0, 1, 2, 3])
 def test_killed_while_it_packs_other_samples_it_is_whole_or_says_that_it_is_not(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from cluster.stage import Unit, apply
 from cluster.usage import JOURNAL, Usage, read_usage
 from factory import stages
 from factory.ledger import commit_unit
+from factory.models import caption, text
 from factory.models import server as model_server
 from factory.models.answers import NoAnswer
 from factory.models.caption import open_captioner
 from factory.models.text import open_writer
 from factory.provenance import mark_of
-from factory.recipe import MakeRecipe, OpenAiCaptioner, OpenAiWriter, VllmCaptioner
+from factory.recipe import MakeRecipe, OpenAiCaptioner, OpenAiWriter, VllmCaptioner, VllmWriter
 from factory.stages import encode_picture, make_stages
 
 
@@ -224,6 +226,28 @@ def test_pictures_are_shown_to_the_captioner_and_what_it_takes_is_noted(server: 
     assert question["text"] == "Describe the picture in one sentence."
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert read_usage([journal]) == Usage(1, 90, 5, 0, 100e-6)
+
+
+def test_a_server_of_our_own_is_asked_as_many_at_once_as_the_recipe_says(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All are on their way before the first is answered, or the barrier breaks: 24 as by default, three where the recipe says three."""
+    keys = {"model": "m", "environment": "vllm"}
+    for more, most in (({}, 24), ({"concurrent": 3}, 3)):
+        here = Barrier(most)
+        monkeypatch.setattr(text, "serve_vllm", lambda *rest, **how: model_server.Endpoint(server.url, "own"))
+        monkeypatch.setattr(caption, "serve_vllm", lambda *rest, **how: model_server.Endpoint(server.url, "own"))
+
+        def ask(endpoint: Any, body: Any, harmless: Any, here: Barrier = here) -> str:
+            here.wait(10)
+            return "a fox"
+
+        monkeypatch.setattr(text, "ask_or_refusal", ask)
+        monkeypatch.setattr(caption, "ask_or_refusal", ask)
+        writer = open_writer(VllmWriter.model_validate({**keys, **more}))
+        assert writer.write([{}] * 24, seed=1) == ["a fox"] * 24
+        describer = open_captioner(VllmCaptioner.model_validate({**keys, **more}))
+        assert describer.describe([np.zeros((8, 8, 3), np.uint8)] * 24) == ["a fox"] * 24
 
 
 def test_a_pinned_revision_goes_to_the_captioners_vllm_and_into_the_card(
