@@ -24,7 +24,7 @@ from export.runtime import Build, Call
 from export.solve import Plan
 from export.targets.contract import EdgeTarget, Source, bytes_of
 from export.targets.registry import find_target
-from export.tiled_build import SOURCE, TILED, tiling_facts
+from export.tiled_build import SOURCE, TILED, tiles_in, tiling_facts
 from export.tiling import check_tiles
 from factory.models.clip import Clip
 from trainer.sample import contact_sheet
@@ -76,6 +76,7 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         facts = builds[name] = {
             "graphs": names,
             "precisions": precisions,
+            "tiled": tiles_in(target, _source(work, work.graphs[1], variant), variant),
             "bytes": {graph: bytes_of(target, place / file) for graph, file in names.items()},
             "parity": None,
             "measured_ms": None,
@@ -132,14 +133,18 @@ def _lower(
     """Write the files of one build, those that are not there yet; returns graph to file name."""
     names: dict[str, str] = {}
     for graph in work.graphs:
-        origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
+        source = _source(work, graph, variant)
         precision = precisions[graph.name]
-        name = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
+        name = f"{source.onnx.stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
         names[graph.name] = name
         if not (place / name).exists():
-            source = Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
             target.lower(source, precision, place / name)
     return names
+
+
+def _source(work: Work, graph: Graph, variant: str) -> Source:
+    origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
+    return Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
 
 
 def _prove(
@@ -211,7 +216,7 @@ def _describe(
         "keep": target.kept(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,
-        "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},
+        "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_planned": len(work.plan.tiled)},
         "decoder_tiles": work.decoder_tiles,
         **({} if work.vae is None else {"vae": work.vae}),
         "unet_blocks": blocks,
