@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layers import HIGH_PRECISION
+from export.off_chip import off_lines
 from export.recipe import SourceRecipe
 from export.runtime import GRAPHS
 from export.targets.contract import EdgeTarget
@@ -119,8 +120,22 @@ def _text(facts: dict[str, Any]) -> str:
             "",
             f"PyTorch's own pictures by the same judge ({judge}): {judged['clip_mean']}, {judged['recall_at_1']}.",
         ]
+    parts += _off_chip(facts["builds"])
     data = _trained_on(facts["student"].get("trained_on", []))
     return "\n".join([*parts, "", *data, *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _off_chip(builds: dict[str, Any]) -> list[str]:
+    """What stays off the accelerator and what a compiler estimates, for bundles of targets that know."""
+    lines = [f"- {line}" for name, build in builds.items() for line in off_lines(name, build)]
+    head = [
+        "",
+        "## On the chip it is for",
+        "",
+        "By the target's own tools; no device of that kind measured any of it.",
+        "",
+    ]
+    return [*head, *lines] if lines else []
 
 
 def _heedless(target: EdgeTarget) -> str:

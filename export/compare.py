@@ -15,6 +15,7 @@ import numpy as np
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_bytes
 from export.bundle import open_bundle, read_bundle
+from export.off_chip import estimates, fallbacks
 from export.pages import png_url
 from export.proof import read_reference
 from export.runtime import GRAPHS
@@ -99,6 +100,8 @@ def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) ->
         "parts": [(graph, spread[graph]["median"] * count) for graph, count in calls.items()] if spread else [],
         "steps": steps,
         "cold": build.get("cold"),
+        "fallbacks": fallbacks(facts["builds"][name]),
+        "estimates": estimates(facts["builds"][name]),
         "forecast": _forecast(facts["builds"][name].get("tiling")),
     }
 

@@ -162,6 +162,7 @@ def _verify_build(
     missed = [f"{graph}: gives what is not a number" for graph in GRAPHS if not np.isfinite(answers[graph]).all()]
     told: dict[str, Any] = {"missed": missed, "recorded": facts["builds"][name]["parity"]}
     told["bytes"] = facts["builds"][name]["bytes"]
+    told["stored"] = {key: facts["builds"][name].get(key) for key in ("fallback", "compiler_estimated", "tiled")}
     if missed:
         return told
     try:
