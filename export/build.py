@@ -20,6 +20,7 @@ from export.inside import block_snr_db, unet_blocks
 from export.noise import GENERATOR
 from export.proof import BUNDLE, write_reference, write_sample, write_sums
 from export.recipe import ExportRecipe
+from export.refusal import refusals
 from export.runtime import Build, Call
 from export.solve import Plan
 from export.targets.contract import EdgeTarget, Source, bytes_of
@@ -138,7 +139,8 @@ def _lower(
         name = f"{source.onnx.stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
         names[graph.name] = name
         if not (place / name).exists():
-            target.lower(source, precision, place / name)
+            with refusals(target.name, graph.name, precision):
+                target.lower(source, precision, place / name)
     return names
 
 
