@@ -98,7 +98,7 @@ def _text(facts: dict[str, Any]) -> str:
         + (" No phone or NPU was at hand." if facts.get("device", "CPU") == "CPU" else "")
         + shared_time(facts),
         "",
-        "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms | kind of time |",
+        "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms: median, 10th to 90th percentile | kind of time |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, build in facts["builds"].items():
@@ -110,7 +110,7 @@ def _text(facts: dict[str, Any]) -> str:
         parts.append(
             f"| {name} | {proof['graph_snr_db']['unet']} | {proof['psnr_db']}, {proof['psnr_db_min']} | {proof['ssim_mean']} | "
             + (f"{judged['build']['clip_mean']}, {judged['build']['recall_at_1']}" if judged else "not asked")
-            + f" | {build[f'{kind}_ms']['picture']} | {kind} |"
+            + f" | {picture_ms(build)} | {kind} |"
         )
     proofs = [build["parity"] for build in facts["builds"].values() if build["parity"]]
     judged = next((proof["judge"]["pytorch"] for proof in proofs if "judge" in proof), None)
@@ -150,6 +150,13 @@ def _trained_on(rows: Sequence[dict[str, Any]]) -> list[str]:
     told = [f"| {_PHASES[one['phase']]} | {one['data']} | {one['samples']} | {one['share']:.1%} |" for one in rows]
     head = ["| phase | data set | samples | share of the draws |", "|---|---|---|---|"]
     return ["## What it was trained on", "", *head, *told, ""]
+
+
+def picture_ms(build: dict[str, Any]) -> str:
+    """Median and spread of a picture's time, measured or emulated; bundles of older versions hold no spread."""
+    median = (build["measured_ms"] or build["emulated_ms"])["picture"]
+    spread = build.get("spread_ms")
+    return f"{median}, {spread['picture'][0]} to {spread['picture'][1]}" if spread else str(median)
 
 
 def shared_time(facts: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Student to proven edge builds.")
 def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")]) -> None:
     """Sizes, parity and latency of the builds in a bundle, what stays off the accelerator, and what a compiler estimates."""
     from export.bundle import read_bundle
+    from export.card import picture_ms
     from export.off_chip import off_lines
 
     facts = read_bundle(folder)
@@ -33,7 +34,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
             str(proof["graph_snr_db"]["unet"]),
             str(proof["psnr_db"]),
             str(ms["unet"]),
-            str(ms["picture"]),
+            picture_ms(build),
         )
     Console().print(table)
     for name, build in facts["builds"].items():

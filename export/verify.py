@@ -1,7 +1,7 @@
 """Repeats the proof of a bundle from the bundle alone: digests, signal-to-noise, pictures, blank and NaN check, cold start, latency, memory.
 
 The references are PyTorch's in float32, kept in the bundle. Where more prompts are asked for than it has pictures of, the bundle's own
-fp32 build stands in, and the result says so. Gates are those of the recipe that built it.
+fp32 build stands in, and the result says so. Gates are those of the recipe that built it, with today's defaults for those that came since.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def _verify_build(
             "pytorch": scores(judged.clip, judged.prompts, judged.pictures),
             "build": scores(judged.clip, judged.prompts, pictures),
         }
-    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]))
+    tiled = facts.get("decoder_tiles") is not None
+    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]), tiled)
     progress(f"{name}: latency")
     told[f"{target_of(facts).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
         build, judged.tokens[0], inputs, runs

@@ -249,7 +249,7 @@ def test_what_is_no_number_is_never_near() -> None:
     assert snr_db(one, one) == 200 and snr_db(one, wrong) == snr_db(one, one / 0.0) == snr_db(zero, one) == -200
     build = {"text_encoder": "fp32", "unet": "w8a16", "vae_decoder": "fp32"}
     proof = {"graph_snr_db": {"text_encoder": 99.0, "unet": snr_db(one, wrong), "vae_decoder": 99.0}}
-    proof |= {"psnr_db": 99.0, "psnr_db_min": 99.0}
+    proof |= {"psnr_db": 99.0, "psnr_db_min": 99.0, "ssim_mean": 1.0}
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert failures(build, proof, [picture], GateRecipe()) == [
         "unet: gives what is not a number, or anything but zero where PyTorch gives zero"
