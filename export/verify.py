@@ -89,6 +89,23 @@ def verify_bundle(
     return found
 
 
+def verify_or_say_why(folder: Path, runs: int, threads: int, progress: Progress) -> dict[str, Any]:
+    """As `verify_bundle`, and `not_run`: empty, or why this machine does not run the bundle, of which then only the digests are checked."""
+    facts = read_bundle(folder)
+    target = target_of(facts)
+    try:
+        target.require()
+        reason = target.not_here()
+    except EdgeFusionError as error:
+        reason = error.what
+    if not reason:
+        return {**verify_bundle(folder, runs=runs, threads=threads, progress=progress), "not_run": ""}
+    builds = {name: {"missed": [], "bytes": build["bytes"]} for name, build in facts["builds"].items()}
+    broken = broken_files(folder)
+    told = {"bundle": str(folder), "ok": False, "broken_files": broken, "builds": builds, "not_run": reason, "busy": ""}
+    return told | {"target": facts["target"], "built_with": facts["runtime"]}
+
+
 def raise_failed(found: dict[str, Any]) -> None:
     """The error, with its exit code, of a verification that is not ok."""
     if found["broken_files"]:

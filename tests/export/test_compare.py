@@ -25,7 +25,15 @@ def test_bundles_stand_side_by_side_with_full_precision(student_bundles: Path, t
     by_name = {alt.split(":")[0]: url for url, alt in pictures[:6]}
     assert by_name["w8, openvino"] != by_name["PyTorch fp32, stored in onnx"]
     assert len(set(by_name.values())) >= 3
-    assert page.count("time emulated") == 1  # w8a16 alone
+    # Emulated times have columns of their own, and no ratio to what was measured: w8a16's alone.
+    table = page.split("<h2>Size, time and memory</h2>")[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", line, re.S) for line in table.split("<tr>")[3:]]
+    assert [row[1] for row in rows] == ["fp32", "w8a16", "w8", "fp32", "w8"] and {len(row) for row in rows} == {11}
+    for row in rows:
+        measured, emulated = row[3:7], row[7:]
+        played = row[1] == "w8a16"
+        assert all(emulated if played else measured) and not any(measured if played else emulated)
+    assert "×" not in rows[1][7] and "×" in rows[2][3]
     assert page.count("all hold") == 5
     head = page.split("was taken in one go on")[1].split("Times with")[0]
     assert "onnxruntime" in head and "openvino" in head  # what each was measured on, not the first one's alone
@@ -47,6 +55,28 @@ def test_forecasts_are_summed_and_never_mixed() -> None:
     told = _forecast({**tiling, "compiler_estimated": {"b": estimated["b"]}})
     assert told is not None and told["compiler_estimated"] is None and told["blocks"] == "2 of 2"
     assert _forecast(None) is None
+
+
+def test_a_bundle_that_does_not_run_here_ends_no_comparison(
+    student_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.targets.contract.find_spec", lambda _: None)
+    other = Path(shutil.copytree(student_bundles / "onnx", tmp_path / "coreml"))
+    facts = json.loads((other / "bundle.json").read_text())
+    facts |= {"target": "coreml", "measured_on": "a Mac"}
+    (other / "bundle.json").write_text(json.dumps(facts))
+    write_sums(other)
+    page = write_compare([student_bundles / "openvino", other], tmp_path / "page.html", 1, 1, 1).read_text()
+    assert page.count("all hold") == 2 and page.count("not run here: target coreml needs coremltools") == 3
+    stored = page.split("<h2>Not run here</h2>")[1].split("</table>")[0]
+    assert stored.count("<tr>") == 4 and stored.count("a Mac, onnxruntime") == 3
+    assert str(facts["builds"]["w8a16"]["emulated_ms"]["picture"]) in stored
+    assert re.search(r'alt="PyTorch fp32, stored in \S*openvino:', page) and not re.search(
+        r'alt="\w+, \S*coreml:', page
+    )
+    (other / "unet.onnx").write_bytes(b"")
+    with pytest.raises(CorruptShard, match=r"unet\.onnx"):
+        write_compare([other], tmp_path / "page.html", 1, 1, 1)
 
 
 VELA = {"profile": "ethos-u85-1024", "dram_bytes": 10_100_000, "sram_bytes": 1, "latency_s": 2.74e-3, "npu_cycles": 1}
