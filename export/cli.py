@@ -187,9 +187,10 @@ def demo(
 ) -> None:
     """A page that draws pictures on the visitor's own device, by WebGPU or WebAssembly; works without the network."""
     from export.demo import write_demo
+    from export.pages import serve_line
 
     write_demo(folder, out, precision, ort_web)
-    typer.echo(f"wrote {out}. Look: python3 -m http.server --directory {out}, then http://localhost:8000")
+    typer.echo(f"wrote {out}. Look: {serve_line(out)}, then http://localhost:8000")
 
 
 @app.command("fetch-web")

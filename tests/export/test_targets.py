@@ -96,6 +96,16 @@ def test_the_cards_line_brings_what_the_sample_imports(student_bundles: Path) ->
         assert set(line.split()[2:]) == needs, name
 
 
+def test_the_docs_say_what_sample_programs_need_besides() -> None:
+    told = re.search(r"Needed besides: (.*?)\. The", Path("docs/export.md").read_text())
+    assert told is not None
+    needs: dict[str, tuple[str, ...]] = {}
+    for part in told[1].split("; "):
+        names, things = part.split(": ")
+        needs |= dict.fromkeys(re.findall(r"`(\w+)`", names), tuple(things.split(", ")))
+    assert needs == {name: find_target(name).sample_needs for name in MODULES if find_target(name).sample_needs}
+
+
 def test_a_target_that_quantises_every_layer_does_not_claim_otherwise(student_bundles: Path) -> None:
     facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
     assert facts["keep"] == list(HIGH_PRECISION) == find_target("onnx").kept(HIGH_PRECISION)
