@@ -380,12 +380,17 @@ class Chain:
 
     def _export(self, bars: Progress) -> None:
         from export.bundle import export_student
+        from export.prompts import calibrating_first
 
         task = bars.add_task("export", total=None)
+        export = self.recipe.export
+        count = export.calibration_prompts + export.parity_prompts
         export_student(
             self.student,
-            self._prompts(max(16, self.recipe.export.calibration_prompts + self.recipe.export.parity_prompts)),
-            self.recipe.export,
+            calibrating_first(
+                self._prompts(max(16, count)), self._data_prompts, export.calibration_prompts, export.parity_prompts
+            ),
+            export,
             self.out / "export",
             lambda what: bars.update(task, description=f"export: {what}"),
         )
@@ -411,13 +416,20 @@ class Chain:
         return teacher.guidance if teacher is not None else self.recipe.trainer.distill.guidance_max
 
     def _prompts(self, count: int) -> list[str]:
-        """The grid's, or those of the selection that the last phase was trained on."""
-        from factory.pack import first_prompts
+        """The grid's, or the data's."""
+        return list(self.recipe.trainer.grid_prompts) or self._data_prompts(count)
+
+    def _data_prompts(self, count: int) -> list[str]:
+        """The first of the selection that the last phase was trained on; none where the data have gone and the grid stands for them."""
+        from factory.pack import MANIFEST, first_prompts
         from factory.views import MAIN, view_folder
 
         trainer = self.recipe.trainer
         view = trainer.data_of(trainer.phases_run()[-1])[0].own_view or MAIN
-        return list(trainer.grid_prompts) or first_prompts(view_folder(self.data, view), count)
+        folder = view_folder(self.data, view)
+        if trainer.grid_prompts and not (folder / MANIFEST).exists():
+            return []
+        return first_prompts(folder, count)
 
     def _views(self) -> list[tuple[str | None, str]]:
         """The selection of the run's own data set that each phase still to be trained reads, and the recipe's key that says so."""

@@ -96,9 +96,9 @@ def _run(recipe: Path, out: Path | None, overrides: list[str] | None, until: str
     if until == "report":
         typer.echo(f"open {out / 'report.html'}")
         if (out / "demo").exists():
-            typer.echo(
-                f"draw in the browser: python3 -m http.server --directory {out / 'demo'}, then http://localhost:8000"
-            )
+            from export.pages import serve_line
+
+            typer.echo(f"draw in the browser: {serve_line(out / 'demo')}, then http://localhost:8000")
 
 
 @app.command()

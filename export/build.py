@@ -20,11 +20,12 @@ from export.inside import block_snr_db, unet_blocks
 from export.noise import GENERATOR
 from export.proof import BUNDLE, write_reference, write_sample, write_sums
 from export.recipe import ExportRecipe
+from export.refusal import refusals
 from export.runtime import Build, Call
 from export.solve import Plan
 from export.targets.contract import EdgeTarget, Source, bytes_of
 from export.targets.registry import find_target
-from export.tiled_build import SOURCE, TILED, tiling_facts
+from export.tiled_build import SOURCE, TILED, tiles_in, tiling_facts
 from export.tiling import check_tiles
 from factory.models.clip import Clip
 from trainer.sample import contact_sheet
@@ -76,10 +77,12 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
         facts = builds[name] = {
             "graphs": names,
             "precisions": precisions,
+            "tiled": tiles_in(target, _source(work, work.graphs[1], variant), variant),
             "bytes": {graph: bytes_of(target, place / file) for graph, file in names.items()},
             "parity": None,
             "measured_ms": None,
             "emulated_ms": None,
+            "spread_ms": None,
             "not_run": target.not_here(),
             "fallback": {graph: target.fallback(place / file) for graph, file in names.items()},
             "compiler_estimated": {graph: target.estimate(place / file) for graph, file in names.items()},
@@ -88,12 +91,14 @@ def build_target(target: EdgeTarget, place: Path, work: Work) -> None:
             continue
         build = Build(target.open(place, names, recipe.threads), work.reference.scheduler, work.reference.shape)
         pictures = build.pictures(work.tokens, range(len(work.tokens)))
-        facts["parity"] = _prove(target, name, precisions, build, pictures, work, clip)
+        inside: dict[str, Any] = {}
         if precisions["unet"] != "fp32" and not variant:
-            facts["parity"]["block_snr_db"] = _blocks(target, place / names["unet"], work, blocks)
-        ms = parity.latency_ms(build, work.tokens[0], arrays_of(work.graphs), recipe.latency_runs)
-        kind = target.times_kind(precisions)
+            inside["block_snr_db"] = _blocks(target, place / names["unet"], work, blocks)
+        facts["parity"] = _prove(target, name, precisions, build, pictures, work, clip, inside)
+        spread = parity.latency_spread_ms(build, work.tokens[0], arrays_of(work.graphs), recipe.latency_runs)
+        ms, kind = parity.medians(spread), target.times_kind(precisions)
         facts[f"{kind}_ms"] = ms
+        facts["spread_ms"] = {what: [one["low"], one["high"]] for what, one in spread.items()}
         if plan is not None and variant == TILED:
             untiled = builds[mix.name][f"{kind}_ms"]["unet"]
             where = target.hardware(recipe.threads)
@@ -132,14 +137,19 @@ def _lower(
     """Write the files of one build, those that are not there yet; returns graph to file name."""
     names: dict[str, str] = {}
     for graph in work.graphs:
-        origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
+        source = _source(work, graph, variant)
         precision = precisions[graph.name]
-        name = f"{Path(origin).stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
+        name = f"{source.onnx.stem}{'' if precision == 'fp32' else f'.{precision}'}{target.suffix_of(graph.name)}"
         names[graph.name] = name
         if not (place / name).exists():
-            source = Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
-            target.lower(source, precision, place / name)
+            with refusals(target.name, graph.name, precision):
+                target.lower(source, precision, place / name)
     return names
+
+
+def _source(work: Work, graph: Graph, variant: str) -> Source:
+    origin = SOURCE if graph.name == "unet" and variant == TILED else f"{graph.name}.onnx"
+    return Source(graph, work.sources / origin, work.calibration[graph.name], work.keep, work.plan)
 
 
 def _prove(
@@ -150,17 +160,19 @@ def _prove(
     pictures: Sequence[np.ndarray],
     work: Work,
     clip: Clip | None,
+    inside: dict[str, Any],
 ) -> dict[str, Any]:
     proof = {
         "graph_snr_db": parity.graph_parity(work.reference.calls, build.calls, arrays_of(work.graphs)),
         **parity.picture_parity(work.wanted, pictures),
+        **inside,
     }
     if clip is not None:
         proof["judge"] = {
             "pytorch": scores(clip, work.prompts, work.wanted),
             "build": scores(clip, work.prompts, pictures),
         }
-    missed = parity.failures(precisions, proof, pictures, work.recipe.gates)
+    missed = parity.failures(precisions, proof, pictures, work.recipe.gates, work.decoder_tiles is not None)
     if missed:
         raise ParityError(
             f"the {name} build is too far from full precision: {'; '.join(missed)}",
@@ -211,7 +223,7 @@ def _describe(
         "keep": target.kept(work.keep),
         "gates": recipe.gates.model_dump(),
         "pytorch_fp32_ms": work.torch_ms,
-        "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_tiled": len(work.plan.tiled)},
+        "tiling": None if work.plan is None else {"profile": work.plan.profile, "blocks_planned": len(work.plan.tiled)},
         "decoder_tiles": work.decoder_tiles,
         **({} if work.vae is None else {"vae": work.vae}),
         "unet_blocks": blocks,

@@ -97,7 +97,7 @@ def export_student(
             progress("lowering the tiled unet")
             lower_tiled(graphs[1], plan, sources)
     keep = keep_of(recipe, sources, calibration, reference, tokens[: recipe.calibration_prompts], progress)
-    torch_ms = parity.latency_ms(reference, judged[0], arrays_of(graphs), recipe.latency_runs)
+    torch_ms = parity.medians(parity.latency_spread_ms(reference, judged[0], arrays_of(graphs), recipe.latency_runs))
     work = Work(
         pipeline=pipeline,
         graphs=graphs,

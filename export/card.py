@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layers import HIGH_PRECISION
+from export.off_chip import off_lines
 from export.recipe import SourceRecipe
 from export.runtime import GRAPHS
 from export.targets.contract import EdgeTarget
@@ -97,7 +98,7 @@ def _text(facts: dict[str, Any]) -> str:
         + (" No phone or NPU was at hand." if facts.get("device", "CPU") == "CPU" else "")
         + shared_time(facts),
         "",
-        "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms | kind of time |",
+        "| build | UNet SNR dB | pictures PSNR dB, worst | SSIM | judge's CLIP, R@1 | picture ms: median, 10th to 90th percentile | kind of time |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, build in facts["builds"].items():
@@ -109,7 +110,7 @@ def _text(facts: dict[str, Any]) -> str:
         parts.append(
             f"| {name} | {proof['graph_snr_db']['unet']} | {proof['psnr_db']}, {proof['psnr_db_min']} | {proof['ssim_mean']} | "
             + (f"{judged['build']['clip_mean']}, {judged['build']['recall_at_1']}" if judged else "not asked")
-            + f" | {build[f'{kind}_ms']['picture']} | {kind} |"
+            + f" | {picture_ms(build)} | {kind} |"
         )
     proofs = [build["parity"] for build in facts["builds"].values() if build["parity"]]
     judged = next((proof["judge"]["pytorch"] for proof in proofs if "judge" in proof), None)
@@ -119,8 +120,22 @@ def _text(facts: dict[str, Any]) -> str:
             "",
             f"PyTorch's own pictures by the same judge ({judge}): {judged['clip_mean']}, {judged['recall_at_1']}.",
         ]
+    parts += _off_chip(facts["builds"])
     data = _trained_on(facts["student"].get("trained_on", []))
     return "\n".join([*parts, "", *data, *_licences(facts["student"]["sources"])]) + "\n"
+
+
+def _off_chip(builds: dict[str, Any]) -> list[str]:
+    """What stays off the accelerator and what a compiler estimates, for bundles of targets that know."""
+    lines = [f"- {line}" for name, build in builds.items() for line in off_lines(name, build)]
+    head = [
+        "",
+        "## On the chip it is for",
+        "",
+        "By the target's own tools; no device of that kind measured any of it.",
+        "",
+    ]
+    return [*head, *lines] if lines else []
 
 
 def _heedless(target: EdgeTarget) -> str:
@@ -135,6 +150,13 @@ def _trained_on(rows: Sequence[dict[str, Any]]) -> list[str]:
     told = [f"| {_PHASES[one['phase']]} | {one['data']} | {one['samples']} | {one['share']:.1%} |" for one in rows]
     head = ["| phase | data set | samples | share of the draws |", "|---|---|---|---|"]
     return ["## What it was trained on", "", *head, *told, ""]
+
+
+def picture_ms(build: dict[str, Any]) -> str:
+    """Median and spread of a picture's time, measured or emulated; bundles of older versions hold no spread."""
+    median = (build["measured_ms"] or build["emulated_ms"])["picture"]
+    spread = build.get("spread_ms")
+    return f"{median}, {spread['picture'][0]} to {spread['picture'][1]}" if spread else str(median)
 
 
 def shared_time(facts: dict[str, Any]) -> str:

@@ -14,8 +14,10 @@ app = typer.Typer(no_args_is_help=True, help="Student to proven edge builds.")
 
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")]) -> None:
-    """Sizes, parity and measured latency of the builds in a bundle."""
+    """Sizes, parity and latency of the builds in a bundle, what stays off the accelerator, and what a compiler estimates."""
     from export.bundle import read_bundle
+    from export.card import picture_ms
+    from export.off_chip import off_lines
 
     facts = read_bundle(folder)
     table = Table(
@@ -32,9 +34,12 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
             str(proof["graph_snr_db"]["unet"]),
             str(proof["psnr_db"]),
             str(ms["unet"]),
-            str(ms["picture"]),
+            picture_ms(build),
         )
     Console().print(table)
+    for name, build in facts["builds"].items():
+        for line in off_lines(name, build):
+            typer.echo(line)
 
 
 @app.command()
@@ -143,14 +148,14 @@ def verify(
 
     from cluster.storage import publish_bytes
     from export.verify import raise_failed, verify_bundle
-    from export.verify_view import block_lines, gates_table, speed_table
+    from export.verify_view import block_lines, gates_table, recorded_lines, speed_table
 
     found = verify_bundle(folder, build or (), prompts, runs, threads, lambda what: typer.echo(what, err=True))
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
     if found["builds"]:
         Console().print(gates_table(found), speed_table(found))
-        for line in block_lines(found):
+        for line in [*block_lines(found), *recorded_lines(found)]:
             typer.echo(line)
     raise_failed(found)
     typer.echo(f"{folder}: every file and every gate holds")
@@ -182,9 +187,10 @@ def demo(
 ) -> None:
     """A page that draws pictures on the visitor's own device, by WebGPU or WebAssembly; works without the network."""
     from export.demo import write_demo
+    from export.pages import serve_line
 
     write_demo(folder, out, precision, ort_web)
-    typer.echo(f"wrote {out}. Look: python3 -m http.server --directory {out}, then http://localhost:8000")
+    typer.echo(f"wrote {out}. Look: {serve_line(out)}, then http://localhost:8000")
 
 
 @app.command("fetch-web")

@@ -15,10 +15,11 @@ import numpy as np
 from cluster.errors import EdgeFusionError
 from cluster.storage import publish_bytes
 from export.bundle import open_bundle, read_bundle
+from export.off_chip import estimates, fallbacks
 from export.pages import png_url
 from export.proof import read_reference
 from export.runtime import GRAPHS
-from export.verify import raise_failed, verify_bundle
+from export.verify import raise_failed, verify_or_say_why
 from export.words import tokenize
 
 
@@ -30,7 +31,7 @@ def write_compare(
     threads: int = 2,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Path:
-    """Write the page `out`. Raises CorruptShard for a damaged bundle; one that misses a gate is shown as such."""
+    """Write the page `out`. Raises CorruptShard for a damaged bundle; one that misses a gate or does not run here is shown as such."""
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -39,7 +40,7 @@ def write_compare(
     labels = _labels(folders)
     found: list[dict[str, Any]] = []
     for folder, label in zip(folders, labels, strict=True):
-        one = verify_bundle(
+        one = verify_or_say_why(
             folder, runs=runs, threads=threads, progress=lambda what, label=label: progress(f"{label}: {what}")
         )
         if one["broken_files"]:
@@ -52,7 +53,6 @@ def write_compare(
         for label, one, fact in zip(labels, found, facts, strict=True)
         for name in one["builds"]
     ]
-    slowest = max((sum(ms for _, ms in row["parts"]) for row in rows), default=1)
     page = (
         Environment(
             loader=FileSystemLoader([Path(__file__).parent, Path(__file__).parent.parent / "cluster"]),
@@ -62,10 +62,9 @@ def write_compare(
         .render(
             bundles=[dict(one, label=label, facts=fact) for label, one, fact in zip(labels, found, facts, strict=True)],
             rows=rows,
-            slowest=slowest,
             graphs=GRAPHS,
             prompts=lines,
-            columns=_pictures(folders, labels, facts, lines, references[0], threads),
+            columns=_pictures(folders, labels, facts, found, lines, references[0], threads),
             forecasts=[row for row in rows if row["forecast"]],
             same_reference=all(np.array_equal(references[0], one) for one in references),
         )
@@ -92,13 +91,19 @@ def _row(label: str, name: str, found: dict[str, Any], facts: dict[str, Any]) ->
         "label": label,
         "name": name,
         "emulated": "emulated_ms" in build,
+        "not_run": found["not_run"],
+        "stored": facts["builds"][name],
+        "built_on": f"{facts['measured_on']}, {facts['runtime']}",
         "missed": build["missed"],
         "parity": build.get("parity"),
         "mib": sum(build["bytes"].values()) / 2**20,
         "ms": spread,
         "parts": [(graph, spread[graph]["median"] * count) for graph, count in calls.items()] if spread else [],
+        "total": sum(spread[graph]["median"] * count for graph, count in calls.items()) if spread else 0.0,
         "steps": steps,
         "cold": build.get("cold"),
+        "fallbacks": fallbacks(facts["builds"][name]),
+        "estimates": estimates(facts["builds"][name]),
         "forecast": _forecast(facts["builds"][name].get("tiling")),
     }
 
@@ -134,11 +139,12 @@ def _pictures(
     folders: Sequence[Path],
     labels: Sequence[str],
     facts: Sequence[dict[str, Any]],
+    found: Sequence[dict[str, Any]],
     lines: Sequence[str],
     wanted: np.ndarray,
     threads: int,
 ) -> list[dict[str, Any]]:
-    """A column a build, and first what full precision draws; prompt i has seed i."""
+    """A column a build that runs here, and first what full precision draws; prompt i has seed i."""
     columns: list[dict[str, Any]] = [
         {
             "title": "PyTorch fp32",
@@ -146,7 +152,9 @@ def _pictures(
             "pictures": [png_url(p) for p in wanted[: len(lines)]],
         }
     ]
-    for folder, label, fact in zip(folders, labels, facts, strict=True):
+    for folder, label, fact, one in zip(folders, labels, facts, found, strict=True):
+        if one["not_run"]:
+            continue
         tokens = tokenize(folder, fact["tokenizer"], lines)
         for name in fact["builds"]:
             build, _ = open_bundle(folder, name, threads)

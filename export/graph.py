@@ -15,6 +15,7 @@ from cluster.errors import EdgeFusionError, RecipeError, StageError
 from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
 from export.onnx_file import publish_onnx
+from export.refusal import place_in, reason
 
 
 class _TextEncoder(nn.Module):
@@ -141,7 +142,8 @@ def to_onnx(graph: Graph, path: Path, rewrite: bool = True) -> None:
     except EdgeFusionError:
         raise
     except Exception as error:
+        place = place_in(graph.module, error)
         raise StageError(
-            f"{graph.name} does not lower to ONNX: {str(error).splitlines()[0]}",
-            remedy="--debug shows the exporter's report",
+            f"{graph.name} does not lower to ONNX: {f'in {place}: ' if place else ''}{reason(error)}",
+            remedy="Give a student whose module there is made of operators that ONNX has; --debug shows the exporter's report",
         ) from error

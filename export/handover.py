@@ -12,6 +12,7 @@ from export import ort_web
 from export.bundle import read_bundle
 from export.compare import write_compare
 from export.demo import write_demo
+from export.pages import serve_line
 from export.recipe import ExportRecipe
 from export.targets.registry import find_target, target_of
 
@@ -61,7 +62,7 @@ def doors(out: Path) -> dict[str, Any] | None:
         if not (out / DEMO).exists():
             fetch = f"edgefusion export demo {_word(onnx)} --out {_word(out / DEMO)}"
             lines.append(("make the browser's page (npm and the network, once)", fetch))
-        lines.append(("open it at http://localhost:8000", f"python3 -m http.server --directory {_word(out / DEMO)}"))
+        lines.append(("open it at http://localhost:8000", serve_line(out / DEMO)))
     return {"compare": (out / COMPARE).exists(), "demo": (out / DEMO).exists(), "lines": lines}
 
 

@@ -39,8 +39,7 @@ def judge_unet(
     Raises RecipeError for another vendor's chip, TargetUnavailable without the compiler, StageError for a UNet that is not lowered.
     """
     from export.targets.ethos import estimate, together
-    from export.targets.ethos_unet import cuts_of
-    from export.targets.litert import operators
+    from export.targets.litert import cuts_of, operators
     from export.targets.npu_unet import usual_calibration, write_unet
 
     if unknown := sorted(set(cuts) - set(CUTS)):

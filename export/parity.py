@@ -80,9 +80,14 @@ def is_blank(picture: np.ndarray) -> bool:
 
 
 def failures(
-    precisions: dict[str, str], parity: dict[str, Any], pictures: Sequence[np.ndarray], gates: GateRecipe
+    precisions: dict[str, str],
+    parity: dict[str, Any],
+    pictures: Sequence[np.ndarray],
+    gates: GateRecipe,
+    decoder_tiled: bool = False,
 ) -> list[str]:
-    """Which gates a build misses, in words; empty for a build that passes. `precisions`: of each graph."""
+    """Which gates a build misses, in words; empty for a build that passes. `precisions`: of each graph; `decoder_tiled`: whether the pictures
+    that it is held to were decoded whole, and its own in tiles."""
     found: list[str] = []
     if any(is_blank(picture) for picture in pictures):
         found.append("a picture is blank")
@@ -93,6 +98,16 @@ def failures(
             continue
         if precisions[name] in least and not db >= least[precisions[name]]:
             found.append(f"{name}: SNR {db} dB is under {least[precisions[name]]}")
+    for name, db in (parity.get("block_snr_db") or {}).items():
+        if gates.block_snr_db is not None and not db >= gates.block_snr_db:
+            found.append(f"unet, {name}: SNR {db} dB is under {gates.block_snr_db}")
+    if gates.ssim is not None and not parity["ssim_mean"] >= gates.ssim:
+        found.append(f"pictures: mean SSIM {parity['ssim_mean']} is under {gates.ssim}")
+    if set(precisions.values()) == {"fp32"}:
+        key = "decoder_psnr_db" if decoder_tiled else "fp32_psnr_db"
+        wanted = getattr(gates, key)
+        if wanted is not None and not parity["psnr_db"] >= wanted:
+            found.append(f"pictures: PSNR {parity['psnr_db']} dB is under {wanted} ({key})")
     if set(precisions.values()) != {"fp32"} and not parity["psnr_db"] >= gates.quantised_psnr_db:
         found.append(f"pictures: PSNR {parity['psnr_db']} dB is under {gates.quantised_psnr_db}")
     # Among many good ones a ruined one hardly shows.
@@ -101,20 +116,19 @@ def failures(
     return found + judge_failures(parity.get("judge"), gates, len(pictures))
 
 
-def latency_ms(
-    build: Build, tokens: np.ndarray, inputs: dict[str, dict[str, np.ndarray]], runs: int
-) -> dict[str, float]:
-    """Median milliseconds of each graph's call and of a picture, after one warm-up, on this machine.
-
-    A build that draws several pictures at once gives `picture` as one's share of them.
-    """
-    return {name: found["median"] for name, found in latency_spread_ms(build, tokens, inputs, runs).items()}
+def medians(spread: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The medians of `latency_spread_ms`."""
+    return {name: one["median"] for name, one in spread.items()}
 
 
 def latency_spread_ms(
     build: Build, tokens: np.ndarray, inputs: dict[str, dict[str, np.ndarray]], runs: int
 ) -> dict[str, dict[str, float]]:
-    """As `latency_ms`, with the 10th and the 90th percentile of the runs: `median`, `low`, `high`."""
+    """Milliseconds of each graph's call and of a picture, after one warm-up, on this machine: `median`, and as `low` and `high` the 10th and
+    the 90th percentile of the runs.
+
+    A build that draws several pictures at once gives `picture` as one's share of them.
+    """
     found: dict[str, dict[str, float]] = {}
     work: dict[str, Any] = {name: lambda n=name: build.calls[n](inputs[n]) for name in GRAPHS}
     work["picture"] = lambda: build.picture(tokens, 0)

@@ -1,6 +1,6 @@
 """One cold start of a build in a process of its own: time to open, time to the first picture, peak memory. Prints one line of JSON.
 
-Imports no PyTorch, so that what it measures is the build and its runtime. `python -m export.probe BUNDLE BUILD THREADS`
+Imports no PyTorch, so that what it measures is the build and its runtime (of which ExecuTorch's brings PyTorch itself). `python -m export.probe BUNDLE BUILD THREADS`
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.errors import RecipeError
@@ -16,6 +17,20 @@ PROMPTS = (
     "a flat icon of a man working as a farmer with light skin on a green background",
     "a 3d render of an octopus with a blue background",
 )
+
+
+def calibrating_first(
+    judging: Sequence[str], pool: Callable[[int], Sequence[str]], calibration: int, parity: int
+) -> list[str]:
+    """As `export_student` takes prompts: `calibration` of them that calibrate, then `parity` that judge, none of which calibrates.
+
+    The latter are of `judging`, over and over, the former of `pool(count)`, a data set's first. Where that holds nothing else, `judging`
+    calibrates too, as it must.
+    """
+    judged = [judging[(calibration + i) % len(judging)] for i in range(parity)]
+    others = [one for one in dict.fromkeys(pool(8 * (calibration + parity))) if one and one not in judged]
+    others = others or [one for one in judging if one not in judged] or list(judging)
+    return [others[i % len(others)] for i in range(calibration)] + judged
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:

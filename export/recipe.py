@@ -50,6 +50,11 @@ class GateRecipe(Settings):
     """How far a build may be from PyTorch in float32 before it is refused. Decibels: larger is nearer."""
 
     fp32_snr_db: float = Field(default=60.0, description="least signal-to-noise ratio of a full-precision graph, dB")
+    fp32_psnr_db: float | None = Field(
+        default=40.0,
+        description="least PSNR of the pictures of a build that is fp32 throughout, dB; decoder_psnr_db stands in its place where the decoder "
+        "draws in tiles; none: no such gate",
+    )
     half_snr_db: float = Field(default=25.0, description="least signal-to-noise ratio of an fp16 or bf16 graph, dB")
     quantised_psnr_db: float = Field(
         default=20.0, description="least PSNR of the pictures of a build that is not fp32 throughout, dB"
@@ -57,6 +62,14 @@ class GateRecipe(Settings):
     worst_psnr_db: float = Field(
         default=10.0,
         description="least PSNR of the worst of those pictures, dB; pictures of different things have 5 to 10",
+    )
+    block_snr_db: float | None = Field(
+        default=6.0,
+        description="least signal-to-noise ratio of what each block of a quantised or half UNet hands on, dB, where the target shows it; "
+        "none: no such gate",
+    )
+    ssim: float | None = Field(
+        default=0.6, le=1, description="least mean SSIM of a build's pictures; none: no such gate"
     )
     decoder_psnr_db: float = Field(
         default=40.0, description="least PSNR of pictures decoded in tiles against the whole decoder's, dB"

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
 from export.recipe import ExportRecipe
+from export.refusal import reason
 from trainer.guidance import fix_guidance, takes_guidance
 from trainer.models import open_pipeline
 from trainer.sample import is_few_step
@@ -31,7 +32,7 @@ def open_student(folder: Path, recipe: ExportRecipe) -> Any:
         raise
     except Exception as error:  # the libraries' own words for a config that lies about its weights come in any class
         raise StageError(
-            f"cannot be opened: {str(error).splitlines()[0]}",
+            f"cannot be opened: {reason(error)}",
             where=str(folder),
             remedy="Save the student again; --debug shows the library's report",
         ) from error

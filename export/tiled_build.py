@@ -11,6 +11,7 @@ from export.blocks import attention_blocks
 from export.graph import Graph, to_onnx
 from export.profile import load_profile
 from export.solve import Plan, solve
+from export.targets.contract import EdgeTarget, Source
 from export.tiling import check_tiles, tile_unet
 
 TILED = "-tiled"
@@ -32,6 +33,16 @@ def lower_tiled(graph: Graph, plan: Plan, folder: Path) -> None:
         tile_unet(module.unet, plan)
         to_onnx(replace(graph, module=module), path, rewrite=False)
     check_tiles(path, plan)
+
+
+def tiles_in(target: EdgeTarget, source: Source, variant: str) -> dict[str, Any]:
+    """For bundle.json: how many attention blocks of a build's UNet are tiled, and for which profile's chip; 0 and None for none.
+
+    A target may leave the recipe's plan aside, or follow another.
+    """
+    plan = source.plan if variant == TILED else target.plan(source)
+    blocks = 0 if plan is None else len(plan.tiled)
+    return {"profile": plan.profile if plan is not None and blocks else None, "blocks": blocks}
 
 
 def tiling_facts(

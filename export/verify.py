@@ -1,7 +1,7 @@
 """Repeats the proof of a bundle from the bundle alone: digests, signal-to-noise, pictures, blank and NaN check, cold start, latency, memory.
 
 The references are PyTorch's in float32, kept in the bundle. Where more prompts are asked for than it has pictures of, the bundle's own
-fp32 build stands in, and the result says so. Gates are those of the recipe that built it.
+fp32 build stands in, and the result says so. Gates are those of the recipe that built it, with today's defaults for those that came since.
 """
 
 from __future__ import annotations
@@ -89,6 +89,23 @@ def verify_bundle(
     return found
 
 
+def verify_or_say_why(folder: Path, runs: int, threads: int, progress: Progress) -> dict[str, Any]:
+    """As `verify_bundle`, and `not_run`: empty, or why this machine does not run the bundle, of which then only the digests are checked."""
+    facts = read_bundle(folder)
+    target = target_of(facts)
+    try:
+        target.require()
+        reason = target.not_here()
+    except EdgeFusionError as error:
+        reason = error.what
+    if not reason:
+        return {**verify_bundle(folder, runs=runs, threads=threads, progress=progress), "not_run": ""}
+    builds = {name: {"missed": [], "bytes": build["bytes"]} for name, build in facts["builds"].items()}
+    broken = broken_files(folder)
+    told = {"bundle": str(folder), "ok": False, "broken_files": broken, "builds": builds, "not_run": reason, "busy": ""}
+    return told | {"target": facts["target"], "built_with": facts["runtime"]}
+
+
 def raise_failed(found: dict[str, Any]) -> None:
     """The error, with its exit code, of a verification that is not ok."""
     if found["broken_files"]:
@@ -162,6 +179,7 @@ def _verify_build(
     missed = [f"{graph}: gives what is not a number" for graph in GRAPHS if not np.isfinite(answers[graph]).all()]
     told: dict[str, Any] = {"missed": missed, "recorded": facts["builds"][name]["parity"]}
     told["bytes"] = facts["builds"][name]["bytes"]
+    told["stored"] = {key: facts["builds"][name].get(key) for key in ("fallback", "compiler_estimated", "tiled")}
     if missed:
         return told
     try:
@@ -182,7 +200,8 @@ def _verify_build(
             "pytorch": scores(judged.clip, judged.prompts, judged.pictures),
             "build": scores(judged.clip, judged.prompts, pictures),
         }
-    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]))
+    tiled = facts.get("decoder_tiles") is not None
+    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]), tiled)
     progress(f"{name}: latency")
     told[f"{target_of(facts).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
         build, judged.tokens[0], inputs, runs

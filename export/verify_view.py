@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from export.off_chip import off_lines
 from export.runtime import GRAPHS
 
 _SHORT = {"text_encoder": "text", "unet": "UNet", "vae_decoder": "decoder"}
@@ -48,6 +49,12 @@ def block_lines(found: dict[str, Any]) -> list[str]:
             told = ", ".join(f"{block} {db:.1f}" for block, db in sorted(blocks.items(), key=lambda one: one[1]))
             lines.append(f"{name}, SNR in dB of the UNet's blocks: {told}")
     return lines
+
+
+def recorded_lines(found: dict[str, Any]) -> list[str]:
+    """What the bundle holds of hardware that is not here: `verify` repeats it, since nobody can measure it again here."""
+    lines = [line for name, build in found["builds"].items() for line in off_lines(name, build["stored"])]
+    return ["As the bundle says, not measured here:", *lines] if lines else []
 
 
 def _judge_cell(judged: dict[str, Any] | None) -> str:

@@ -60,7 +60,7 @@ def tiny_settings(models: Path) -> dict:
     trainer["adapt"] |= {"steps": 3, "batch_images": 4}
     trainer["distill"] |= {"steps": 3, "batch_images": 4}
     trainer["grid_prompts"] = ["a fox", "a key"]
-    gates = {"quantised_psnr_db": 5.0}
+    gates = {"quantised_psnr_db": 5.0, "ssim": None, "block_snr_db": None}
     recipe["export"] |= {"calibration_prompts": 2, "parity_prompts": 2, "latency_runs": 1, "gates": gates}
     return recipe
 

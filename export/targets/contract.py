@@ -76,6 +76,11 @@ class EdgeTarget:
         """Of the modules that a recipe keeps in float, those that stay so where this target quantises."""
         return list(wanted)
 
+    def plan(self, source: Source) -> Plan | None:
+        """The plan whose tiles this target writes into the UNet of every build; None for an untiled UNet. (Targets that lower from ONNX
+        are given the tiled graph of a build `-tiled` instead.)"""
+        return None
+
     def suffix_of(self, graph: str) -> str:
         """How the file of a graph ends."""
         return self.suffix

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import StageError
+from export.refusal import reason
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class CoreMl(EdgeTarget):
                 )
         except Exception as error:
             raise StageError(
-                f"{graph.name} does not lower to Core ML: {str(error).strip().splitlines()[0]}",
+                f"{graph.name} does not lower to Core ML: {reason(error)}",
                 remedy="--debug shows the converter's report; leave coreml out of export.targets",
             ) from error
         if precision in ("w8", "w4"):

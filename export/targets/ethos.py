@@ -92,7 +92,11 @@ def estimate(path: Path, profile: Profile, compiled: Path | None = None) -> Esti
         if done.returncode or not summaries:
             # Vela dies of a signal (SIGFPE) on graphs that are too large for its own arithmetic.
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise EdgeFusionError(f"Vela does not compile it: {reason[0]}", where=str(path))
+            raise EdgeFusionError(
+                f"Vela does not compile it: {reason[0]}",
+                where=str(path),
+                remedy="Choose another profile (`edgefusion export profiles`) or smaller pictures, or leave the target ethos out",
+            )
         with summaries[0].open(newline="") as file:
             row = next(csv.DictReader(file))
         if compiled is not None:

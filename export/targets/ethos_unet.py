@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.storage import publish_bytes
 from export.blocks import attention_blocks
@@ -14,9 +14,6 @@ from export.solve import Plan, solve
 from export.targets.contract import Source
 from export.targets.ethos import estimate
 from export.targets.litert import LiteRt, operators
-
-if TYPE_CHECKING:
-    from export.targets.unet import Cuts
 
 PROFILE = "ethos-u85-1024"
 """The chip where the recipe has no tiling.profile."""
@@ -33,13 +30,19 @@ class Ethos(LiteRt):
         super().lower(source, precision, path)
         if source.graph.name != "unet":
             return
-        profile = load_profile(_plan(source).profile)
+        profile = load_profile(self.plan(source).profile)
         said = estimate(path, profile, compiled_path(path))
         facts = {"profile": profile.name, "operators": operators(path), **asdict(said)}
         publish_bytes(report_path(path), (json.dumps(facts, indent=2) + "\n").encode())
 
-    def cuts(self, source: Source) -> Cuts:
-        return cuts_of(_plan(source))
+    def plan(self, source: Source) -> Plan:
+        """The recipe's plan where it is for one of Arm's chips, else one for PROFILE."""
+        if source.plan is not None and load_profile(source.plan.profile).vela is not None:
+            return source.plan
+        wrapped: Any = source.graph.module
+        config = wrapped.unet.config
+        side, tokens = source.graph.inputs["latent"].shape[-1], source.graph.inputs["text"].shape[1]
+        return solve(attention_blocks(config, side, tokens), load_profile(PROFILE))
 
     def fallback(self, path: Path) -> dict[str, Any] | None:
         if not report_path(path).exists():
@@ -56,11 +59,6 @@ class Ethos(LiteRt):
         return {**costs, "said_by": "Vela, Arm's offline compiler; no device"}
 
 
-def cuts_of(plan: Plan) -> Cuts:
-    """The plan's choice for every attention block."""
-    return {part.block.name: (part.chosen.head_group, part.chosen.query_tiles) for part in plan.blocks}
-
-
 def compiled_path(path: Path) -> Path:
     """What Vela made of a file."""
     return path.with_name(f"{path.stem}_vela.tflite")
@@ -69,16 +67,6 @@ def compiled_path(path: Path) -> Path:
 def report_path(path: Path) -> Path:
     """What Vela said of a file."""
     return path.with_suffix(".vela.json")
-
-
-def _plan(source: Source) -> Plan:
-    """The recipe's plan where it is for one of Arm's chips, else one for PROFILE."""
-    if source.plan is not None and load_profile(source.plan.profile).vela is not None:
-        return source.plan
-    wrapped: Any = source.graph.module
-    config = wrapped.unet.config
-    side, tokens = source.graph.inputs["latent"].shape[-1], source.graph.inputs["text"].shape[1]
-    return solve(attention_blocks(config, side, tokens), load_profile(PROFILE))
 
 
 TARGETS = {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import StageError
+from export.refusal import reason
 from export.targets.contract import GRAPHS, EdgeTarget, Source
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ExecuTorch(EdgeTarget):
                 lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         except Exception as error:
             raise StageError(
-                f"{graph.name} does not lower to ExecuTorch at {precision}: {str(error).strip().splitlines()[0]}",
+                f"{graph.name} does not lower to ExecuTorch at {precision}: {reason(error)}",
                 remedy="--debug shows the whole report; leave executorch or this precision out",
             ) from error
         path.write_bytes(lowered.to_executorch().buffer)

@@ -1,4 +1,4 @@
-"""Samsung Exynos: the file of `litert`, ready for Samsung's compiler, which is not here, with the command that compiles it.
+"""Samsung Exynos: the file of `litert` with the tiles of the recipe's plan, ready for Samsung's compiler, which is not here, with the command that compiles it.
 
 Nothing is known of what that compiler would leave on the CPU; NAME.operators.json counts what it will be shown.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import publish_bytes
 from export.targets.contract import Source
 from export.targets.litert import LiteRt, operators
+
+if TYPE_CHECKING:
+    from export.solve import Plan
 
 _PROGRAM = (
     "from ai_edge_litert.aot import aot_compile; from ai_edge_litert.aot.vendors.samsung import target as t; "
@@ -42,6 +45,10 @@ class Exynos(LiteRt):
                 "operators": operators(path),
             }
             publish_bytes(coverage_path(path), (json.dumps(facts, indent=2) + "\n").encode())
+
+    def plan(self, source: Source) -> Plan | None:
+        """The recipe's, for whatever chip it is: whoever asks for tiles in a Samsung bundle wants them in its file."""
+        return source.plan
 
     def fallback(self, path: Path) -> dict[str, Any] | None:
         if not coverage_path(path).exists():

@@ -1,5 +1,7 @@
 """LiteRT, Android's runtime: the UNet as one W8A16 TFLite file that runs here as well, between an encoder and a decoder in ONNX.
 
+Untiled, for a CPU has nothing to gain from tiles; `ethos` and `exynos`, which write the same file, plan them.
+
 What hangs on the step alone is the host's: NAME.host.onnx beside the UNet gives the time vectors that the file takes as inputs.
 """
 
@@ -21,6 +23,7 @@ from export.targets.tflite import schema
 
 if TYPE_CHECKING:
     from export.runtime import Call
+    from export.solve import Plan
     from export.targets.unet import Cuts
 
 
@@ -46,12 +49,9 @@ class LiteRt(EdgeTarget):
         unet: Any = source.graph.module.unet
         found = calibrate(unet, source.calibration, source.keep)
         side, tokens = source.graph.inputs["latent"].shape[-1], source.graph.inputs["text"].shape[1]
-        write_unet(unet, side, tokens, found, path, self.cuts(source), keep=source.keep)
+        plan = self.plan(source)
+        write_unet(unet, side, tokens, found, path, {} if plan is None else cuts_of(plan), keep=source.keep)
         write_host(unet, source.graph.inputs, host_path(path))
-
-    def cuts(self, source: Source) -> Cuts:
-        """Tiles of the attention blocks; a CPU has nothing to gain from them."""
-        return {}
 
     def open(self, folder: Path, names: dict[str, str], threads: int) -> dict[str, Call]:
         import onnxruntime
@@ -68,6 +68,11 @@ class LiteRt(EdgeTarget):
 
         calls = {graph: plain(folder / names[graph]) for graph in GRAPHS if graph != "unet"}
         return {**calls, "unet": unet_call(folder / names["unet"], session(host_path(folder / names["unet"])), threads)}
+
+
+def cuts_of(plan: Plan) -> Cuts:
+    """The plan's choice for every attention block."""
+    return {part.block.name: (part.chosen.head_group, part.chosen.query_tiles) for part in plan.blocks}
 
 
 def unet_call(path: Path, host: Any, threads: int) -> Call:

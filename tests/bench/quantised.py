@@ -48,7 +48,7 @@ def measure(folder: Path, count: int) -> None:
             # Nothing is refused: what it costs is what is asked.
             "gates": {
                 **{"judge": {"kind": "open_clip", "model": "zoo:judge"}, "clip_margin": 1, "recall_margin": 1},
-                **{"quantised_psnr_db": 0, "worst_psnr_db": 0},
+                **{"quantised_psnr_db": 0, "worst_psnr_db": 0, "block_snr_db": None, "ssim": None},
             },
         }
     )

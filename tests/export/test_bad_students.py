@@ -4,16 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from cluster.errors import EdgeFusionError, LedgerConflict, StageError
+from export.build import _lower
 from export.bundle import _mark_of, export_student, identity_of
 from export.graph import Graph, to_onnx
 from export.recipe import DecoderRecipe, ExportRecipe
+from export.refusal import refusals
 from export.student import open_student
+from export.targets.registry import find_target
 from factory.models import resolve
 
 RECIPE = ExportRecipe(calibration_prompts=1, parity_prompts=1, latency_runs=1, threads=1)
@@ -131,9 +135,53 @@ def test_a_module_that_the_converter_refuses_is_named(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if float(x.sum()) > 0 else x  # hangs on the data
 
-    with pytest.raises(StageError, match="odd does not lower to ONNX"):
-        to_onnx(Graph("odd", Odd().eval(), {"x": torch.ones(2)}, "y"), tmp_path / "odd.onnx")
+    class Bessel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)  # which ONNX has not
+
+    cases = (
+        (Odd(), r"in 1 \(Odd\): Could not guard on"),
+        (Bessel(), r"in 1 \(Bessel\), operator \S*bessel_j0: No ONNX"),
+    )
+    for part, said in cases:
+        net = nn.Sequential(nn.Linear(2, 2), part)
+        with pytest.raises(StageError, match=rf"odd does not lower to ONNX: {said}") as caught:
+            to_onnx(Graph("odd", net.eval(), {"x": torch.ones(2)}, "y"), tmp_path / "odd.onnx")
+        assert "\x1b" not in str(caught.value) and "step" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            RuntimeError("\x1b[96mno scale\x1b[0m for Einsum\nand more"),
+            r"onnx: unet .* at w8a8: no scale for Einsum\. Leave w8a8",
+        ),
+        (RuntimeError(""), r"unet does not lower at w8a8: RuntimeError"),
+        (MemoryError(), r"unet at w8a8 needs more memory"),
+        (EdgeFusionError("Vela does not compile it"), r"Vela does not compile it\. Leave w8a8 out"),
+        (EdgeFusionError("no", remedy="Do so"), r"^no\. Do so$"),
+    ],
+)
+def test_what_a_quantiser_raises_names_the_build_and_a_way_round(
+    raised: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's quantiser and NNCF ended an export in a traceback."""
+
+    def fails(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("export.targets.onnx_runtime.quantise_onnx", fails)
+    graph = Graph("unet", nn.Identity().eval(), {"x": torch.ones(2)}, "y")
+    work = SimpleNamespace(graphs=[graph], sources=tmp_path, calibration={"unet": []}, keep=[], plan=None)
+    with pytest.raises(EdgeFusionError, match=said):
+        _lower(find_target("onnx"), {"unet": "w8a8"}, tmp_path, work)  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_no_refusal() -> None:
+    with pytest.raises(OSError, match="No space"), refusals("onnx", "unet", "w8"):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_graph_is_whole_or_absent_and_another_exports_graph_is_not_taken(

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import shlex
 import shutil
 import tarfile
@@ -73,7 +74,7 @@ def test_with_the_runtime_in_the_cache_the_page_is_there(run: Path, monkeypatch:
     found = doors(run)
     assert found is not None and found["demo"]
     assert [line for what, line in found["lines"] if "8000" in what] == [
-        f"python3 -m http.server --directory '{run / 'demo'}'"
+        f"python3 -m http.server --bind 127.0.0.1 --directory '{run / 'demo'}'"
     ]
     assert not any("export demo" in line for _, line in found["lines"])
 
@@ -101,6 +102,15 @@ def test_a_build_that_does_not_run_here_stands_in_the_report(run: Path) -> None:
     part = source[source.index("{% if bundles %}") : source.index("<h2>The run</h2>")]
     page = Environment(loader=FileSystemLoader("export")).from_string(part).render(bundles=_bundle_part(run / "export"))
     assert "not run here: it runs on the moon" in page
+
+
+def test_no_line_that_we_suggest_serves_to_the_whole_network() -> None:
+    """Without --bind, Python's server listens on every interface."""
+    asked = []
+    for path in [*Path("export").rglob("*"), *Path("docs").glob("*.md"), Path("README.md"), Path("edgefusion.py")]:
+        if path.suffix in (".py", ".html", ".j2", ".md", ".js"):
+            asked += re.findall(r"python3? -m http\.server.*", path.read_text())
+    assert len(asked) >= 3 and [line for line in asked if "--bind 127.0.0.1" not in line] == []
 
 
 def test_no_page_is_wanted_or_possible(tmp_path: Path) -> None:

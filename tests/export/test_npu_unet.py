@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from cluster.errors import RecipeError, StageError, TargetUnavailable
-from export.blocks import attention_blocks
+from export.blocks import Block, attention_blocks
 from export.bundle import export_student, open_bundle
+from export.graph import Graph, _Unet
 from export.npu_report import judge_unet
 from export.parity import snr_db
 from export.profile import load_profile
 from export.recipe import ExportRecipe
+from export.solve import solve
+from export.targets.contract import Source
 from export.targets.ethos import estimate
 from export.targets.litert import operators
 from export.targets.litert_run import LiteRtModel
@@ -28,6 +32,7 @@ from export.targets.ops import Calibration
 from export.targets.registry import find_target
 from export.targets.tflite import Writer, schema
 from export.targets.unet import HostTime, check_unet
+from export.tiled_build import tiles_in
 from factory.models import resolve
 
 SIDE, TOKENS = 8, 7
@@ -99,6 +104,37 @@ def test_the_file_computes_the_unet_and_tiles_change_nothing(tmp_path: Path) -> 
     assert snr_db(wanted, said["plain"]) > 30
     assert snr_db(wanted, said["kept"]) > snr_db(wanted, said["plain"])
     assert snr_db(said["plain"], said["tiled"]) > 45
+
+
+@pytest.mark.parametrize("name", ["litert", "exynos"])
+def test_a_recipe_s_tiles_are_in_the_file_or_said_not_to_be(name: str, tmp_path: Path) -> None:
+    """exynos wrote the untiled file, and bundle.json named the recipe's profile and plan beside it."""
+    pytest.importorskip("ai_edge_litert")
+    unet, tensors = small_unet(), {key: torch.from_numpy(value) for key, value in row().items()}
+    chip = load_profile(str(Path(__file__).with_name("small-npu.yaml")))
+    plan = solve(attention_blocks(unet.config, SIDE, TOKENS), chip)
+    source = Source(Graph("unet", _Unet(unet).eval(), tensors, "prediction"), tmp_path, [row()], (), plan)
+    target = find_target(name)
+    target.lower(source, "w8a16", tmp_path / "unet.tflite")
+    products = operators(tmp_path / "unet.tflite")["BATCH_MATMUL"]
+    cut = sum(2 * part.block.heads // part.chosen.head_group * part.chosen.query_tiles for part in plan.blocks)
+    assert plan.tiled and cut > 2 * len(plan.blocks)
+    if name == "exynos":
+        assert products == cut and tiles_in(target, source, "") == {"profile": "small-npu", "blocks": len(plan.tiled)}
+    else:
+        assert products == 2 * len(plan.blocks) and tiles_in(target, source, "") == {"profile": None, "blocks": 0}
+
+
+def test_arm_s_bundle_with_another_vendor_s_profile_says_which_one_it_took() -> None:
+    unet, tensors = small_unet(), {key: torch.from_numpy(value) for key, value in row().items()}
+    phone = solve(attention_blocks(unet.config, SIDE, TOKENS), load_profile("exynos-2400"))
+    source = Source(Graph("unet", _Unet(unet).eval(), tensors, "prediction"), Path(), [row()], (), phone)
+    ethos = find_target("ethos")
+    taken = ethos.plan(source)
+    assert taken is not None and taken.profile == "ethos-u85-1024"
+    assert tiles_in(ethos, source, "")["profile"] in ("ethos-u85-1024", None)
+    small = replace(source, plan=solve([Block("a", 4096, 4096, 320, 320, 8, False)], load_profile("ethos-u85-256")))
+    assert tiles_in(ethos, small, "") == {"profile": "ethos-u85-256", "blocks": 1}
 
 
 def run_parts(paths: list[Path], given: dict[str, np.ndarray]) -> np.ndarray:
@@ -228,5 +264,6 @@ def test_bundles_of_the_shipped_student(tmp_path: Path) -> None:
     assert said["emulated_ms"] and not said["measured_ms"] and said["compiler_estimated"]["unet"]["latency_s"] > 0
     assert said["fallback"]["unet"]["not_accelerated"] == {} and said["fallback"]["unet"]["accelerated"] > 900
     assert builds["exynos"]["fallback"]["unet"]["status"] == "not compiled here"
+    assert builds["litert"]["tiled"] == {"profile": None, "blocks": 0}
     opened, facts = open_bundle(tmp_path / "litert", "w8a16", 1)
     assert opened.picture(np.full((1, facts["tokenizer"]["length"]), 5), 0).shape[2] == 3

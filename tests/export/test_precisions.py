@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from export.clip_gate import judge_failures, scores
 from export.layers import HIGH_PRECISION, kept_layers, layer_modules, lies_in
 from export.openvino_core import openvino_core
 from export.parity import failures, picture_parity, snr_db
-from export.proof import read_reference, reference_inputs
+from export.proof import read_reference, reference_inputs, write_sums
 from export.quantise import quantise_onnx
 from export.recipe import ExportRecipe, GateRecipe, MixRecipe
 from export.sensitivity import only, part_of, propose
+from export.verify import verify_bundle
 
 NEAR = {"fp32": 120.0, "fp16": 40.0, "w8a8": 10.0, "w8": 30.0, "w4": 10.0}
 """Least SNR in dB of the shipped UNet; each has its own arithmetic, so none may come out as another."""
@@ -122,6 +124,7 @@ def test_the_gate_is_by_component() -> None:
         "graph_snr_db": {"text_encoder": 50.0, "unet": 9.0, "vae_decoder": 70.0},
         "psnr_db": 30.0,
         "psnr_db_min": 15.0,
+        "ssim_mean": 0.9,
     }
     picture = [np.arange(768, dtype=np.uint8).reshape(16, 16, 3)]
     mixed = {"text_encoder": "fp16", "unet": "w8a16", "vae_decoder": "fp32"}
@@ -135,6 +138,43 @@ def test_the_gate_is_by_component() -> None:
     assert failures(mixed, {**proof, "psnr_db_min": 7.0}, picture, gates) == [
         "pictures: the worst one's PSNR 7.0 dB is under 10.0"
     ]
+
+
+def test_blocks_likeness_and_full_precisions_pictures_have_gates() -> None:
+    """SNR a block and SSIM were figures alone, and no gate saw what an fp32 build draws."""
+    snr = dict.fromkeys(("text_encoder", "unet", "vae_decoder"), 90.0)
+    proof = {"graph_snr_db": snr, "psnr_db": 39.0, "psnr_db_min": 39.0, "ssim_mean": 0.9}
+    picture = [np.arange(768, dtype=np.uint8).reshape(16, 16, 3)]
+    fp32, rough = dict.fromkeys(snr, "fp32"), {**dict.fromkeys(snr, "fp32"), "unet": "w8a8"}
+    off = {"block_snr_db": None, "ssim": None, "fp32_psnr_db": None}
+
+    def missed(build: dict[str, str], more: dict, tiled: bool = False, **gates: float | None) -> list[str]:
+        return failures(build, proof | more, picture, GateRecipe(**gates), tiled)  # type: ignore[arg-type]
+
+    blocks = {"block_snr_db": {"mid_block": 5.0, "up_blocks.0": 30.0}}
+    assert missed(rough, blocks) == ["unet, mid_block: SNR 5.0 dB is under 6.0"]
+    assert missed(rough, {"block_snr_db": {"mid_block": float("nan")}}) != []
+    assert missed(rough, {"block_snr_db": None}) == []  # a target that shows no tensors
+    assert missed(rough, {"ssim_mean": 0.5}) == ["pictures: mean SSIM 0.5 is under 0.6"]
+    assert missed(fp32, {}) == ["pictures: PSNR 39.0 dB is under 40.0 (fp32_psnr_db)"]
+    assert missed(fp32, {"psnr_db": 41.0}) == [] == missed(rough, {})
+    # Decoded in tiles, held to pictures that were decoded whole: that gate is the recipe's for the decoder.
+    assert missed(fp32, {}, True) == ["pictures: PSNR 39.0 dB is under 40.0 (decoder_psnr_db)"]
+    assert missed(fp32, {}, True, decoder_psnr_db=30.0) == [] == missed(fp32, {}, fp32_psnr_db=38.0)
+    assert missed(fp32, {"ssim_mean": 0.1}, **off) == [] == missed(rough, blocks, **off)
+
+
+def test_verify_asks_the_gates_of_blocks_likeness_and_the_decoders_tiles(student_bundles: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(student_bundles / "onnx", tmp_path / "onnx"))
+    facts = json.loads((folder / "bundle.json").read_text())
+    facts["gates"] |= {"block_snr_db": 150.0, "ssim": 1.0, "decoder_psnr_db": 199.0}
+    facts["decoder_tiles"] = {"tile": 8, "overlap": 4}
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    write_sums(folder)
+    found = verify_bundle(folder, builds=["fp32", "w8"], runs=1, threads=1)["builds"]
+    assert any("(decoder_psnr_db)" in line for line in found["fp32"]["missed"])
+    missed = " ".join(found["w8"]["missed"])
+    assert "unet, down_blocks.0: SNR" in missed and "mean SSIM" in missed
 
 
 def test_the_judge_knows_a_picture_by_its_words(student_bundles: Path) -> None:
@@ -158,6 +198,10 @@ def test_a_bundle_has_a_card_with_licences_and_kinds(student_bundles: Path) -> N
     assert "![" in card and "(parity.png)" in card and "Apache-2.0" in card and "fluent-emoji" in card
     w8a16 = next(line for line in card.splitlines() if line.startswith("| w8a16 |") and "ed |" in line)
     assert w8a16.endswith("| emulated |")
+    facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
+    build = facts["builds"]["w8a16"]
+    (low, high), median = build["spread_ms"]["picture"], build["emulated_ms"]["picture"]
+    assert 0 < low <= median <= high and f"| {median}, {low} to {high} | emulated |" in w8a16
     assert "README.md" in (student_bundles / "onnx" / "SHA256SUMS").read_text()
 
 

@@ -96,6 +96,16 @@ def test_the_cards_line_brings_what_the_sample_imports(student_bundles: Path) ->
         assert set(line.split()[2:]) == needs, name
 
 
+def test_the_docs_say_what_sample_programs_need_besides() -> None:
+    told = re.search(r"Needed besides: (.*?)\. The", Path("docs/export.md").read_text())
+    assert told is not None
+    needs: dict[str, tuple[str, ...]] = {}
+    for part in told[1].split("; "):
+        names, things = part.split(": ")
+        needs |= dict.fromkeys(re.findall(r"`(\w+)`", names), tuple(things.split(", ")))
+    assert needs == {name: find_target(name).sample_needs for name in MODULES if find_target(name).sample_needs}
+
+
 def test_a_target_that_quantises_every_layer_does_not_claim_otherwise(student_bundles: Path) -> None:
     facts = json.loads((student_bundles / "onnx" / "bundle.json").read_text())
     assert facts["keep"] == list(HIGH_PRECISION) == find_target("onnx").kept(HIGH_PRECISION)
@@ -249,7 +259,7 @@ def test_what_is_no_number_is_never_near() -> None:
     assert snr_db(one, one) == 200 and snr_db(one, wrong) == snr_db(one, one / 0.0) == snr_db(zero, one) == -200
     build = {"text_encoder": "fp32", "unet": "w8a16", "vae_decoder": "fp32"}
     proof = {"graph_snr_db": {"text_encoder": 99.0, "unet": snr_db(one, wrong), "vae_decoder": 99.0}}
-    proof |= {"psnr_db": 99.0, "psnr_db_min": 99.0}
+    proof |= {"psnr_db": 99.0, "psnr_db_min": 99.0, "ssim_mean": 1.0}
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert failures(build, proof, [picture], GateRecipe()) == [
         "unet: gives what is not a number, or anything but zero where PyTorch gives zero"

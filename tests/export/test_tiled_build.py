@@ -51,6 +51,11 @@ def test_a_bundle_holds_proven_tiled_builds_beside_the_untiled(bundles, target, 
         assert tiling["profile"] == "small-npu" and any(row["tiled"] for row in tiling["plan"])
         assert set(tiling["predicted"]) == {row["name"] for row in tiling["plan"]}
         kind, other = ("emulated", "measured") if name.startswith("w8a16") else ("measured", "emulated")
+        assert facts["builds"][name]["tiled"] == {
+            "profile": "small-npu",
+            "blocks": sum(row["tiled"] for row in tiling["plan"]),
+        }
+        assert facts["builds"][name.removesuffix("-tiled")]["tiled"] == {"profile": None, "blocks": 0}
         assert tiling["compiler_estimated"] is None and tiling[other] is None
         assert tiling[kind]["unet_ms"] > 0 and "CPU, 1 thread" in tiling[kind]["where"]
     assert open_bundle(bundles / target, "fp32-tiled", 1)[0].shape == (1, 16, 8, 8)
@@ -62,7 +67,7 @@ def test_a_plan_without_tiles_makes_no_second_build(tmp_path) -> None:
     export_student(Path(resolve("zoo:student-fewstep")), ["a red apple"], chosen, tmp_path)
     facts = json.loads((tmp_path / "onnx" / "bundle.json").read_text())
     assert list(facts["builds"]) == ["fp32"]
-    assert facts["tiling"] == {"profile": "ethos-u85-1024", "blocks_tiled": 0}
+    assert facts["tiling"] == {"profile": "ethos-u85-1024", "blocks_planned": 0}
 
 
 @pytest.mark.long
