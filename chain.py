@@ -162,7 +162,7 @@ class Chain:
             check_decoder(self.recipe.export.vae)
         if "select" in todo and self.recipe.factory.pack.to is not None:
             check_place(self.recipe.factory.pack.to)
-        resolve_models(self.recipe.factory)
+        resolve_models(self.recipe.factory, self.recipe.cluster.is_here())
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()

@@ -129,10 +129,9 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         view = view_of(recipe, overrides or [])
         nodes = [one for text in node or [] for one in parse_nodes(text)]
         if not nodes:
-            local = view.cluster.address == "local" or view.cluster.runner == "in-process"
             nodes = (
                 [own_node(view.cluster, view.needs)]
-                if local
+                if view.cluster.is_here()
                 else ray_nodes(view.cluster, lambda words: typer.echo(words, err=True))
             )
         fits = place(view.needs, nodes)

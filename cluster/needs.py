@@ -95,6 +95,12 @@ class RunView:
     """Commit of that model on the hub, if the recipe pins one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
+    extras: frozenset[str] = frozenset()
+    """Extras of the project without which its workers or its driver would refuse."""
+    own_vllm: str = ""
+    """The stage whose workers serve vLLM for themselves where they run; empty if none does."""
+    own_vllm_settings: tuple[str, ...] = ()
+    """`key={folder}` overrides that name the Python environment which they do it by."""
     server_drops: tuple[str, ...] = ()
     """Further ones that a recipe needs for that which serves vLLM for itself; `launch_tree` has no such keys."""
 

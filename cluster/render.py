@@ -43,8 +43,12 @@ _MACHINES: dict[str, dict[int, tuple[str, int, int]]] = {
 """GPUs a machine: (its name, its CPUs, its GiB of memory)."""
 _MACHINE_MEMORY = 0.65
 """Of a cloud machine's memory what Ray gives to workers: by itself it keeps 30% for its object store, and the system takes some."""
-_EXTRAS = ("s3", "metrics", "otel")
-"""What images bring beside the packages that every run needs."""
+_EXTRAS = frozenset({"s3", "metrics", "otel"})
+"""What images bring whatever the recipe says."""
+_GPU_EXTRAS = frozenset({"gpu"})
+"""`status` and the log of training tell by it how busy a GPU is."""
+_VLLM_FOLDER = "/opt/vllm"
+"""Of images, where workers serve vLLM for themselves."""
 _STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
 _PLAIN = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:/@_-]*|/[A-Za-z0-9._:/@-]*")
 
@@ -111,6 +115,10 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         )
     served = ["--model", view.vllm_model, *(["--revision", view.vllm_revision] if view.vllm_revision else [])]
     settings = [setting.format(url=url) for setting in view.server_settings]
+    own_role = "gpu" if any(need.gpus for need in view.needs if need.stage == view.own_vllm) else "cpu"
+    if place != "slurm":
+        settings += [setting.format(folder=_VLLM_FOLDER) for setting in view.own_vllm_settings]
+    extras = _EXTRAS | view.extras
     machines: dict[str, str] = {}
     if place in _MACHINES:
         gpu, cpu, machines = _machines(place, gpu, cpu, view.needs)
@@ -133,8 +141,8 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "ray": version_of("ray"),
         "python": _PYTHON,
         "vllm": VLLM,
-        "extras": ",".join(_EXTRAS),
-        "pins": pins("edgefusion", _EXTRAS),
+        "extras": {"cpu": ",".join(sorted(extras)), "gpu": ",".join(sorted(extras | _GPU_EXTRAS))},
+        "pins": pins("edgefusion", sorted(extras | _GPU_EXTRAS)),
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
         "driver": DRIVER,
         "head": Group(1, 4, 0, 16),
@@ -142,6 +150,9 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "worker_groups": workers,
         "max_workers": gpu.nodes + cpu.nodes,
         "machines": machines,
+        "own_vllm": view.own_vllm,
+        "own_vllm_role": own_role if view.own_vllm else "",
+        "own_vllm_folder": _VLLM_FOLDER,
         "vllm_model": view.vllm_model,
         "vllm_words": served,
         "vllm_line": shlex.join(served),
@@ -151,7 +162,7 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "entrypoint": "cd /app && " + shlex.join(run + more),
         # One word of the line that a person copies into a shell.
         "launched": shlex.quote(
-            "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]])
+            "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:], *more])
         ),
         "node": node,
         "place_words": _place_words(node) if place == "slurm" else "",

