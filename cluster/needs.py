@@ -84,6 +84,8 @@ class RunView:
     """The whole recipe as plain values."""
     launch_tree: dict[str, Any] | None = None
     """The same without what says how the run serves vLLM for itself, where it says so: launch files bring a server of their own."""
+    until: str = ""
+    """The wing as far as which it runs (`as_far_as`); all of it if empty."""
     needs: tuple[Need, ...] = ()
     samples: int = 0
     """Planned pictures."""
@@ -103,6 +105,24 @@ class RunView:
     """`key={folder}` overrides that name the Python environment which they do it by."""
     server_drops: tuple[str, ...] = ()
     """Further ones that a recipe needs for that which serves vLLM for itself; `launch_tree` has no such keys."""
+
+
+WINGS = ("factory", "trainer", "export")
+
+
+def as_far_as(view: RunView, wing: str) -> RunView:
+    """What `edgefusion WING run` does of it, which is all if `wing` is empty. Raises EdgeFusionError for a name that is no wing."""
+    if wing and wing not in WINGS:
+        raise EdgeFusionError(
+            f"{wing} is no wing that runs", where="--until", remedy=f"Use one of {', '.join(WINGS)}, or leave it out"
+        )
+    needs = tuple(need for need in view.needs if wing != "factory" or need.step == "make")
+    return replace(view, until=wing, needs=needs)
+
+
+def run_words(view: RunView, program: str = "edgefusion") -> list[str]:
+    """The command that runs it, without recipe and options."""
+    return [program, *([view.until] if view.until else []), "run"]
 
 
 DRIVER = "plan, select, samples, export, pages and report"

@@ -20,7 +20,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.environment import VLLM
 from cluster.errors import EdgeFusionError
 from cluster.machine import pins, version_of
-from cluster.needs import DRIVER, MEMORY_SPARE, Group, Need, RunView, counted, groups, nodes_of, refuse_homeless
+from cluster.needs import (
+    DRIVER,
+    MEMORY_SPARE,
+    Group,
+    Need,
+    RunView,
+    counted,
+    groups,
+    nodes_of,
+    refuse_homeless,
+    run_words,
+)
 from cluster.storage import publish_bytes
 
 Place = Literal["kuberay", "slurm", "aws", "gcp"]
@@ -106,7 +117,9 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
             raise EdgeFusionError(f"--{name} {value!r} holds characters that do not belong there", remedy="Correct it")
     cpus_per_node = _MACHINES[place][0][1] if place in _MACHINES else options.cpus_per_node
     gpu, cpu = groups(view.needs, options.gpus_per_node, cpus_per_node)
-    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
+    # The runs of one recipe, one wing after another, are things of their own to a scheduler.
+    name = f"{view.name}-{view.until}" if view.until else view.name
+    url = f"http://edgefusion-{name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
     if view.vllm_model and place in _MACHINES:
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
@@ -123,7 +136,6 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     if place in _MACHINES:
         gpu, cpu, machines = _machines(place, gpu, cpu, view.needs)
     tree = {**(view.launch_tree or view.tree), "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
-    run = ["edgefusion", "run", "/etc/edgefusion/recipe.yaml", "--out", f"/shared/runs/{view.name}"]
     more = [word for setting in settings for word in ("--set", setting)]
     whole = gpu if gpu.nodes else cpu
     workers = [("gpu", "gpu", gpu)] * bool(gpu.nodes) + [("cpu", "cpu", cpu)] * bool(cpu.nodes)
@@ -132,10 +144,13 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     started = [node] if place == "slurm" else [gpu, cpu]
     refuse_homeless(view.needs, [one for group in started for one in nodes_of(group, share)])
     return {
-        "name": view.name,
+        "name": name,
+        "out_name": view.name,
+        "run_line": shlex.join(run_words(view)),
         "folder": str(folder),
         "images": options.images,
         "storage": storage,
+        "storage_given": bool(options.storage),
         "secret": options.secret,
         "version": version_of("edgefusion") or "0.1.0",
         "ray": version_of("ray"),
@@ -158,17 +173,22 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "vllm_line": shlex.join(served),
         # In double quotes: the port is known to the job alone, and nothing else in words of our own means anything to bash.
         "server_settings": " ".join(f'"{word}"' for word in more),
-        # Relative paths of a recipe are those of the image.
-        "entrypoint": "cd /app && " + shlex.join(run + more),
+        # KubeRay puts it into a line of a shell of its own, which would keep all behind an && for itself.
+        "entrypoint": f"bash -c {shlex.quote(_line(view, '/etc/edgefusion/recipe.yaml', more))}",
         # One word of the line that a person copies into a shell.
-        "launched": shlex.quote(
-            "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:], *more])
-        ),
+        "launched": shlex.quote(_line(view, "/home/edgefusion/launch/recipe.yaml", more)),
         "node": node,
         "place_words": _place_words(node) if place == "slurm" else "",
         # Left to itself Ray gives workers 70% of the memory that it finds, which is less than they were promised.
         "worker_bytes": {group.gpus: int(group.memory_gib * share * 2**30) for group in (gpu, cpu, node)},
     }
+
+
+def _line(view: RunView, recipe: str, more: Sequence[str]) -> str:
+    """For a shell in a container. A recipe's relative paths are those of the shared storage: its data sets and other runs, and, unless there
+    are some already, the image's own recipes with their taxonomies."""
+    words = [*run_words(view), recipe, "--out", f"/shared/runs/{view.name}", *more]
+    return f"cd /shared && {{ [ -e recipes ] || ln -sfn /app/recipes recipes; }} && {shlex.join(words)}"
 
 
 def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:

@@ -24,7 +24,7 @@ import yaml
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.machine import version_of
-from cluster.needs import Need, RunView
+from cluster.needs import Need, RunView, as_far_as
 from cluster.recipe import load_recipe
 from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
@@ -61,6 +61,13 @@ def documents(folder: Path) -> dict[str, Any]:
     return {one["kind"]: one for one in yaml.safe_load_all((folder / "kuberay.yaml").read_text())}
 
 
+def job_line(folder: Path) -> str:
+    """What a shell on the head is given: KubeRay puts the entrypoint into a line of its own shell."""
+    words = shlex.split(f"ray job submit -- {documents(folder)['RayJob']['spec']['entrypoint']} ;")
+    assert words[:6] == ["ray", "job", "submit", "--", "bash", "-c"] and words[7:] == [";"]
+    return words[6]
+
+
 def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) -> None:
     render(paper, "kuberay", Options(), tmp_path)
     found = documents(tmp_path)
@@ -73,7 +80,7 @@ def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) ->
     assert cluster["enableInTreeAutoscaling"] and cluster["authOptions"] == {"mode": "token"}
     # What is in the ConfigMap is a recipe, and on the entrypoint's settings it uses the server beside it.
     (tmp_path / "again.yaml").write_text(found["ConfigMap"]["data"]["recipe.yaml"])
-    words = found["RayJob"]["spec"]["entrypoint"].split()
+    words = shlex.split(job_line(tmp_path))
     settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     recipe = load_recipe(Recipe, tmp_path / "again.yaml", settings)
     assert recipe.cluster.address == "auto" and recipe.factory.plan.writer.kind == "openai"
@@ -118,6 +125,59 @@ def test_no_secret_is_written_and_nothing_runs_as_root(paper: RunView, tmp_path:
     for pod in pods:
         variables = {one["name"]: one for one in pod["spec"]["containers"][0]["env"]}
         assert all("value" not in one for name, one in variables.items() if name.endswith("KEY"))
+
+
+@pytest.mark.parametrize("place", ["kuberay", "aws", "gcp"])
+@pytest.mark.parametrize("own_recipes", [False, True])
+def test_a_run_starts_in_the_shared_folder_and_finds_the_images_recipes(
+    plain: RunView, tmp_path: Path, place: Any, own_recipes: bool
+) -> None:
+    """What the recipe says of `runs/...` is on the storage; what it says of `recipes/...` is there too."""
+    shared, app = tmp_path / "shared", tmp_path / "app"
+    (app / "recipes").mkdir(parents=True)
+    shared.mkdir()
+    (app / "recipes" / "of").write_text("the image")
+    if own_recipes:
+        (shared / "recipes").mkdir()
+        (shared / "recipes" / "of").write_text("the user")
+    (tmp_path / "edgefusion").write_text('#!/bin/bash\necho "$PWD $*"; cat recipes/of\n')
+    (tmp_path / "edgefusion").chmod(0o755)
+    render(as_far_as(plain, "factory"), place, NFS, tmp_path / place)
+    if place == "kuberay":
+        line = job_line(tmp_path / place)
+    else:
+        line = shlex.split((tmp_path / place / f"{place}.yaml").read_text().splitlines()[-1])[-1]
+    line = line.replace("cd /shared", f"cd {shared}").replace("/app/", f"{app}/")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        # As Ray's job server runs what `ray job submit` was given.
+        words = subprocess.list2cmdline(["bash", "-c", line])
+        said = subprocess.run(["sh", "-c", words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert said.returncode == 0, said.stderr
+        first, second = said.stdout.splitlines()
+        assert first.startswith(f"{shared} factory run /") and f"--out /shared/runs/{plain.name}" in first
+        assert second == ("the user" if own_recipes else "the image")
+
+
+def test_a_wing_is_launched_by_itself(paper: RunView, tmp_path: Path) -> None:
+    """The flagship needs the factory's run first, people's curation, and then the rest: two launches of one recipe into one folder."""
+    factory = as_far_as(paper, "factory")
+    assert {need.step for need in factory.needs} == {"make"} and {n.step for n in paper.needs} == {"make", "train"}
+    for view, name in ((factory, "edgefusion-edgefusion-factory"), (paper, "edgefusion-edgefusion")):
+        render(view, "kuberay", Options(), tmp_path / name)
+        found = documents(tmp_path / name)
+        assert all(one["metadata"]["name"].removesuffix("-vllm") == name for one in found.values())
+        assert f"http://{found['Service']['metadata']['name']}:8000/v1" in job_line(tmp_path / name)
+        assert "--out /shared/runs/edgefusion " in job_line(tmp_path / name)
+        render(view, "slurm", Options(storage="/lustre"), tmp_path / name)
+        script = (tmp_path / name / "slurm.sbatch").read_text()
+        assert f"#SBATCH --job-name={name}\n" in script and "out=${EDGEFUSION_OUT:-/lustre/runs/edgefusion}" in script
+    assert (
+        '\nedgefusion factory run "$here/recipe.yaml"'
+        in (tmp_path / "edgefusion-edgefusion-factory" / "slurm.sbatch").read_text()
+    )
+    with pytest.raises(EdgeFusionError, match="--until: faktory is no wing that runs"):
+        as_far_as(paper, "faktory")
 
 
 PLACED = "cluster.stages={render: {resources: {npu: 1}, labels: {zone: a}}, score: {labels: {zone: a}}}"
@@ -240,7 +300,7 @@ def test_workers_that_serve_vllm_for_themselves_find_it_in_their_image(tmp_path:
     for place in PLACES:
         render(view, place, NFS, tmp_path / place)
     # The recipe as it stands, and a line that names the image's environment: what the image holds and what is asked for are one.
-    job = documents(tmp_path / "kuberay")["RayJob"]["spec"]["entrypoint"]
+    job = job_line(tmp_path / "kuberay")
     cloud = shlex.split((tmp_path / "aws" / "aws.yaml").read_text().splitlines()[-1])[-1]
     for place, line in (("kuberay", job), ("aws", cloud)):
         words = shlex.split(line)
@@ -303,7 +363,7 @@ def test_the_line_that_starts_a_run_on_a_cloud_can_be_copied_into_a_shell(
     assert shlex.split(line)[:5] == ["#", "ray", "exec", f"{place}.yaml", "--tmux"]
     (command,) = shlex.split(line)[5:]
     there = ["/home/edgefusion/launch/recipe.yaml", "--out", f"/shared/runs/{plain.name}"]
-    assert shlex.split(command) == ["cd", "/app", "&&", "edgefusion", "run", *there]
+    assert shlex.split(command)[-5:] == ["edgefusion", "run", *there]
 
 
 def test_a_recipe_whose_stages_are_all_of_odd_sizes_finds_room(plain: RunView, tmp_path: Path) -> None:
@@ -391,6 +451,7 @@ STAND_INS = {
     trap 'echo "$who stopped" >> "$LOG"; exit 0' TERM
     while true; do sleep 0.05; done""",
     "edgefusion": """echo "driver $*" >> "$LOG"
+    echo "in $PWD" >> "$LOG"
     echo "keys ${OPENAI_API_KEY:-none} $RAY_AUTH_TOKEN" >> "$LOG"
     trap 'echo "driver stopped" >> "$LOG"; exit 130' TERM
     for _ in $(seq "${WORK:-1}"); do sleep 0.05; done
@@ -451,6 +512,8 @@ def test_slurm_starts_all_and_stops_all_and_passes_the_exit_code_on(slurm, code:
     assert said.returncode == code
     assert lines[0] == "head started" and sorted(lines[-2:]) == ["head stopped", "workers stopped"]
     (driver,) = [line for line in lines if line.startswith("driver")]
+    assert f"--out {log.parent}/runs/edgefusion" in driver
+    assert f"in {log.parent}" in lines, "where the recipe's relative paths start"
     assert "cluster.address=10.0.0.1:24711" in driver and "recipe.yaml" in driver
 
 
