@@ -60,6 +60,9 @@ _GPU_EXTRAS = frozenset({"gpu"})
 """`status` and the log of training tell by it how busy a GPU is."""
 _VLLM_FOLDER = "/opt/vllm"
 """Of images, where workers serve vLLM for themselves."""
+_KEYS = "/home/edgefusion/.edgefusion.env"
+_READ_KEYS = f"set -a && . {_KEYS} && set +a"
+"""For a shell of a cloud's node: every variable that the file sets is the node's, and its workers'."""
 _STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
 _PLAIN = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:/@_-]*|/[A-Za-z0-9._:/@-]*")
 
@@ -176,7 +179,10 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         # KubeRay puts it into a line of a shell of its own, which would keep all behind an && for itself.
         "entrypoint": f"bash -c {shlex.quote(_line(view, '/etc/edgefusion/recipe.yaml', more))}",
         # One word of the line that a person copies into a shell.
-        "launched": shlex.quote(_line(view, "/home/edgefusion/launch/recipe.yaml", more)),
+        "launched": shlex.quote(f"{_READ_KEYS} && {_line(view, '/home/edgefusion/launch/recipe.yaml', more)}"),
+        "keys": _KEYS,
+        "read_keys": _READ_KEYS,
+        "programs": (["rsync"] if place in _MACHINES else []),
         "node": node,
         "place_words": _place_words(node) if place == "slurm" else "",
         # Left to itself Ray gives workers 70% of the memory that it finds, which is less than they were promised.

