@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.clocks import WRONG_S, clocks_apart
 from cluster.errors import EdgeFusionError
-from cluster.places import suits
+from cluster.places import allowed, suits
 from cluster.runner import ClusterRecipe, local_slots, start_ray, stop_ray
 from cluster.stage import Stage
 
@@ -299,14 +299,14 @@ def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tup
         max(4 * gpus_per_node, math.ceil(round(beside, 6)) + 2),
         gpus_per_node,
         max(32 * gpus_per_node, math.ceil(round(gpu_memory * MEMORY_SPARE, 6))),
-        labels=_labels_of(with_gpu),
+        labels=labels_of(with_gpu),
     )
     cpu = Group(
         0,
         cpus_per_node,
         0,
         max(4 * cpus_per_node, math.ceil(round(cpu_memory * MEMORY_SPARE, 6))),
-        labels=_labels_of(without),
+        labels=labels_of(without),
     )
     return counted(gpu, with_gpu), counted(cpu, without)
 
@@ -380,15 +380,24 @@ def _own_of(needs: Sequence[Need], nodes: int) -> dict[str, int]:
     return {name: math.ceil(amount) for name, amount in sorted(most.items())}
 
 
-def _labels_of(needs: Sequence[Need]) -> dict[str, str]:
-    """Labels that nodes for all of these carry; raises EdgeFusionError where no one node could."""
+def labels_of(needs: Sequence[Need], whose: str = "one group of equal nodes serves its stages") -> dict[str, str]:
+    """Labels by which nodes suit all of these: of `in(a,b)` the first that the others allow, for `!a` alone none at all.
+
+    Raises EdgeFusionError where no one node could; `whose` says in it why these must be alike.
+    """
     found: dict[str, str] = {}
-    for need in needs:
-        for key, value in need.labels.items():
-            if found.setdefault(key, value) != value or not _LABEL.fullmatch(value):
+    for key in dict.fromkeys(key for need in needs for key in need.labels):
+        asked = [need for need in needs if key in need.labels]
+        values = [value for need in asked for value in allowed(need.labels[key])]
+        for i, need in enumerate(asked):
+            left = [v for v in values if all(suits({key: one.labels[key]}, {key: v}) for one in asked[: i + 1])]
+            if values and not [v for v in left if _LABEL.fullmatch(v)]:
                 raise EdgeFusionError(
-                    f"stage {need.stage} asks for nodes with {key}={value}, and one group of equal nodes serves its stages",
+                    f"stage {need.stage} asks for nodes with {key}={need.labels[key]}, and {whose}",
                     where="cluster.stages",
-                    remedy="Ask for one plain value of each label in all stages with GPUs and in all without, or write the groups by hand",
+                    remedy="Ask for a value of each label that all of them allow, or write the groups by hand",
                 )
+            values = left
+        if values:
+            found[key] = next(v for v in values if _LABEL.fullmatch(v))
     return found

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from cluster.needs import (
     RunView,
     counted,
     groups,
+    labels_of,
     nodes_of,
     refuse_homeless,
     run_words,
@@ -199,7 +200,8 @@ def _line(view: RunView, recipe: str, more: Sequence[str]) -> str:
 
 def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:
     """Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones: a share on each node, and for one worker at least."""
-    resources, labels = {**cpu.resources, **gpu.resources}, _of_all(gpu.labels, cpu.labels)
+    resources = {**cpu.resources, **gpu.resources}
+    labels = labels_of(needs, "the nodes of a Slurm job are all alike")
     if not gpu.nodes:
         return replace(cpu, resources=resources, labels=labels)
     without = [need for need in needs if not need.gpus]
@@ -212,19 +214,6 @@ def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:
         resources=resources,
         labels=labels,
     )
-
-
-def _of_all(*labels: Mapping[str, str]) -> dict[str, str]:
-    """The labels of nodes that serve all groups; raises EdgeFusionError where no one node could."""
-    found: dict[str, str] = {}
-    for key, value in (pair for group in labels for pair in group.items()):
-        if found.setdefault(key, value) != value:
-            raise EdgeFusionError(
-                f"stages ask for nodes with {key}={found[key]} and with {key}={value}, and the nodes of a Slurm job are all alike",
-                where="cluster.stages",
-                remedy="Ask for one of them, or write a heterogeneous job by hand",
-            )
-    return found
 
 
 def _place_words(node: Group) -> str:

@@ -243,6 +243,21 @@ def test_what_stages_ask_of_nodes_is_what_nodes_are_started_with(tmp_path: Path)
         render(apart, "slurm", Options(), tmp_path / "none")
 
 
+def test_the_example_of_the_documentation_is_rendered(tmp_path: Path) -> None:
+    page = (PAPER.parent.parent / "docs" / "cluster.md").read_text()
+    block = page.partition("## Where workers run")[2].partition("```yaml")[2].partition("```")[0]
+    overrides = [
+        f"cluster.{key}={json.dumps(value)}"
+        for key, value in yaml.safe_load(block)["cluster"].items()
+        if key != "address"
+    ]
+    view = replace(cluster_view(PAPER, overrides), vllm_model="", server_settings=())
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    kinds = yaml.safe_load((tmp_path / "aws" / "aws.yaml").read_text())["available_node_types"]
+    assert kinds["gpu"]["labels"] == {"zone": "a", "gpu": "l40s"} and "labels" not in kinds["cpu"]
+
+
 SPOT = (
     "cluster.pods={gpu: {node_selector: {cloud.google.com/gke-spot: 'true'}, "
     "tolerations: [{key: cloud.google.com/gke-spot, operator: Equal, value: 'true', effect: NoSchedule}]}, "
