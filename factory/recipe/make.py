@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from factory.recipe.names import VIEW_NAME, AllowPickle
-from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, REVISION, Priced, ServerAccess
+from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, REVISION, Priced, ServerAccess, refuse_unpinned_code
 
 
 class DiffusersTeacher(Settings):
@@ -185,6 +185,11 @@ class VllmCaptioner(CaptionerKeys):
     kind: Literal["vllm"] = "vllm"
     environment: str = Field(description=f"{ENVIRONMENT}; on every node that captions")
     server: ServerRecipe = Field(default=ServerRecipe(), description="how that server is run")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> VllmCaptioner:
+        refuse_unpinned_code(self.model, self.revision, self.server)
+        return self
 
 
 Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner | VllmCaptioner, Field(discriminator="kind")]
