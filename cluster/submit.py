@@ -16,6 +16,7 @@ from cluster.connect import explain
 from cluster.errors import EdgeFusionError, StageError, TargetUnavailable
 from cluster.events import first_words
 from cluster.needs import RunView, run_words
+from cluster.storage import refuse_url
 
 
 def submit(view: RunView, head: str, out: str, home: str = "", program: str = "edgefusion") -> str:
@@ -28,6 +29,7 @@ def submit(view: RunView, head: str, out: str, home: str = "", program: str = "e
         raise EdgeFusionError(
             f"{head} is no address of a Ray dashboard", where="--to", remedy="For example http://127.0.0.1:8265"
         )
+    refuse_url(out)
     if not home and not out.startswith("/"):
         raise EdgeFusionError(
             f"{out} would be in the job's own folder, which Ray removes",

@@ -45,6 +45,8 @@ def test_what_is_no_dashboard_is_refused() -> None:
 
 
 def test_an_output_folder_that_would_go_with_the_job_is_refused() -> None:
+    with pytest.raises(EdgeFusionError, match=r"--out s3://b/x: is a URL, and the ledger"):
+        submit(view(), "http://127.0.0.1:8265", "s3://b/x", "/shared")
     with pytest.raises(EdgeFusionError, match=r"--out: runs/x would be in the job's own folder"):
         submit(view(), "http://127.0.0.1:8265", "runs/x")
 
