@@ -23,7 +23,7 @@ from cluster.places import TRAIN, unknown_stages
 from cluster.progress import bar_each, console, progress_bars
 from cluster.recipe import Settings, recipe_digest
 from cluster.runner import ClusterRecipe, make_runner, stop_ray
-from cluster.storage import PARTIAL, publish_bytes, sweep_partials
+from cluster.storage import PARTIAL, publish_bytes, refuse_url, sweep_partials
 from export.recipe import ExportRecipe
 from factory.recipe import FactoryRecipe
 from factory.recipe.earlier import without_gone_keys
@@ -84,6 +84,7 @@ class Chain:
     STEPS = ("plan", "make", "select", "train", "student", "samples", "export", "pages", "report")
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
+        refuse_url(out)
         self.recipe, self.out = recipe, out
         self.data, self.training, self.student = out / "dataset", out / "training", out / "student"
         self.facts = self._read_facts()
@@ -140,7 +141,7 @@ class Chain:
             check_decoder(self.recipe.export.vae)
         if "select" in todo and self.recipe.factory.pack.to is not None:
             check_place(self.recipe.factory.pack.to)
-        resolve_models(self.recipe.factory)
+        resolve_models(self.recipe.factory, self.recipe.cluster.is_here())
         resolve(self.recipe.trainer.teacher)
         resolve(self.recipe.trainer.start or self.recipe.trainer.teacher)
         quiet()

@@ -168,12 +168,13 @@ def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) 
 
 def cluster_view(path: Path, overrides: list[str]) -> RunView:
     """What the cluster wing may know of a recipe, as the other wings tell it."""
+    from export.needs import export_view
     from factory.needs import factory_view
     from trainer.needs import trainer_view
 
     recipe = load_recipe(Recipe, path, overrides)
     view = RunView(recipe.name, recipe.cluster, recipe.model_dump(mode="json"))
-    return trainer_view(recipe.trainer, factory_view(recipe.factory, view))
+    return export_view(recipe.export, trainer_view(recipe.trainer, factory_view(recipe.factory, view)))
 
 
 def make_needs(tree: dict[str, Any]) -> tuple[Need, ...]:

@@ -18,7 +18,7 @@ from cluster.environment import KINDS, default_folder, make_environment
 from cluster.errors import EdgeFusionError
 from cluster.events import LOG, PROBLEMS, read_events, samples_of
 from cluster.machine import NEEDED, OPTIONAL, machine_facts, provided_by, version_of
-from cluster.needs import DRIVER, Fit, Node, RunView, own_node, parse_nodes, place, ray_nodes
+from cluster.needs import DRIVER, Fit, Node, RunView, as_far_as, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
 from cluster.storage import publish_bytes
 
@@ -108,6 +108,9 @@ def make_one(
     typer.echo(f"ready: {made}\nrecipes name it by `environment: {folder if out else kind}`")
 
 
+UNTIL = typer.Option(
+    help="only as far as `edgefusion WING run` goes: factory, trainer or export; all of it if left out"
+)
 SET = typer.Option("--set", help="override a key: --set cluster.train_workers=4 (repeatable)")
 
 
@@ -129,10 +132,9 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         view = view_of(recipe, overrides or [])
         nodes = [one for text in node or [] for one in parse_nodes(text)]
         if not nodes:
-            local = view.cluster.address == "local" or view.cluster.runner == "in-process"
             nodes = (
                 [own_node(view.cluster, view.needs)]
-                if local
+                if view.cluster.is_here()
                 else ray_nodes(view.cluster, lambda words: typer.echo(words, err=True))
             )
         fits = place(view.needs, nodes)
@@ -146,12 +148,17 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         to: Annotated[str, typer.Option(help="the cluster's dashboard: http://127.0.0.1:8265")],
         out: Annotated[str, typer.Option(help="output folder as the cluster's nodes see it; the same again goes on")],
         overrides: Annotated[list[str] | None, SET] = None,
+        until: Annotated[str, UNTIL] = "",
+        home: Annotated[
+            str,
+            typer.Option(help="folder, as the cluster's nodes see it, that relative paths of the recipe start from"),
+        ] = "",
         wait: Annotated[bool, typer.Option(help="show what it says until it ends; Ctrl-C leaves it running")] = True,
     ) -> None:
-        """Run a recipe as a Ray job: the driver is on the cluster too. Relative paths in it are looked up there."""
+        """Run a recipe as a Ray job: the driver is on the cluster too. Relative paths in it are looked up there, in --home."""
         from cluster.submit import follow, submit
 
-        job = submit(view_of(recipe, overrides or []), to, out)
+        job = submit(as_far_as(view_of(recipe, overrides or []), until), to, out, home)
         typer.echo(f"submitted as {job}; ray job stop {job} --address {to} ends it")
         if wait:
             try:
@@ -165,6 +172,7 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         on: Annotated[str, typer.Option(help="kuberay, slurm, aws, gcp; or grafana for a dashboard of every run")],
         out: Annotated[Path, typer.Option(help="folder for the files")],
         overrides: Annotated[list[str] | None, SET] = None,
+        until: Annotated[str, UNTIL] = "",
         images: Annotated[str, typer.Option(help="image names up to their role")] = Options.images,
         storage: Annotated[
             str, typer.Option(help="shared storage: a claim (kuberay), a folder (slurm), HOST:/PATH (aws, gcp)")
@@ -183,7 +191,8 @@ def mount_cluster(view_of: Callable[[Path, list[str]], RunView], default: Path) 
         if on not in places:
             raise EdgeFusionError(f"--on {on} is not known", remedy=f"Use one of {', '.join(PLACES)}, grafana")
         options = Options(images, storage, secret, gpus_per_node, cpus_per_node)
-        for path in render(view_of(recipe, overrides or []), places[on], options, out):
+        view = as_far_as(view_of(recipe, overrides or []), until)
+        for path in render(view, places[on], options, out):
             typer.echo(f"wrote {path}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.clocks import WRONG_S, clocks_apart
 from cluster.errors import EdgeFusionError
-from cluster.places import suits
+from cluster.places import allowed, suits
 from cluster.runner import ClusterRecipe, local_slots, start_ray, stop_ray
 from cluster.stage import Stage
 
@@ -84,6 +84,8 @@ class RunView:
     """The whole recipe as plain values."""
     launch_tree: dict[str, Any] | None = None
     """The same without what says how the run serves vLLM for itself, where it says so: launch files bring a server of their own."""
+    until: str = ""
+    """The wing as far as which it runs (`as_far_as`); all of it if empty."""
     needs: tuple[Need, ...] = ()
     samples: int = 0
     """Planned pictures."""
@@ -95,8 +97,32 @@ class RunView:
     """Commit of that model on the hub, if the recipe pins one."""
     server_settings: tuple[str, ...] = ()
     """`key={url}` overrides that make the recipe use such a server."""
+    extras: frozenset[str] = frozenset()
+    """Extras of the project without which its workers or its driver would refuse."""
+    own_vllm: str = ""
+    """The stage whose workers serve vLLM for themselves where they run; empty if none does."""
+    own_vllm_settings: tuple[str, ...] = ()
+    """`key={folder}` overrides that name the Python environment which they do it by."""
     server_drops: tuple[str, ...] = ()
     """Further ones that a recipe needs for that which serves vLLM for itself; `launch_tree` has no such keys."""
+
+
+WINGS = ("factory", "trainer", "export")
+
+
+def as_far_as(view: RunView, wing: str) -> RunView:
+    """What `edgefusion WING run` does of it, which is all if `wing` is empty. Raises EdgeFusionError for a name that is no wing."""
+    if wing and wing not in WINGS:
+        raise EdgeFusionError(
+            f"{wing} is no wing that runs", where="--until", remedy=f"Use one of {', '.join(WINGS)}, or leave it out"
+        )
+    needs = tuple(need for need in view.needs if wing != "factory" or need.step == "make")
+    return replace(view, until=wing, needs=needs)
+
+
+def run_words(view: RunView, program: str = "edgefusion") -> list[str]:
+    """The command that runs it, without recipe and options."""
+    return [program, *([view.until] if view.until else []), "run"]
 
 
 DRIVER = "plan, select, samples, export, pages and report"
@@ -273,14 +299,14 @@ def groups(needs: Sequence[Need], gpus_per_node: int, cpus_per_node: int) -> tup
         max(4 * gpus_per_node, math.ceil(round(beside, 6)) + 2),
         gpus_per_node,
         max(32 * gpus_per_node, math.ceil(round(gpu_memory * MEMORY_SPARE, 6))),
-        labels=_labels_of(with_gpu),
+        labels=labels_of(with_gpu),
     )
     cpu = Group(
         0,
         cpus_per_node,
         0,
         max(4 * cpus_per_node, math.ceil(round(cpu_memory * MEMORY_SPARE, 6))),
-        labels=_labels_of(without),
+        labels=labels_of(without),
     )
     return counted(gpu, with_gpu), counted(cpu, without)
 
@@ -354,15 +380,24 @@ def _own_of(needs: Sequence[Need], nodes: int) -> dict[str, int]:
     return {name: math.ceil(amount) for name, amount in sorted(most.items())}
 
 
-def _labels_of(needs: Sequence[Need]) -> dict[str, str]:
-    """Labels that nodes for all of these carry; raises EdgeFusionError where no one node could."""
+def labels_of(needs: Sequence[Need], whose: str = "one group of equal nodes serves its stages") -> dict[str, str]:
+    """Labels by which nodes suit all of these: of `in(a,b)` the first that the others allow, for `!a` alone none at all.
+
+    Raises EdgeFusionError where no one node could; `whose` says in it why these must be alike.
+    """
     found: dict[str, str] = {}
-    for need in needs:
-        for key, value in need.labels.items():
-            if found.setdefault(key, value) != value or not _LABEL.fullmatch(value):
+    for key in dict.fromkeys(key for need in needs for key in need.labels):
+        asked = [need for need in needs if key in need.labels]
+        values = [value for need in asked for value in allowed(need.labels[key])]
+        for i, need in enumerate(asked):
+            left = [v for v in values if all(suits({key: one.labels[key]}, {key: v}) for one in asked[: i + 1])]
+            if values and not [v for v in left if _LABEL.fullmatch(v)]:
                 raise EdgeFusionError(
-                    f"stage {need.stage} asks for nodes with {key}={value}, and one group of equal nodes serves its stages",
+                    f"stage {need.stage} asks for nodes with {key}={need.labels[key]}, and {whose}",
                     where="cluster.stages",
-                    remedy="Ask for one plain value of each label in all stages with GPUs and in all without, or write the groups by hand",
+                    remedy="Ask for a value of each label that all of them allow, or write the groups by hand",
                 )
+            values = left
+        if values:
+            found[key] = next(v for v in values if _LABEL.fullmatch(v))
     return found

@@ -113,6 +113,13 @@ def _holds(wanted: str, has: str | None) -> bool:
     return has != wanted[1:] if wanted.startswith("!") else has == wanted
 
 
+def allowed(wanted: str) -> list[str]:
+    """The values that are named as welcome; empty where only others are ruled out."""
+    if found := _LIST.fullmatch(wanted.replace(" ", "")):
+        return [] if found[1] else found[2].split(",")
+    return [] if wanted.startswith("!") else [wanted]
+
+
 def unknown_stages(named: Iterable[str], known: Iterable[str]) -> str:
     """In words, which names are no stage; empty if all are."""
     real = list(known)

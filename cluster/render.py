@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.environment import VLLM
 from cluster.errors import EdgeFusionError
 from cluster.machine import pins, version_of
-from cluster.needs import DRIVER, MEMORY_SPARE, Group, Need, RunView, counted, groups, nodes_of, refuse_homeless
+from cluster.needs import (
+    DRIVER,
+    MEMORY_SPARE,
+    Group,
+    Need,
+    RunView,
+    counted,
+    groups,
+    labels_of,
+    nodes_of,
+    refuse_homeless,
+    run_words,
+)
 from cluster.storage import publish_bytes
 
 Place = Literal["kuberay", "slurm", "aws", "gcp"]
@@ -43,8 +55,15 @@ _MACHINES: dict[str, dict[int, tuple[str, int, int]]] = {
 """GPUs a machine: (its name, its CPUs, its GiB of memory)."""
 _MACHINE_MEMORY = 0.65
 """Of a cloud machine's memory what Ray gives to workers: by itself it keeps 30% for its object store, and the system takes some."""
-_EXTRAS = ("s3", "metrics", "otel")
-"""What images bring beside the packages that every run needs."""
+_EXTRAS = frozenset({"s3", "metrics", "otel"})
+"""What images bring whatever the recipe says."""
+_GPU_EXTRAS = frozenset({"gpu"})
+"""`status` and the log of training tell by it how busy a GPU is."""
+_VLLM_FOLDER = "/opt/vllm"
+"""Of images, where workers serve vLLM for themselves."""
+_KEYS = "/home/edgefusion/.edgefusion.env"
+_READ_KEYS = f"set -a && . {_KEYS} && set +a"
+"""For a shell of a cloud's node: every variable that the file sets is the node's, and its workers'."""
 _STORAGE = {"kuberay": "edgefusion-shared", "slurm": "$SLURM_SUBMIT_DIR"}
 _PLAIN = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:/@_-]*|/[A-Za-z0-9._:/@-]*")
 
@@ -102,7 +121,9 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
             raise EdgeFusionError(f"--{name} {value!r} holds characters that do not belong there", remedy="Correct it")
     cpus_per_node = _MACHINES[place][0][1] if place in _MACHINES else options.cpus_per_node
     gpu, cpu = groups(view.needs, options.gpus_per_node, cpus_per_node)
-    url = f"http://edgefusion-{view.name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
+    # The runs of one recipe, one wing after another, are things of their own to a scheduler.
+    name = f"{view.name}-{view.until}" if view.until else view.name
+    url = f"http://edgefusion-{name}-vllm:8000/v1" if place == "kuberay" else "http://127.0.0.1:$vllm_port/v1"
     if view.vllm_model and place in _MACHINES:
         raise EdgeFusionError(
             f"the recipe writes prompts by vLLM, for which the launch files of {place} have no server",
@@ -111,11 +132,14 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         )
     served = ["--model", view.vllm_model, *(["--revision", view.vllm_revision] if view.vllm_revision else [])]
     settings = [setting.format(url=url) for setting in view.server_settings]
+    own_role = "gpu" if any(need.gpus for need in view.needs if need.stage == view.own_vllm) else "cpu"
+    if place != "slurm":
+        settings += [setting.format(folder=_VLLM_FOLDER) for setting in view.own_vllm_settings]
+    extras = _EXTRAS | view.extras
     machines: dict[str, str] = {}
     if place in _MACHINES:
         gpu, cpu, machines = _machines(place, gpu, cpu, view.needs)
     tree = {**(view.launch_tree or view.tree), "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
-    run = ["edgefusion", "run", "/etc/edgefusion/recipe.yaml", "--out", f"/shared/runs/{view.name}"]
     more = [word for setting in settings for word in ("--set", setting)]
     whole = gpu if gpu.nodes else cpu
     workers = [("gpu", "gpu", gpu)] * bool(gpu.nodes) + [("cpu", "cpu", cpu)] * bool(cpu.nodes)
@@ -124,17 +148,20 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     started = [node] if place == "slurm" else [gpu, cpu]
     refuse_homeless(view.needs, [one for group in started for one in nodes_of(group, share)])
     return {
-        "name": view.name,
+        "name": name,
+        "out_name": view.name,
+        "run_line": shlex.join(run_words(view)),
         "folder": str(folder),
         "images": options.images,
         "storage": storage,
+        "storage_given": bool(options.storage),
         "secret": options.secret,
         "version": version_of("edgefusion") or "0.1.0",
         "ray": version_of("ray"),
         "python": _PYTHON,
         "vllm": VLLM,
-        "extras": ",".join(_EXTRAS),
-        "pins": pins("edgefusion", _EXTRAS),
+        "extras": {"cpu": ",".join(sorted(extras)), "gpu": ",".join(sorted(extras | _GPU_EXTRAS))},
+        "pins": pins("edgefusion", sorted(extras | _GPU_EXTRAS)),
         "recipe": yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip(),
         "driver": DRIVER,
         "head": Group(1, 4, 0, 16),
@@ -142,17 +169,21 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
         "worker_groups": workers,
         "max_workers": gpu.nodes + cpu.nodes,
         "machines": machines,
+        "own_vllm": view.own_vllm,
+        "own_vllm_role": own_role if view.own_vllm else "",
+        "own_vllm_folder": _VLLM_FOLDER,
         "vllm_model": view.vllm_model,
         "vllm_words": served,
         "vllm_line": shlex.join(served),
         # In double quotes: the port is known to the job alone, and nothing else in words of our own means anything to bash.
         "server_settings": " ".join(f'"{word}"' for word in more),
-        # Relative paths of a recipe are those of the image.
-        "entrypoint": "cd /app && " + shlex.join(run + more),
+        # KubeRay puts it into a line of a shell of its own, which would keep all behind an && for itself.
+        "entrypoint": f"bash -c {shlex.quote(_line(view, '/etc/edgefusion/recipe.yaml', more))}",
         # One word of the line that a person copies into a shell.
-        "launched": shlex.quote(
-            "cd /app && " + shlex.join([*run[:2], "/home/edgefusion/launch/recipe.yaml", *run[3:]])
-        ),
+        "launched": shlex.quote(f"{_READ_KEYS} && {_line(view, '/home/edgefusion/launch/recipe.yaml', more)}"),
+        "keys": _KEYS,
+        "read_keys": _READ_KEYS,
+        "programs": (["rsync"] if place in _MACHINES else []),
         "node": node,
         "place_words": _place_words(node) if place == "slurm" else "",
         # Left to itself Ray gives workers 70% of the memory that it finds, which is less than they were promised.
@@ -160,9 +191,17 @@ def _facts(view: RunView, place: Place, options: Options, folder: Path) -> dict[
     }
 
 
+def _line(view: RunView, recipe: str, more: Sequence[str]) -> str:
+    """For a shell in a container. A recipe's relative paths are those of the shared storage: its data sets and other runs, and, unless there
+    are some already, the image's own recipes with their taxonomies."""
+    words = [*run_words(view), recipe, "--out", f"/shared/runs/{view.name}", *more]
+    return f"cd /shared && {{ [ -e recipes ] || ln -sfn /app/recipes recipes; }} && {shlex.join(words)}"
+
+
 def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:
     """Slurm's nodes are all alike, so the CPU stages must find room beside the GPU ones: a share on each node, and for one worker at least."""
-    resources, labels = {**cpu.resources, **gpu.resources}, _of_all(gpu.labels, cpu.labels)
+    resources = {**cpu.resources, **gpu.resources}
+    labels = labels_of(needs, "the nodes of a Slurm job are all alike")
     if not gpu.nodes:
         return replace(cpu, resources=resources, labels=labels)
     without = [need for need in needs if not need.gpus]
@@ -175,19 +214,6 @@ def _alike(gpu: Group, cpu: Group, needs: Sequence[Need]) -> Group:
         resources=resources,
         labels=labels,
     )
-
-
-def _of_all(*labels: Mapping[str, str]) -> dict[str, str]:
-    """The labels of nodes that serve all groups; raises EdgeFusionError where no one node could."""
-    found: dict[str, str] = {}
-    for key, value in (pair for group in labels for pair in group.items()):
-        if found.setdefault(key, value) != value:
-            raise EdgeFusionError(
-                f"stages ask for nodes with {key}={found[key]} and with {key}={value}, and the nodes of a Slurm job are all alike",
-                where="cluster.stages",
-                remedy="Ask for one of them, or write a heterogeneous job by hand",
-            )
-    return found
 
 
 def _place_words(node: Group) -> str:

@@ -115,6 +115,10 @@ class ClusterRecipe(Settings):
         """The stage with what `stages` says of it."""
         return placed(stage, self.stages.get(stage.name))
 
+    def is_here(self) -> bool:
+        """All workers run on this machine."""
+        return self.runner == "in-process" or self.address == "local"
+
     def trains_on_gpu(self) -> bool:
         """As the recipe says, or as this machine can."""
         import torch

@@ -8,6 +8,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -257,6 +258,16 @@ def _pieces(path: str | Path, files: Any = None) -> Iterator[bytes]:
 
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
+
+
+def refuse_url(out: str | Path) -> None:
+    """Raises EdgeFusionError for a URL as an output folder; as a path it would be a folder of that odd name."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):
+        raise EdgeFusionError(
+            "is a URL, and the ledger, the pictures and the checkpoints of a run need a file system, which all its nodes see",
+            where=f"--out {out}",
+            remedy="Give a folder; factory.pack.to puts the packed data set to a store",
+        )
 
 
 def local_path(path: str | Path) -> Path:

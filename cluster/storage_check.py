@@ -1,6 +1,6 @@
-"""Proves of a store what runs rely on: objects appear whole or not at all, at once, in listings too; and says how fast it is.
+"""Proves of a store what runs rely on: objects appear whole or not at all, at once, in listings too, one of several who put the same; and says how fast it is.
 
-Works below a fresh folder of its own and removes it. Uses `publish_bytes`, the same call that publishes shards and ledger entries.
+Works below a fresh folder of its own and removes it. Uses the calls that publish shards, ledger entries and claims of a place.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
-from cluster.errors import EdgeFusionError, TargetUnavailable
-from cluster.storage import PARTIAL, publish_bytes
+from cluster.errors import EdgeFusionError, LedgerConflict, TargetUnavailable
+from cluster.storage import PARTIAL, publish_bytes, publish_new
+
+_PUBLISHERS = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Probe:
     object_bytes: int = 1 << 20
     objects: int = 50
     """Objects of the listing."""
+    names: int = 10
+    """New names that several publish at once."""
     stream_bytes: int = 64 << 20
     """Bytes of the throughput test, in eight objects."""
 
@@ -55,6 +59,7 @@ def check_storage(url: str, probe: Probe | None = None) -> list[Finding]:
             ("read after write", _reads_its_writes),
             ("listing", _lists),
             ("delete", _deletes),
+            ("one of several wins", _lets_one_win),
             ("throughput", _throughput),
         ):
             findings.append(_try(name, test, system, base, folder, probe))
@@ -169,6 +174,37 @@ def _deletes(system: Any, base: str, folder: str, probe: Probe) -> str:
     left = [str(path) for path in system.ls(folder, detail=False) if str(path).endswith("gone")]
     assert not left, "a deleted object is still listed"
     return "gone at once"
+
+
+def _lets_one_win(system: Any, base: str, folder: str, probe: Probe) -> str:
+    """Several threads publish the same new name at the same moment, each its own contents: packers rely on it that one of them wins."""
+    for i in range(probe.names):
+        name, start = f"new-{i}", threading.Barrier(_PUBLISHERS)
+        won: list[bytes] = []
+        wrong: list[Exception] = []
+
+        def publish(own: bytes, name: str = name, start: threading.Barrier = start) -> None:
+            start.wait(timeout=60)
+            try:
+                publish_new(f"{base}/{name}", own)
+                won.append(own)  # noqa: B023 (joined before the next turn)
+            except LedgerConflict:
+                pass
+            except Exception as error:
+                wrong.append(error)  # noqa: B023
+
+        threads = [threading.Thread(target=publish, args=(f"{k}".encode(),), daemon=True) for k in range(_PUBLISHERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        if wrong:
+            raise wrong[0]
+        assert len(won) == 1, (
+            f"{len(won)} of {_PUBLISHERS} who published the same new name at once were told that they won: let only one pack there at a time"
+        )
+        assert system.cat_file(f"{folder}/{name}") == won[0], "what lies there is not the winner's"
+    return f"{probe.names} new names, each published by {_PUBLISHERS} at once: one won"
 
 
 def _cleans(system: Any, base: str, folder: str, probe: Probe) -> str:

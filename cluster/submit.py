@@ -15,27 +15,39 @@ import yaml
 from cluster.connect import explain
 from cluster.errors import EdgeFusionError, StageError, TargetUnavailable
 from cluster.events import first_words
-from cluster.needs import RunView
+from cluster.needs import RunView, run_words
+from cluster.storage import refuse_url
 
 
-def submit(view: RunView, head: str, out: str, program: str = "edgefusion") -> str:
+def submit(view: RunView, head: str, out: str, home: str = "", program: str = "edgefusion") -> str:
     """Hand the recipe to the cluster whose dashboard is at `head`, as `edgefusion run ... --out OUT` there; returns the job's id.
 
+    It runs in the folder `home` there, from which relative paths start; left out, Ray's own folder of the job, which goes with it.
     Raises StageError in plain words if the cluster cannot be reached or refuses the token, TargetUnavailable without `ray[default]`.
     """
     if not head.startswith(("http://", "https://")):
         raise EdgeFusionError(
             f"{head} is no address of a Ray dashboard", where="--to", remedy="For example http://127.0.0.1:8265"
         )
+    refuse_url(out)
+    if not home and not out.startswith("/"):
+        raise EdgeFusionError(
+            f"{out} would be in the job's own folder, which Ray removes",
+            where="--out",
+            remedy="Give the whole path as the cluster's nodes see it, or --home",
+        )
     client = _client(head)
     tree = {**view.tree, "cluster": {**view.tree["cluster"], "runner": "ray", "address": "auto"}}
     # Ray names a job's folder by its contents and keeps it; only the recipe is in it, and no secret is in a recipe.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-        words = f"{program} run recipe.yaml --out {shlex.quote(out)}"
+        there, recipe = ("", "recipe.yaml")
+        if home:
+            there, recipe = f"here=$PWD; cd {shlex.quote(home)} && ", '"$here/recipe.yaml"'
+        line = f"{there}{shlex.join(run_words(view, program))} {recipe} --out {shlex.quote(out)}"
         about = {"edgefusion": view.name, "out": out}
         try:
-            return str(client.submit_job(entrypoint=words, runtime_env={"working_dir": folder}, metadata=about))
+            return str(client.submit_job(entrypoint=line, runtime_env={"working_dir": folder}, metadata=about))
         except Exception as error:
             raise explain(head, error) from error
 

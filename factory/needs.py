@@ -17,12 +17,17 @@ _ANOTHER_SERVER = (
     "factory.plan.writer.key_variable=OPENAI_API_KEY",
 )
 """The launch files give such a server's key by that name."""
+_SCORERS = {"nsfw": "scorers", "faces": "scorers", "text": "text"}
+"""Scorers by the extra that brings their packages."""
 
 
 def factory_view(recipe: FactoryRecipe, view: RunView) -> RunView:
     """`view` with the factory's workers, samples and, if vLLM writes the prompts, what it would take to serve it elsewhere."""
     needs = tuple(need_of("make", stage, view.cluster) for stage in make_stages(recipe.make, Path()))
-    plan = recipe.plan
+    plan, captioner = recipe.plan, recipe.make.captioner
+    view = replace(view, extras=view.extras | _extras(recipe))
+    if captioner is not None and captioner.kind == "vllm":
+        view = replace(view, own_vllm="caption", own_vllm_settings=("factory.make.captioner.environment={folder}",))
     if plan.kind != "written":
         each = plan.images_per_prompt if plan.kind == "file" else 1
         samples = (plan.limit or 0) * each
@@ -47,3 +52,9 @@ def _without_own_server(tree: dict[str, Any]) -> dict[str, Any]:
     factory = tree["factory"]
     writer = {k: v for k, v in factory["plan"]["writer"].items() if k not in _OWN_SERVER}
     return {**tree, "factory": {**factory, "plan": {**factory["plan"], "writer": writer}}}
+
+
+def _extras(recipe: FactoryRecipe) -> set[str]:
+    found = {_SCORERS[one.kind] for one in recipe.make.scores if one.kind in _SCORERS}
+    urls = recipe.plan.kind == "pictures" and recipe.plan.download is not None
+    return found | ({"urls"} if urls else set())

@@ -310,14 +310,17 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def resolve_models(recipe: FactoryRecipe) -> None:
-    """Refuse unknown models, scorers, taxonomies and sources before any work is done."""
+def resolve_models(recipe: FactoryRecipe, here: bool = True) -> None:
+    """Refuse unknown models, scorers, taxonomies and sources before any work is done. `here`: workers run on this machine, so what they
+    need must be there; of other nodes this one cannot tell."""
     from factory.scorers import check_scores  # it knows the ledger, which knows this module
 
     for teacher in recipe.make.painters().values():
         resolve(teacher.model)
     if recipe.make.captioner is not None and recipe.make.captioner.kind != "openai":
         resolve(recipe.make.captioner.model)
+    if here and recipe.make.captioner is not None and recipe.make.captioner.kind == "vllm":
+        find_environment(recipe.make.captioner.environment)
     if recipe.make.scorer.pretrained is None:
         resolve(recipe.make.scorer.model)
     check_scores(recipe)

@@ -24,9 +24,12 @@ def trainer_view(recipe: TrainerRecipe, view: RunView) -> RunView:
         place.resources,
         place.labels,
     )
-    phases = (("adapt", recipe.adapt), ("distill", recipe.distill))
+    phases = [(name, p) for name, p in (("adapt", recipe.adapt), ("distill", recipe.distill)) if p.steps]
+    extras = {"eight-bit"} if any(p.optimiser == "adamw-8bit" for _, p in phases) else set[str]()
+    extras |= {"lora"} if recipe.distill.lora and recipe.distill.steps else set()
     return replace(
         view,
         needs=(*view.needs, worker),
-        phases=tuple(Phase(name, p.steps, p.batch_images, p.checkpoint_s) for name, p in phases if p.steps),
+        phases=tuple(Phase(name, p.steps, p.batch_images, p.checkpoint_s) for name, p in phases),
+        extras=view.extras | extras,
     )

@@ -9,7 +9,16 @@ from pydantic import Field, model_validator
 from cluster.recipe import Settings
 from cluster.served import ServerRecipe
 from factory.recipe.names import VIEW_NAME, AllowPickle
-from factory.recipe.plan import DEVICE, DTYPE, ENVIRONMENT, OWN_CONCURRENT, REVISION, Priced, ServerAccess
+from factory.recipe.plan import (
+    DEVICE,
+    DTYPE,
+    ENVIRONMENT,
+    OWN_CONCURRENT,
+    REVISION,
+    Priced,
+    ServerAccess,
+    refuse_unpinned_code,
+)
 
 
 class DiffusersTeacher(Settings):
@@ -188,6 +197,11 @@ class VllmCaptioner(CaptionerKeys):
     concurrent: int = Field(
         default=256, ge=1, le=512, description=f"{OWN_CONCURRENT}, as far as a work unit has pictures"
     )
+
+    @model_validator(mode="after")
+    def _pinned(self) -> VllmCaptioner:
+        refuse_unpinned_code(self.model, self.revision, self.server)
+        return self
 
 
 Captioner = Annotated[TransformersCaptioner | OpenAiCaptioner | VllmCaptioner, Field(discriminator="kind")]

@@ -53,6 +53,17 @@ ENVIRONMENT = (
 OWN_CONCURRENT = "requests at once to the server that the run starts; its `--max-num-seqs` is a good choice"
 
 
+def refuse_unpinned_code(model: str, revision: str | None, server: ServerRecipe) -> None:
+    """Raises ValueError where vLLM would run whatever code the hub's model has on the day: unpinned, it may be anybody's and another tomorrow."""
+    said = [word.partition("=")[0].replace("_", "-") for word in server.arguments]
+    # vLLM takes shortened words too.
+    trusts = any(len(word) > 3 and "--trust-remote-code".startswith(word) for word in said)
+    if trusts and not revision and "--revision" not in said and not model.startswith(("/", ".", "~")):
+        raise ValueError(
+            f"server.arguments has vLLM run code that comes with {model}, and nothing says of which commit; give `revision`, and read that code"
+        )
+
+
 class VllmWriter(WriterKeys):
     """The same by vLLM. It pins torch, so give it an `environment` of its own; without one it is imported here."""
 
@@ -69,6 +80,7 @@ class VllmWriter(WriterKeys):
     def _served(self) -> VllmWriter:
         if self.environment is None and self.server != ServerRecipe():
             raise ValueError("server says how a server is run, but environment is left out, so none is started")
+        refuse_unpinned_code(self.model, self.revision, self.server)
         return self
 
 

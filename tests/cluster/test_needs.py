@@ -92,9 +92,28 @@ def test_groups_carry_what_their_stages_ask_for() -> None:
     gpu, cpu = groups(needs, gpus_per_node=2, cpus_per_node=2)
     assert gpu.resources == {"disk": 1, "npu": 2} and gpu.labels == {"zone": "a", "gpu": "h100"}
     assert cpu.resources == {} and cpu.labels == {"zone": "b"}
-    for value in ("b", "in(a,b)", "!a"):
+    for value in ("b", "in(b,c)", "!a", "!in(a,b)", "not a label"):
         with pytest.raises(EdgeFusionError, match=f"stage train asks for nodes with zone={re.escape(value)}"):
             groups([needs[0], replace(needs[1], labels={"zone": value})], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "labels"),
+    [
+        (["in(l40s,h100)"], "l40s"),
+        (["!l40s"], None),
+        (["!in(l40s,h100)", "!a100"], None),
+        (["in(l40s, h100)", "h100"], "h100"),
+        (["!l40s", "in(l40s,h100)"], "h100"),
+        (["in(l40s,h100)", "in(h100,h200)"], "h100"),
+    ],
+)
+def test_nodes_are_labelled_so_that_all_stages_are_suited(asked: list[str], labels: str | None) -> None:
+    """What is only ruled out needs no label; of a list, the first that the others allow."""
+    needs = [Need("make", f"stage-{i}", 1, 1, 1, labels={"gpu": one}) for i, one in enumerate(asked)]
+    gpu, _ = groups(needs, 1, 8)
+    assert dict(gpu.labels) == ({"gpu": labels} if labels else {})
+    assert not [fit.why for fit in place(needs, nodes_of(gpu)) if fit.why]
 
 
 def test_stages_that_share_gpus_ask_for_what_they_take_together() -> None:

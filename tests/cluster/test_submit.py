@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import stat
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from cluster.errors import EdgeFusionError, StageError
-from cluster.needs import RunView
+from cluster.needs import RunView, as_far_as
 from cluster.submit import follow, submit
 from edgefusion import cluster_view
 from tests.cluster.test_join import ROOT, TOKEN, Cluster
@@ -26,7 +27,7 @@ from cluster.errors import EdgeFusionError
 from cluster.submit import follow, submit
 from edgefusion import cluster_view
 try:
-    job = submit(cluster_view(Path(RECIPE), []), HEAD, "/shared/out one", PROGRAM)
+    job = submit(cluster_view(Path(RECIPE), []), HEAD, "/shared/out one", program=PROGRAM)
     print("sent", job, flush=True)
     follow(HEAD, job, print)
 except EdgeFusionError as error:
@@ -43,12 +44,22 @@ def test_what_is_no_dashboard_is_refused() -> None:
         submit(view(), "127.0.0.1:6379", "/x")
 
 
+def test_an_output_folder_that_would_go_with_the_job_is_refused() -> None:
+    with pytest.raises(EdgeFusionError, match=r"--out s3://b/x: is a URL, and the ledger"):
+        submit(view(), "http://127.0.0.1:8265", "s3://b/x", "/shared")
+    with pytest.raises(EdgeFusionError, match=r"--out: runs/x would be in the job's own folder"):
+        submit(view(), "http://127.0.0.1:8265", "runs/x")
+
+
 class Client:
     """A job server's client that keeps the recipe it was handed, and loses the connection."""
 
     recipe: dict[str, Any]
+    said = ""
 
-    def submit_job(self, runtime_env: dict[str, str], **_: Any) -> str:
+    def submit_job(self, entrypoint: str, runtime_env: dict[str, str], **_: Any) -> str:
+        folder = runtime_env["working_dir"]
+        self.said = subprocess.run(["sh", "-c", entrypoint], cwd=folder, capture_output=True, text=True).stdout
         self.recipe = yaml.safe_load(Path(runtime_env["working_dir"], "recipe.yaml").read_text())
         return "job-1"
 
@@ -69,6 +80,18 @@ def test_a_job_gets_the_whole_recipe_and_a_lost_connection_is_told(monkeypatch: 
     ):
         follow("http://127.0.0.1:8265", "job-1", said.append)
     assert said == ["making"]
+
+
+def test_a_wings_run_starts_where_relative_paths_mean_the_shared_storage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client, program, home = Client(), tmp_path / "a program", tmp_path / "the shared one"
+    home.mkdir()
+    program.write_text('#!/bin/bash\necho "$PWD $1 $2 $4 $5"; test -s "$3" && echo "has the recipe"')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr("cluster.submit._client", lambda head: client)
+    submit(as_far_as(view(), "factory"), "http://127.0.0.1:8265", "runs/a b", str(home), str(program))
+    assert client.said.splitlines() == [f"{home} factory run --out runs/a b", "has the recipe"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("aiohttp_cors"), reason="ray[default] is not installed")

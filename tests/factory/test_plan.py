@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from cluster.errors import RecipeError
+from cluster.errors import RecipeError, TargetUnavailable
 from factory import plan
 from factory.plan import check_prompt, resolve_models, sample_id
 from factory.recipe import DiffusersTeacher, FactoryRecipe
@@ -57,3 +59,18 @@ def test_a_rule_by_an_attribute_that_no_sample_will_have_is_refused_before_anyth
         resolve_models(FactoryRecipe.model_validate(tree))
     good = {"caps": [{"attributes": ["group", "gender"], "most": 3}]}
     resolve_models(FactoryRecipe.model_validate({**tree, "views": {}, "select": good}))
+
+
+def test_the_captioners_environment_is_looked_for_where_the_workers_run(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"x")
+    captioner = {"kind": "vllm", "model": "zoo:captioner", "environment": str(tmp_path / "none")}
+    tree = {
+        "plan": {"kind": "pictures", "paths": [str(tmp_path / "pictures")]},
+        "make": {"crop": {"size_px": 64}, "captioner": captioner, "scorer": {"model": "zoo:clip"}},
+    }
+    recipe = FactoryRecipe.model_validate(tree)
+    with pytest.raises(TargetUnavailable, match=r"no Python environment .*none.*environment make vllm"):
+        resolve_models(recipe)
+    # A cluster's head may be another machine than those that caption.
+    resolve_models(recipe, here=False)

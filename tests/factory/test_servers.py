@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from cluster.environment import PythonEnvironment
 from cluster.errors import StageError
@@ -261,3 +262,17 @@ def test_a_pinned_revision_goes_to_the_captioners_vllm_and_into_the_card(
     words = " ".join(started[0].command(8000))
     assert "--model owner/llava" in words and "--revision 0123abc" in words
     assert mark_of(recipe) == "owner/llava@0123abc"
+
+
+@pytest.mark.parametrize("kind", [VllmWriter, VllmCaptioner])
+@pytest.mark.parametrize("word", ["--trust-remote-code", "--trust_remote_code", "--trust-remote-code=true", "--trust"])
+def test_code_of_a_model_is_not_run_unless_its_commit_is_named(
+    kind: type[VllmWriter | VllmCaptioner], word: str
+) -> None:
+    keys = {"environment": "vllm", "server": {"arguments": ["--max-model-len", "4096", word]}}
+    with pytest.raises(ValidationError, match="code that comes with someone/model"):
+        kind.model_validate({"model": "someone/model", **keys})
+    kind.model_validate({"model": "someone/model", "revision": "0123abc", **keys})
+    kind.model_validate({"model": "/models/mine", **keys})
+    keys["server"]["arguments"] += ["--revision", "0123abc"]
+    kind.model_validate({"model": "someone/model", **keys})
