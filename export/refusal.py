@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import fx, nn
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EdgeFusionError, OutOfMemory, StageError
+
+if TYPE_CHECKING:  # targets import this module, and a cold start must not bring PyTorch in
+    from torch import fx, nn
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -50,6 +51,8 @@ def reason(error: BaseException) -> str:
 
 def place_in(module: nn.Module, error: BaseException) -> str:
     """Where in `module` an exporter stopped, `mid.0 (Block), operator prims.bessel_j0`; empty where it does not tell."""
+    from torch import fx, nn
+
     names = {id(part): name for name, part in module.named_modules() if name}
     found, operator = "", ""
     for one in _chain(error):

@@ -432,3 +432,10 @@ def test_a_bundle_of_an_extra(name: str, tmp_path: Path) -> None:
     assert min(build["parity"]["graph_snr_db"].values()) > 60
     opened, _ = open_bundle(tmp_path / name, "fp32", 1)
     assert opened.picture(np.full((1, facts["tokenizer"]["length"]), 5), 0).shape[2] == 3
+
+
+def test_a_cold_start_brings_no_pytorch_in() -> None:
+    """`verify` measures it, in a process that imports the targets and draws."""
+    code = "import sys, export.runtime, export.targets.registry as r, export.words; [r.find_target(n) for n in ('onnx', 'openvino', 'coreml', 'litert', 'qnn')]; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout == "False\n", said.stderr
