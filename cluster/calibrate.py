@@ -1,17 +1,18 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 """What a finished run tells of its machine: rates free of start-up, the time to open the models, bytes a picture, the units' spread.
 
-Reads files only: `run.json`, when the ledger's entries were written (their mtimes), sizes, the logs of training. They hold for the machine
+Reads files only: `run.json`, the log, when the ledger's entries were written (their mtimes), sizes, the logs of training. They hold for the machine
 that ran it, with as many workers as it had; on one machine workers share its cores, so more of them are slower than this says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import EdgeFusionError
+from cluster.events import read_events
 from cluster.needs import Need
 
 NeedsOf = Callable[[dict[str, Any]], Sequence[Need]]
@@ -28,6 +30,7 @@ WINDOW_S = 5.5
 DRIVER_S = 0.015
 LISTING_S = 1.8e-6
 """Of this project's 2-core machine: docs/cluster.md says by which commands."""
+_BESIDE = ("crop", "score")
 _PAUSE = 10
 """Times the median unit: so long a gap is no work but a restart."""
 
@@ -45,6 +48,8 @@ class Measured:
     image_bytes: float
     units: int
     """That the rate was taken from."""
+    beside: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Rates of the stages that go on beside it, score and crop, as far as the run told them."""
 
 
 def measure(run: Path, needs_of: NeedsOf, start_s: float = START_S, window_s: float = WINDOW_S) -> Measured:
@@ -81,6 +86,7 @@ def measure(run: Path, needs_of: NeedsOf, start_s: float = START_S, window_s: fl
         statistics.pstdev(math.log(s) for s in each),
         (pictures + sum(size for *_, size in found)) / sum(rows for _, rows, _ in found),
         len(each),
+        _stage_rates(run, recipe),
     )
 
 
@@ -109,6 +115,21 @@ def unit_seconds(times: Sequence[float], workers: int) -> tuple[list[float], boo
     usual = statistics.median(gaps)
     worked = [gap for gap in gaps if 0 < gap <= _PAUSE * usual]
     return worked, len(worked) < len(gaps)
+
+
+def _stage_rates(run: Path, recipe: dict[str, Any]) -> dict[str, float]:
+    """Of one worker at work: by the log, which has all units of all starts, or by what the last start counted."""
+    done: dict[str, list[float]] = {}
+    if recipe["cluster"].get("log", "units") == "units":  # of `problems` only the units in which something died
+        for event in read_events(run):
+            if event["event"] == "unit":
+                sums = done.setdefault(str(event["stage"]), [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + float(event["rows"]), sums[1] + float(event["seconds"])
+    if not done:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            live: dict[str, Any] = json.loads((run / "dataset" / "index" / "live.json").read_text())
+            done = {str(row["stage"]): [float(row["samples"]), float(row["seconds"])] for row in live["stages"]}
+    return {name: done[name][0] / done[name][1] for name in _BESIDE if name in done and min(done[name]) > 0}
 
 
 def _phase_rates(run: Path, trainers: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -48,12 +48,15 @@ def mount_simulate(view_of: Callable[[Path, list[str]], RunView], needs_of: Need
         from_run: Annotated[
             Path | None,
             typer.Option(
-                help="output folder of a finished run to take rates, the time to open models, the units' spread and bytes a "
+                help="output folder of a finished run to take rates (of scoring and cropping too), the time to open models, the units' spread and bytes a "
                 "picture from; they hold for its machine"
             ),
         ] = None,
         make_per_s: Annotated[float | None, typer.Option(min=1e-6, help="images a second that one GPU renders")] = None,
-        score_per_s: Annotated[float, typer.Option(min=1e-6, help="images a second that one scorer takes")] = math.inf,
+        score_per_s: Annotated[
+            float | None,
+            typer.Option(min=1e-6, help="images a second that one scorer takes; --from-run's, else as fast as asked"),
+        ] = None,
         train_per_s: Annotated[
             float | None, typer.Option(min=1e-6, help="images a second that one GPU trains on, in every phase")
         ] = None,
@@ -129,8 +132,8 @@ def mount_simulate(view_of: Callable[[Path, list[str]], RunView], needs_of: Need
             view.unit_images,
             rates["make"],
             tuple((phase, rates[phase.name]) for phase in view.phases),
-            next((need.workers for need in view.needs if need.stage == "score"), 1),
-            score_per_s,
+            _workers(view, "score"),
+            scoring_rate(view, found.beside if found else {}, score_per_s),
             preemptions_per_hour,
             provision_s,
             _first(load_s, found.load_s if found else None, _LOAD_S),
@@ -169,6 +172,20 @@ def _rates(
     return rates
 
 
+def _workers(view: RunView, stage: str) -> int:
+    return next((need.workers for need in view.needs if need.stage == stage), 1)
+
+
+def scoring_rate(view: RunView, beside: Mapping[str, float], score_per_s: float | None = None) -> float:
+    """Images a second of one scorer, so that all scorers are as fast as the slower of scoring and cropping beside captions: one queue of
+    workers is played, and the slowest sets the pace. Infinite where nothing is known."""
+    rates = dict(beside) | ({"score": score_per_s} if score_per_s else {})
+    # Without captions cropping is what a unit is waited for, which make's own rate tells.
+    stages = ["score", *(["crop"] if any(need.stage == "caption" for need in view.needs) else [])]
+    whole = [rates[name] * _workers(view, name) for name in stages if name in rates]
+    return min(whole, default=math.inf) / _workers(view, "score")
+
+
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
@@ -185,7 +202,12 @@ def _show(name: str, scenario: Scenario, outcomes: list[Outcome], limiting: dict
     typer.echo(
         "What limits, by how much of the whole time would be saved if it alone cost nothing: " + said_limits(limiting)
     )
-    used = [f"make {scenario.make_per_s:.3g}", *(f"{phase.name} {rate:.3g}" for phase, rate in scenario.phases)]
+    scorers = [] if math.isinf(scenario.score_per_s) else [f"score {scenario.score_per_s:.3g} a scorer"]
+    used = [
+        f"make {scenario.make_per_s:.3g}",
+        *scorers,
+        *(f"{phase.name} {rate:.3g}" for phase, rate in scenario.phases),
+    ]
     typer.echo(
         f"Predicted from {len(outcomes)} plays at images/s a GPU: {', '.join(used)}; {scenario.load_s:.3g} s to open models. "
         "Nothing here was measured on GPUs"

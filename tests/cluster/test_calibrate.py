@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from cluster.calibrate import measure, unit_seconds
 from cluster.errors import EdgeFusionError
-from cluster.needs import Need
+from cluster.needs import Need, RunView
 from cluster.recipe import load_recipe
-from edgefusion import Recipe, make_needs
+from cluster.runner import ClusterRecipe
+from cluster.simulate_view import scoring_rate
+from edgefusion import Recipe, app, make_needs
 
 
 def test_workers_in_step_are_told_by_their_rounds() -> None:
@@ -32,7 +37,7 @@ def draws(workers: int, workers_min: int | None = None, stage: str = "render") -
     return lambda _: [Need("make", stage, workers, 1, workers_min=workers_min), Need("make", "score", 7, 1)]
 
 
-def write_run(folder: Path, times: list[float], make_s: float = 50.0, images: int = 4, **cluster: int) -> None:
+def write_run(folder: Path, times: list[float], make_s: float = 50.0, images: int = 4, **cluster: Any) -> None:
     """Units of `images` pictures, ten bytes' worth of pictures file each; the last unit holds one."""
     recipe = {
         "cluster": {"runner": "ray", "train_workers": 2, **cluster},
@@ -101,6 +106,61 @@ def test_workers_that_nobody_counted_are_told(tmp_path: Path) -> None:
     with pytest.raises(EdgeFusionError, match="with 1 to 2 workers of stage crop, and nothing says how many"):
         measure(tmp_path, draws(2, 1, "crop"))
     assert measure(tmp_path, draws(2, 2)).phases == {"adapt": 15.0}
+
+
+def note_units(folder: Path, stage: str, seconds: float, times: int = 3) -> None:
+    (folder / "log").mkdir(exist_ok=True)
+    event = {"time": "2026-11-27T00:00:00", "event": "unit", "stage": stage, "rows": 4, "seconds": seconds}
+    with (folder / "log" / f"{stage}.jsonl").open("a") as file:
+        file.write(f"{json.dumps(event)}\n" * times)
+
+
+def test_stages_beside_are_as_fast_as_the_run_noted(tmp_path: Path) -> None:
+    write_run(tmp_path, IN_STEP)
+    assert measure(tmp_path, draws(2)).beside == {}
+    live = {
+        "stages": [{"stage": "score", "samples": 30, "seconds": 15.0}, {"stage": "crop", "samples": 0, "seconds": 0}]
+    }
+    (tmp_path / "dataset" / "index").mkdir()
+    (tmp_path / "dataset" / "index" / "live.json").write_text(json.dumps(live))
+    assert measure(tmp_path, draws(2)).beside == {"score": 2.0}
+    note_units(tmp_path, "score", 1.0)
+    note_units(tmp_path, "score", 3.0)
+    note_units(tmp_path, "crop", 0.5)
+    note_units(tmp_path, "render", 9.0)
+    assert measure(tmp_path, draws(2)).beside == {"score": 2.0, "crop": 8.0}
+
+
+def test_a_log_of_problems_alone_tells_no_rate(tmp_path: Path) -> None:
+    write_run(tmp_path, IN_STEP, log="problems")
+    note_units(tmp_path, "score", 1.0)
+    assert measure(tmp_path, draws(2)).beside == {}
+
+
+def test_the_slower_of_scoring_and_cropping_sets_the_pace() -> None:
+    view = RunView("x", ClusterRecipe(), {}, needs=(Need("make", "crop", 1, 1), Need("make", "score", 4, 1)))
+    captions = replace(view, needs=(*view.needs, Need("make", "caption", 2, 1, 1)))
+    assert scoring_rate(view, {}) == math.inf
+    assert scoring_rate(captions, {"score": 2.0, "crop": 20.0}) == 2.0
+    assert scoring_rate(captions, {"score": 2.0, "crop": 4.0}) == 1.0, "4 a second of one who crops, for four scorers"
+    assert scoring_rate(view, {"score": 2.0, "crop": 4.0}) == 2.0
+    assert scoring_rate(captions, {"crop": 4.0, "score": 9.0}, 0.5) == 0.5
+
+
+def test_the_simulation_knows_the_scorers_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("simpy")
+    recipe = Path("recipes/edgefusion.yaml")
+    settings = load_recipe(Recipe, recipe, ["factory.make.render_workers=2"])
+    write_run(tmp_path, IN_STEP, images=settings.factory.make.unit_images)
+    facts = {"recipe": settings.model_dump(mode="json"), "seconds": {"make": 50}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    note_units(tmp_path, "score", 400.0)
+    words = ["--from-run", str(tmp_path), "--train-per-s", "20", "--repeats", "1", "--samples", "2000"]
+    said = CliRunner().invoke(app, ["cluster", "simulate", str(recipe), *words])
+    assert said.exit_code == 0, said.output
+    assert "score 0.01 a scorer" in " ".join(said.output.split())
+    limits = said.output.partition("What limits")[2].partition("Predicted from")[0]
+    assert "scoring" in limits, "without the run's scorers it would name none"
 
 
 def test_training_that_went_on_with_fewer_workers_tells_no_rate(tmp_path: Path) -> None:
