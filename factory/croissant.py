@@ -116,7 +116,7 @@ def croissant(folder: Path, shards: dict[str, str], count: int, name: str, recip
                         "source": {
                             "fileSet": {"@id": "picture-files"},
                             "extract": {"fileProperty": "filename"},
-                            "transform": {"regex": rf"([0-9a-f]{{64}})\.{kind}$"},
+                            "transform": {"regex": "([0-9a-f]{64})"},
                         },
                         "references": {"fileObject": {"@id": "manifest"}, "extract": {"column": "id"}},
                     },

@@ -23,8 +23,10 @@ from pydantic import Field
 
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.recipe import Settings
+from factory.added import Added, added_sets, added_to
 from factory.decisions import Decision
 from factory.select import DEAD, SELECTION
+from factory.units import read_table
 
 MAX_VALUES = 300
 """Attribute values offered on the page, the most frequent ones."""
@@ -84,9 +86,12 @@ class Catalogue:
         self._base = duckdb.connect(config={"preserve_insertion_order": True})
         try:
             schema = pq.read_schema(files[0])
-            self.scores = [field.name for field in schema if pa.types.is_floating(field.type)]
+            own = [field.name for field in schema if pa.types.is_floating(field.type)]
+            sets = [one for one in added_sets(folder) if one.covers([f.stem for f in files])]
+            self.scores = [*own, *(name for one in sets for name in one.columns)]
             self._known = set(schema.names)
-            self._load([str(f) for f in files], selection)
+            self._load(files, selection, own)
+            self._add(sets, files, len(own))
         except (duckdb.Error, pa.ArrowInvalid, OSError) as error:
             raise CorruptShard(
                 f"the ledger cannot be read ({str(error).splitlines()[0]})", where=str(folder), remedy="Run make again"
@@ -108,8 +113,9 @@ class Catalogue:
         self._recent: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def _load(self, files: list[str], selection: Path) -> None:
-        scores = "".join(f', e."{_quoted(name)}" AS s{i}' for i, name in enumerate(self.scores))
+    def _load(self, entries: list[Path], selection: Path, own: list[str]) -> None:
+        files = [str(entry) for entry in entries]
+        scores = "".join(f', e."{_quoted(name)}" AS s{i}' for i, name in enumerate(own))
         origin = "coalesce(json_extract_string(e.source, '$.name'), json_extract_string(e.source, '$.url'))"
         further = [("raw_caption", "e.raw_caption", "raw"), ("crop", "e.crop", "crop"), ("source", origin, "origin")]
         more = "".join(f", {what if own in self._known else 'NULL::VARCHAR'} AS {name}" for own, what, name in further)
@@ -139,6 +145,25 @@ class Catalogue:
             "SELECT d.attributes, j.key AS name, j.value ->> '$' AS value FROM d, json_each(d.attributes) j"
         )
         self._base.execute("CREATE TABLE p (place BIGINT PRIMARY KEY, verdict VARCHAR, caption VARCHAR)")
+
+    def _add(self, sets: list[Added], entries: list[Path], first: int) -> None:
+        """Finished sets of scores that stand beside the ledger, as the scores from number `first` on. Raises LedgerConflict if they are of
+        other pictures."""
+        if not sets:
+            return
+        ledger = pa.concat_tables(read_table(entry, ["id", "unit", "pictures_sha256"]) for entry in entries)
+        columns = {f"s{first + i}": values for i, (_, values) in enumerate(added_to(sets, ledger))}
+        self._base.register("added", pa.table({"id": ledger["id"], **columns}))
+        what = ", ".join(f"x.{name}" for name in columns)
+        # In the order of the ledger too, unless a selection of another order brought the table into one of its own.
+        self._base.execute(f"CREATE TABLE f AS SELECT e.*, {what}, x.id AS scored FROM e POSITIONAL JOIN added x")
+        if self._rows("SELECT count(*) FROM f WHERE id IS DISTINCT FROM scored")[0][0]:
+            self._base.execute(
+                f"CREATE OR REPLACE TABLE f AS SELECT e.*, {what} FROM e LEFT JOIN added x USING (id) ORDER BY e.rowid"
+            )
+        self._base.execute("DROP TABLE e")
+        self._base.execute("ALTER TABLE f RENAME TO e")
+        self._base.unregister("added")
 
     def _rows(self, sql: str, given: Any = None) -> list[tuple[Any, ...]]:
         return self._base.cursor().execute(sql, given or []).fetchall()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -17,12 +18,14 @@ from cluster.errors import LedgerConflict, RecipeError
 from cluster.runner import InProcess
 from factory.added import SCORES, added_sets, forget_units
 from factory.cli import app
+from factory.curate.catalogue import Catalogue, Filter
 from factory.index import load_columns
 from factory.make import select_and_pack
 from factory.provenance import provenance
 from factory.recipe import FactoryRecipe, ImportedScorer, PlainScorer, SelectRecipe
 from factory.rescore import add_scores
 from factory.scorers import Batch, Score
+from factory.select import SELECTION
 
 HERE = "later_scorers_of_a_test"
 
@@ -100,6 +103,30 @@ def test_killed_and_run_again_the_bytes_are_the_same_and_select_knows_the_score(
     rules = SelectRecipe.model_validate({"min_clip": -1, "max_hamming_bits": 0, "scores": {"bright": {"least": half}}})
     funnel = select_and_pack(recipe, dataset, rules, tmp_path / "view")
     assert funnel["kept"] == 12 and funnel["dead"] == 1 and funnel["rejected"] == 11
+
+
+@pytest.mark.parametrize("order", ["no selection", "the ledger's", "another"])
+def test_the_page_filters_and_sorts_by_it(dataset: Path, recipe: FactoryRecipe, order: str) -> None:
+    """Once it covers every unit, each score at its own picture, however the selection is sorted."""
+    if order != "no selection":
+        select_and_pack(recipe, dataset)
+    if order == "another":
+        path = dataset / SELECTION
+        pq.write_table(pq.read_table(path).sort_by([("id", "descending")]), path)
+    before = Catalogue(dataset)
+    add_scores(recipe.make, dataset, BRIGHT, InProcess())
+    page, wanted = Catalogue(dataset), Filter(sort="bright", descending=True, outcome="")
+    assert page.scores == [*before.scores, "bright"] and page.total == before.total
+    columns = load_columns(dataset, 8)
+    told = dict(zip((key.decode() for key in columns.ids.tolist()), columns.scores["bright"].tolist(), strict=True))
+    rows = page.page(page.view(wanted), 0, 99)
+    assert [row["scores"]["bright"] for row in rows] == sorted((told[row["id"]] for row in rows), reverse=True)
+    assert all(row["scores"]["bright"] == told[row["id"]] for row in rows) and len(rows) == 23
+    half = float(np.nanmedian(columns.scores["bright"]))
+    found = page.page(page.view(Filter(scores={"bright": (half, None)})), 0, 99)
+    assert {row["id"] for row in found} == {key for key, score in told.items() if score >= half}
+    forget_units(dataset, ["unit-00001"])
+    assert Catalogue(dataset).scores == before.scores
 
 
 def test_units_that_are_made_anew_are_scored_anew(dataset: Path, recipe: FactoryRecipe) -> None:
