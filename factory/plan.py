@@ -58,8 +58,8 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
-_Brought = tuple[str, str, dict[str, str]]
-"""A prompt that the user brings, its group, its attributes."""
+_Brought = tuple[str, str, dict[str, str], str]
+"""A prompt that the user brings, its group, its attributes, where it stands."""
 Progress = Callable[[int], None]
 """Told how many more items are done."""
 
@@ -182,13 +182,14 @@ def _plan_file(recipe: FactoryRecipe, plan: PromptFilePlan, seed: int, final: Pa
     alike, tables = Alike(plan.most_alike), [PLAN_SCHEMA.empty_table()]
     for start, some in _in_parts(read_prompts(plan)):
         prompts: list[tuple[str, str]] = []
-        for prompt, _, _ in some:
+        for prompt, *_ in some:
             wrong = check_prompt(prompt) or ("the prompt is too like an earlier one" if alike.find(prompt) else "")
             if not wrong:
                 alike.add(prompt)
             prompts.append((writable(prompt), wrong))
-        records = [(group, attributes) for _, group, attributes in some]
-        rows = enumerate_samples(recipe, plan.images_per_prompt, seed, start, records, prompts)
+        records = [(group, attributes) for _, group, attributes, _ in some]
+        places = [place for *_, place in some]
+        rows = enumerate_samples(recipe, plan.images_per_prompt, seed, start, records, prompts, sources=places)
         tables.append(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
         progress(len(some))
     table = by_teacher(_without_doubles(pa.concat_tables(tables)), recipe.make)
@@ -268,9 +269,10 @@ def enumerate_samples(
     some: Sequence[tuple[Group | str, dict[str, str]]],
     prompts: list[tuple[str, str]],
     teachers: Sequence[str] = (),
+    sources: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The plan's rows of some prompts, the first of which is number `start`: each picture with its seed and id, drawn by the teacher that
-    `teachers` names, or by shares."""
+    `teachers` names, or by shares. `sources`, if given, says where each prompt comes from."""
     painters = recipe.make.painters()
     names = [group if isinstance(group, str) else group.name for group, _ in some]
     drawn_by = iter(
@@ -291,6 +293,7 @@ def enumerate_samples(
                     "seed": own,
                     "outcome": DEAD if wrong else PENDING,
                     "reason": f"plan: {wrong}" if wrong else "",
+                    "source": sources[i] if sources else None,
                 }
             )
     return rows

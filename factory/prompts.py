@@ -30,22 +30,25 @@ _WORTH_ORDERING = 20
 """Comparisons of two sets that take as long as it takes to put one in order."""
 
 
-def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(prompt, group, attributes) of every row, in the order of the files. Raises RecipeError for a file that is no such list.
+def read_prompts(recipe: PromptFilePlan) -> Iterator[tuple[str, str, dict[str, str], str]]:
+    """(prompt, group, attributes, where it stands as JSON: file and line or row) of every row, in the order of the files. Raises RecipeError for a file that is no such list.
 
     A prompt is as it stands there, so that one which is no UTF-8 is known; group and attributes are mended.
     """
     count = 0
     for name in recipe.paths:
-        for row in _rows(prompt_file(name), recipe):
+        file = prompt_file(name)
+        for number, row in _rows(file, recipe):
             if recipe.limit is not None and count == recipe.limit:
                 return
             count += 1
             prompt = row.get(recipe.prompt_column)
             text = " ".join(prompt.split()) if isinstance(prompt, str) else ""
             group = row.get(recipe.group_column) if recipe.group_column else None
+            # Without its folder: the same files give the same plan wherever they lie.
+            where = json.dumps({"at": number, "file": writable(file.name)}, ensure_ascii=False)
             found = {a: writable(str(row[a])) for a in recipe.attribute_columns if row.get(a) is not None}
-            yield text, "prompts" if group is None else writable(str(group)), found
+            yield text, "prompts" if group is None else writable(str(group)), found, where
 
 
 def prompt_file(name: str) -> Path:
@@ -60,7 +63,8 @@ def prompt_file(name: str) -> Path:
     return path
 
 
-def _rows(path: Path, recipe: PromptFilePlan) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, recipe: PromptFilePlan) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, or row of a Parquet file, both from 1; what stands there)."""
     columns = [recipe.prompt_column, *([recipe.group_column] if recipe.group_column else []), *recipe.attribute_columns]
     if path.suffix == ".parquet":
         try:
@@ -75,15 +79,16 @@ def _rows(path: Path, recipe: PromptFilePlan) -> Iterator[dict[str, Any]]:
                 where=str(path),
                 remedy="Set factory.plan.prompt_column, group_column and attribute_columns",
             )
-        for batch in file.iter_batches(batch_size=4096, columns=columns):
-            yield from batch.to_pylist()
+        batches = file.iter_batches(batch_size=4096, columns=columns)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
         return
     # Bytes that are not UTF-8 become a mark that no prompt may hold, so such a line is planned as dead.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(read_lines(file), 1):
             if not line.strip():
                 continue
-            yield {recipe.prompt_column: line} if path.suffix == ".txt" else _object(line, f"{path} line {number}")
+            plain = path.suffix == ".txt"
+            yield number, {recipe.prompt_column: line} if plain else _object(line, f"{path} line {number}")
 
 
 def read_lines(file: TextIO) -> Iterator[str]:

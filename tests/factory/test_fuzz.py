@@ -158,7 +158,7 @@ def test_files_of_eight_gigabytes(tmp_path: Path) -> None:
     lines = hole(tmp_path / "prompts.txt", 1 << 30)
     urls = PicturePlan(paths=["x"], download=DownloadRecipe())
     with little_memory():
-        assert [len(prompt) for prompt, _, _ in read_prompts(PromptFilePlan(paths=[str(lines)]))] == [1 << 20]
+        assert [len(prompt) for prompt, *_ in read_prompts(PromptFilePlan(paths=[str(lines)]))] == [1 << 20]
         assert [len(url) for url, *_ in _listed(lines, urls)] == [1 << 20]
         for name in ("prompts.jsonl", "list.csv"):
             lines = lines.rename(tmp_path / name)

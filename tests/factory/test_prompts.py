@@ -51,7 +51,12 @@ def test_text_json_lines_and_parquet_give_the_same_plan(tmp_path: Path) -> None:
     plans = [
         plan_of(recipe_of(tmp_path / f"p.{k}", images_per_prompt=2), tmp_path / k) for k in ("txt", "jsonl", "parquet")
     ]
+    places = [[json.loads(row.pop("source")) for row in plan] for plan in plans]
     assert plans[0] == plans[1] == plans[2]
+    for found, kind, lines in zip(
+        places, ("txt", "jsonl", "parquet"), ((1, 3, 5, 7), (1, 2, 3, 4), (1, 2, 3, 4)), strict=True
+    ):
+        assert found == [{"file": f"p.{kind}", "at": line} for line in lines for _ in range(2)]
     assert [row["prompt"] for row in plans[0]] == [p for p in PROMPTS for _ in range(2)]
     assert len({row["id"] for row in plans[0]}) == 8 and {row["outcome"] for row in plans[0]} == {"pending"}
 
