@@ -28,6 +28,10 @@ def run(*words: object) -> str:
     return result.output
 
 
+HEARD = ("factory.select.people=apply", "factory.views={}")
+"""People have the last word on the one selection; the pocket recipe gives them one beside it."""
+
+
 def select_command(dataset: Path) -> str:
     return run("select", dataset, "--recipe", dataset.parent / "recipe.yaml")
 
@@ -256,7 +260,7 @@ def test_an_import_wins_over_what_stands(dataset: Path, ids: list[str], tmp_path
 def test_the_chain_packs_again_after_decisions_but_not_under_a_training(
     dataset: Path, ids: list[str], tmp_path: Path
 ) -> None:
-    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8"]
+    small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", *HEARD]
     chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
     shutil.copytree(dataset, chain.data)
     with progress_bars() as bars:
@@ -279,7 +283,7 @@ def test_where_people_count_for_nothing_the_chain_does_not_wait_for_them(
     dataset: Path, ids: list[str], tmp_path: Path
 ) -> None:
     small = ["factory.make.unit_images=8", "factory.make.teacher.batch_images=8", "factory.select.people=ignore"]
-    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, small), tmp_path / "out")
+    chain = Chain(load_recipe(Recipe, DEFAULT_RECIPE, [*small, "factory.views={}"]), tmp_path / "out")
     heard = Chain(load_recipe(Recipe, DEFAULT_RECIPE, [*small, "factory.views={cur: {people: apply}}"]), tmp_path / "b")
     for one in (chain, heard):
         shutil.copytree(dataset, one.data)
