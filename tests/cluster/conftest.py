@@ -1,4 +1,4 @@
-"""Several real Ray nodes on one machine, each with its own processes, address and network cable.
+"""The paper's recipe as launch files see it, and several real Ray nodes on one machine, each with its own processes, address and network cable.
 
 A node lives in a network namespace of its own; the namespaces hang on a bridge in one more, so nothing of this machine's network is
 touched and a cable can be pulled. Everything in these namespaces was started by the test, which is how it knows what to stop.
@@ -14,9 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from cluster.needs import RunView
 
 ROOT = Path(__file__).parent.parent.parent
 _PORT = 6379
@@ -38,6 +41,20 @@ _DEAD_AFTER = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
+
+
+@pytest.fixture(scope="module")
+def paper() -> RunView:
+    """recipes/edgefusion.yaml: eight GPUs, prompts by vLLM."""
+    from edgefusion import cluster_view
+
+    return cluster_view(ROOT / "recipes" / "edgefusion.yaml", [])
+
+
+@pytest.fixture(scope="module")
+def plain(paper: RunView) -> RunView:
+    """The same with prompts from elsewhere."""
+    return replace(paper, vllm_model="", server_settings=())
 
 
 class RealNodes:
