@@ -1,9 +1,11 @@
-"""A made data set without models: plan, ledger and pictures by hand, and the recipe that selects and packs it."""
+"""A made data set without models (plan, ledger and pictures by hand, and the recipe that selects and packs it), and a site to download from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from cluster.storage import publish_bytes
 from factory.ledger import commit_unit
 from factory.plan import PLAN, table_bytes
 from factory.stages import encode_picture, looks
+from tests.factory.site import Site
 
 UNIT_IMAGES = 8
 RECIPE = """
@@ -60,3 +63,14 @@ def dataset(tmp_path: Path) -> Path:
 def ids() -> list[str]:
     """The ids of `dataset`, in the order of the plan."""
     return [hashlib.sha256(b"%d" % i).hexdigest() for i in range(24)]
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.stop.set()
+        server.shutdown()
+        thread.join()

@@ -5,174 +5,26 @@ from __future__ import annotations
 import io
 import json
 import signal
-import struct
 import subprocess
 import sys
-import threading
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from cluster.errors import RecipeError, StageError
 from cluster.runner import InProcess
 from factory.address import is_public
-from factory.dead import attempts
-from factory.download import _Latest, _listed, download_all, may_pass, wants_again
-from factory.ingest import downloaded_rows, fetch
+from factory.download import _listed, download_all
+from factory.ingest import fetch
 from factory.make import make, select_and_pack
-from factory.picture_plan import plan_pictures
 from factory.plan import make_plan
-from factory.recipe import DownloadRecipe, FactoryRecipe, PicturePlan
+from factory.recipe import FactoryRecipe
 from factory.retry import reopen_urls
+from tests.factory.site import Site, drawing, plan_of, rows_of, write_list
 
 pytest.importorskip("aiohttp", reason="extra urls is not installed")
-
-
-def drawing(seed: int) -> bytes:
-    sink = io.BytesIO()
-    cells = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    Image.fromarray(cells).resize((80, 64), Image.Resampling.NEAREST).save(sink, format="PNG")
-    return sink.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 3.6 thousand million pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-class Site(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: Counter[str] = Counter()
-        self.here = self.most = 0
-        self.down = False
-        self.lock = threading.Lock()
-        self.stop = threading.Event()
-        self.meet = threading.Barrier(4)
-        self.root = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Site
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-    def do_GET(self) -> None:
-        site, path = self.server, self.path.lstrip("/")
-        with site.lock:
-            site.asked[path] += 1
-            site.here += 1
-            site.most = max(site.most, site.here)
-            self.here = True
-        try:
-            self.reply(path, site.asked[path])
-        except OSError:
-            pass  # the client broke off
-        finally:
-            self.leave()
-
-    def leave(self) -> None:
-        """Once and before the answer goes out: whoever has it may ask again before this thread is heard of."""
-        with self.server.lock:
-            self.server.here -= self.here
-            self.here = False
-
-    def reply(self, path: str, count: int) -> None:
-        site = self.server
-        if path.startswith("to/"):
-            left = int(path.removeprefix("to/"))
-            self.send(b"", 302, Location=f"/to/{left - 1}" if left else "/1.png")
-        elif path == "inward":
-            self.send(b"", 302, Location="file:///etc/passwd")
-        elif path == "slow":
-            site.stop.wait(20)
-        elif path.startswith("together/"):
-            # All of them at once or none: whoever asks for a few and waits for these gets no answer.
-            site.meet.wait(20)
-            self.send(drawing(int(path.removeprefix("together/"))))
-        elif path.startswith("after/"):
-            first = path.removeprefix("after/")
-            self.send(drawing(3), 200 if site.asked[first] else 503)
-        elif path == "cut":
-            self.send(drawing(1)[:100], length=5000)
-        elif path == "html":
-            self.send(b"<html>not here</html>", kind="image/png")
-        elif path == "bomb":
-            self.send(bomb())
-        elif path == "large":
-            self.send(b"x" * 200_000)
-        elif path == "endless":
-            self.send_response(200)
-            self.end_headers()
-            while not site.stop.is_set():
-                self.wfile.write(b"x" * 65536)
-        elif path.startswith("down/"):
-            if site.down:
-                self.send(b"", 503)
-            else:
-                self.send(drawing(int(path.removeprefix("down/").removesuffix(".png"))))
-        elif path == "520":
-            self.send(drawing(4), 200 if count > 1 else 520)
-        elif path == "busy":
-            self.send(drawing(2), 200 if count > 2 else 503)
-        elif path.endswith(".png"):
-            site.stop.wait(0.02)
-            self.send(drawing(int(path.removesuffix(".png"))), kind="text/plain")
-        else:
-            self.send(b"gone", 404)
-
-    def send(
-        self, body: bytes, status: int = 200, kind: str = "image/png", length: int | None = None, **more: str
-    ) -> None:
-        self.leave()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in more.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with Site() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield server
-        server.stop.set()
-        server.shutdown()
-        thread.join()
-
-
-def plan_of(path: Path, **keys: object) -> PicturePlan:
-    given = {"timeout_s": 1.0, "back_off_s": 0.01, "max_bytes": 100_000, "redirects": 2, "allow_private": True, **keys}
-    return PicturePlan(paths=[str(path)], download=DownloadRecipe.model_validate(given))
-
-
-def rows_of(plan: PicturePlan, out: Path) -> list[dict]:
-    return list(downloaded_rows(download_all(plan, [Path(p) for p in plan.paths], out)))
-
-
-def write_list(path: Path, site: Site, *names: str) -> Path:
-    path.write_text("".join(f"{site.root}/{name}\ta text of {name}\n" for name in names))
-    return path
 
 
 def test_every_failure_is_a_dead_letter_with_its_reason(site: Site, tmp_path: Path) -> None:
@@ -400,155 +252,6 @@ def test_a_name_whose_answer_turns_private_is_refused(tmp_path: Path, monkeypatc
     (tmp_path / "u.txt").write_text("http://pictures.example.org/1.png")
     rows = rows_of(plan_of(tmp_path / "u.txt", allow_private=False), tmp_path / "data")
     assert [row["reason"] for row in rows] == ["plan: the address is not public"]
-
-
-def outage_names() -> list[str]:
-    return ["0.png", *(f"down/{i}.png" for i in range(1, 6)), "nowhere", "7.png"]
-
-
-def test_urls_that_failed_in_an_outage_are_asked_again_and_the_plan_is_as_without_it(
-    site: Site, tmp_path: Path
-) -> None:
-    plan = plan_of(write_list(tmp_path / "u.txt", site, *outage_names()), tries=1)
-    calm, out = tmp_path / "calm" / "plan.parquet", tmp_path / "out" / "dataset" / "plan.parquet"
-    plan_pictures(plan, 4, calm)
-    assert reopen_urls(tmp_path / "calm") == 0, "404 is final"
-    site.down = True
-    plan_pictures(plan, 4, out)
-    before = pq.read_table(out).to_pylist()
-    assert [row["outcome"] for row in before].count("dead") == 6
-    data = out.parent
-    (data / "ledger").mkdir()
-    for unit in range(2):
-        (data / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"a unit of four rows")
-    (data / "manifest.parquet").write_bytes(b"any")
-
-    assert reopen_urls(data.parent) == 5 and reopen_urls(data.parent) == 5, (
-        "asked twice before the next run, tried once"
-    )
-    assert wants_again(data) and not (data / "manifest.parquet").exists()
-    asked = site.asked.copy()
-    plan_pictures(plan, 4, out)  # the net is still away: nothing changes, and only what failed is asked
-    assert pq.read_table(out).to_pylist() == before and not wants_again(data)
-    assert set(site.asked - asked) == {f"down/{i}.png" for i in range(1, 6)}
-    assert len(list((data / "ledger").iterdir())) == 2
-
-    site.down = False
-    assert reopen_urls(data) == 5
-    plan_pictures(plan, 4, out)
-    assert out.read_bytes() == calm.read_bytes()
-    parts = [sorted((place.parent / "downloads").iterdir()) for place in (out, calm)]
-    assert [p.read_bytes() for p in parts[0]] == [p.read_bytes() for p in parts[1]]
-    assert not list((data / "ledger").iterdir()) and len(list((data / "reopened").iterdir())) == 2
-    assert attempts(data)[before[1]["id"]] == 2
-    plan_pictures(plan, 4, out)
-    assert reopen_urls(data) == 0
-
-
-def test_only_units_whose_urls_answered_now_are_made_anew(site: Site, tmp_path: Path) -> None:
-    names = ["0.png", "1.png", "down/2.png", "down/0.png", "4.png", "nowhere"]
-    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), tries=1), tmp_path / "plan.parquet"
-    site.down = True
-    plan_pictures(plan, 2, out)
-    (tmp_path / "ledger").mkdir()
-    for unit in range(3):
-        (tmp_path / "ledger" / f"unit-0000{unit}.parquet").write_bytes(b"x")
-    later = tmp_path / "scores" / "bright"
-    later.mkdir(parents=True)
-    (later / "scorer.json").write_text(json.dumps({"scorer": {}, "mark": "", "columns": ["bright"]}))
-    for unit in range(3):
-        (later / f"unit-0000{unit}.parquet").write_bytes(b"x")
-    site.down = False
-    reopen_urls(tmp_path)
-    plan_pictures(plan, 2, out)
-    assert sorted(p.name for p in (tmp_path / "ledger").iterdir()) == ["unit-00000.parquet", "unit-00002.parquet"]
-    assert not (later / "unit-00001.parquet").exists(), "scores of other pictures"
-    assert (later / "unit-00000.parquet").exists() and (later / "unit-00002.parquet").exists()
-
-
-def test_an_outage_stops_the_download_and_what_it_spoilt_is_fetched_anew(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("factory.download.PART_URLS", 2)
-    names = ["0.png", "nowhere", *(f"down/{i}.png" for i in range(1, 9))]
-    keys = {"tries": 1, "max_failed_share": 0.7, "failed_after": 4}
-    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), **keys), tmp_path / "data"
-    site.down = True
-    with pytest.raises(
-        StageError, match=r"3 of the last 4 URLs failed.*max_failed_share \(0.7\); most often: HTTP 503"
-    ):
-        rows_of(plan, out)
-    assert [p.name for p in (out / "downloads").iterdir()] == ["part-00000.parquet"]
-    site.down = False
-    rows = rows_of(plan, out)
-    assert [bool(row["reason"]) for row in rows] == [name == "nowhere" for name in names]
-    assert site.asked["0.png"] == 1 and site.asked["down/1.png"] == 2
-    few = plan_of(write_list(tmp_path / "f.txt", site, "nowhere", "none"), **keys)
-    assert len(rows_of(few, tmp_path / "few")) == 2, "two URLs mean nothing"
-
-
-@pytest.mark.parametrize("still_away", [True, False])
-def test_what_an_outage_spoilt_is_not_kept_by_a_crash_in_it(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still_away: bool
-) -> None:
-    monkeypatch.setattr("factory.download.PART_URLS", 2)
-    names = ["0.png", "1.png", *(f"down/{i}.png" for i in range(1, 5)), "down/6.png", "2.png", "nowhere", "none"]
-    monkeypatch.setattr(
-        "factory.download.AHEAD_PARTS", 1
-    )  # what a kill loses would be asked twice, and is counted below
-    keys = {"tries": 1, "max_failed_share": 0.4, "failed_after": 6}
-    plan, out = plan_of(write_list(tmp_path / "u.txt", site, *names), **keys), tmp_path / "plan.parquet"
-    judge = _Latest.add
-
-    def killed(latest: _Latest, part: Path, wrong: list[str]) -> None:
-        if part.name == "part-00002.parquet":
-            raise KeyboardInterrupt
-        judge(latest, part, wrong)
-
-    def there() -> list[str]:
-        return sorted(p.name for p in (tmp_path / "downloads").iterdir())
-
-    site.down = True
-    monkeypatch.setattr(_Latest, "add", killed)
-    with pytest.raises(KeyboardInterrupt):
-        plan_pictures(plan, 4, out)
-    monkeypatch.setattr(_Latest, "add", judge)
-    assert there() == ["part-00000.parquet", "part-00001.parquet"], "what nobody judged is not there"
-    if still_away:
-        with pytest.raises(StageError, match=r"5 of the last 6 URLs failed.*most often: HTTP 503"):
-            plan_pictures(plan, 4, out)
-        assert there() == ["part-00000.parquet"]
-    site.down = False
-    plan_pictures(plan, 4, out)
-    rows = pq.read_table(out).to_pylist()
-    assert [bool(row["reason"]) for row in rows] == [name in ("nowhere", "none") for name in names]
-    assert site.asked["0.png"] == 1 and site.asked["none"] == 1
-    out.unlink()
-    asked = site.asked.copy()
-    plan_pictures(plan, 4, out)
-    assert site.asked == asked, "404 is final"
-
-
-def test_reasons_that_may_pass() -> None:
-    passing = [
-        "HTTP 503, 3 tries",
-        "HTTP 429",
-        *(f"HTTP {status}, 3 tries" for status in (500, 501, 505, 508, 520, 529, 599)),
-        "no whole answer within 20 s, 3 tries",
-        "ClientConnectorDNSError: x, 3 tries",
-    ]
-    final = [
-        "HTTP 404",
-        "HTTP 403",
-        "HTTP 600",
-        "HTTP 999",
-        "the answer is empty",
-        "more than 5 redirects",
-        "the address is not public",
-        "9 bytes, over the limit",
-        "",
-    ]
-    assert all(map(may_pass, passing)) and not any(map(may_pass, final))
 
 
 def test_columns_of_a_list_become_attributes(site: Site, tmp_path: Path) -> None:
