@@ -37,9 +37,9 @@ class CoreMl(EdgeTarget):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values())).run_decompositions({})
+                exported = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()))
                 model: Any = ct.convert(
-                    program,
+                    without_aliases(exported.run_decompositions({})),
                     inputs=[
                         ct.TensorType(name=name, shape=tuple(tensor.shape), dtype=kinds[tensor.dtype])
                         for name, tensor in graph.inputs.items()
@@ -78,6 +78,19 @@ class CoreMl(EdgeTarget):
     def hardware(self, threads: int) -> str:
         """Core ML chooses by itself, whatever `threads` says."""
         return f"{platform.machine()}, what Core ML chose of CPU, GPU and Neural Engine"
+
+
+def without_aliases(program: Any) -> Any:
+    """The exported program without `aten.alias`, a name for what has one, which PyTorch 2.14 leaves in it and coremltools 9 does not know."""
+    import torch
+
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        (same,) = node.all_input_nodes
+        program.graph_signature.replace_all_uses(node.name, same.name)
+        node.replace_all_uses_with(same)
+        program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def _compressed(model: Any, precision: str) -> Any:

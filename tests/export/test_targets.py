@@ -413,6 +413,21 @@ def test_small_graphs_lower_by_an_extra_and_agree(name: str, precision: str, tmp
 
 
 @pytest.mark.long
+def test_core_ml_is_given_no_aliases() -> None:
+    from export.targets.coreml import without_aliases
+
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            alias = torch.ops.aten.alias.default
+            return alias(alias(x) * 2)
+
+    x = torch.arange(6.0).reshape(2, 3)
+    program = torch.export.export(Named(), (x,)).run_decompositions({})
+    assert "alias" in str(program.graph)
+    program = without_aliases(program)
+    assert "alias" not in str(program.graph) and torch.equal(program.module()(x), 2 * x)
+
+
 @pytest.mark.parametrize("name", ["executorch", "coreml"])
 def test_a_bundle_of_an_extra(name: str, tmp_path: Path) -> None:
     try:
