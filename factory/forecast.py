@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError
 from cluster.machine import load_per_core
 from factory.charges import Charge, charges, probe_lines, run_lines
 from factory.counting import count_pictures
+from factory.lost_work import lines as lost_lines
 from factory.make import select_and_pack
 from factory.plan import make_plan
 from factory.probing import cores_a_gpu, gpu_bytes, timed, tried
@@ -76,6 +77,9 @@ class Forecast:
     disk_bytes: int
     kept: tuple[int, int, int]
     """Expected, least and most by the 95% interval."""
+    unit_images: int
+    batch: int
+    """Pictures that the first model takes at once."""
 
 
 def probe(
@@ -161,6 +165,8 @@ def scale(recipe: FactoryRecipe, found: Probe, gpus: int, price: float | None) -
         cost=None if price is None else make_hours * gpus * price,
         disk_bytes=round(samples * (found.bytes_made + found.bytes_packed * _copies(recipe)) / found.samples),
         kept=(round(samples * share), math.floor(samples * low), math.ceil(samples * high)),
+        unit_images=recipe.make.unit_images,
+        batch=_batch(recipe, found.stages[0].name),
     )
 
 
@@ -221,6 +227,7 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
         f"  disk    {whole.disk_bytes / 2**30:,.2f} GiB at the peak: pictures, ledger, shards of every selection, and those that are being packed once more",
         f"  kept    {whole.kept[0]:,} ({whole.kept[1]:,} to {whole.kept[2]:,} at 95%); a small probe misses most duplicates, "
         "so a large run keeps fewer",
+        *lost_lines(found.stages, whole.unit_images, whole.batch),
     ]
     if found.device == "CPU":
         told.append(

@@ -19,6 +19,7 @@ from cluster.errors import EdgeFusionError
 from cluster.recipe import load_recipe
 from factory.download import _listed
 from factory.forecast import Probe, lines, planned_samples, probe, scale
+from factory.lost_work import fitting_unit
 from factory.recipe import FactoryRecipe
 from factory.sizes import StageProbe
 from tests.answering import Answer, Answering
@@ -71,6 +72,19 @@ def test_sums_of_a_probe_by_hand(tmp_path: Path) -> None:
     assert many.hours == pytest.approx(1 + (36_000 * 0.1 + 2) / 3600)  # one scorer cannot keep up
     more = scale(recipe_of(tmp_path, tmp_path, limit=36_000, score_workers=5), by_hand(), gpus=1000, price=None)
     assert more.hours < many.hours and many.cost is None
+
+
+def test_what_a_lost_node_costs(tmp_path: Path) -> None:
+    """2.11 s a sample by hand, 12 s of opening; a unit is one batch of 4, or so many that half of them takes over ten minutes."""
+    small = lines(by_hand(), scale(recipe_of(tmp_path, tmp_path), by_hand(), 1, None), 1)
+    assert "costs some 8 s for each unit of 4 that it had in hand, and 12 s to open" in "\n".join(small)
+    assert "unit_images=" not in "\n".join(small)
+    clip = {"kind": "open_clip", "model": "m", "batch_images": 6}
+    recipe = recipe_of(tmp_path, tmp_path, unit_images=768, scorer=clip)
+    large = lines(by_hand(), scale(recipe, by_hand(), 1, None), 1)
+    assert "some 27 min for each unit of 768" in "\n".join(large)
+    assert "with factory.make.unit_images=192, set before the run begins, 7 min for each" in "\n".join(large)
+    assert fitting_unit(by_hand().stages, 768, batch=384) is None  # half of them, one batch, takes 13 minutes
 
 
 def test_opening_the_writer_counts_once(tmp_path: Path) -> None:
