@@ -3,7 +3,7 @@
 Each PYTHON is the interpreter of an environment that has the peer (img2dataset 1.47, py-data-juicer 1.6.1); one that is left out is not run:
 
     python -m venv i2d && i2d/bin/pip install img2dataset
-    python -m venv dj && dj/bin/pip install py-data-juicer imagededup "transformers<6" torch
+    python -m venv dj && dj/bin/pip install py-data-juicer imagededup "transformers<6" torch aiohttp
 
 All read the same JPEG files from the same disk with one worker and one thread each, and write crops of 256 px as JPEG of quality 95. Each way runs
 in processes of its own, twice: over few pictures and over all. The difference is the cost of a picture; what the few cost beyond is start-up.
