@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.errors import RecipeError
 
 _MERGE = "tag:yaml.org,2002:merge"
+_TRUTH = "tag:yaml.org,2002:bool"
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
@@ -58,9 +59,21 @@ def _read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
+class _Loader(yaml.SafeLoader):
+    """With `true` and `false` as the only truths, as in YAML 1.2: of `log: off` and `mixed_precision: no` the older one makes False."""
+
+
+_loader: Any = _Loader  # its members have no types
+_loader.yaml_implicit_resolvers = {
+    first: [(tag, what) for tag, what in rules if tag != _TRUTH]
+    for first, rules in _loader.yaml_implicit_resolvers.items()
+}
+_loader.add_implicit_resolver(_TRUTH, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
+
+
 def parse_yaml(text: str, where: str) -> Any:
-    """As `yaml.safe_load`, but a key that stands twice, of which that would silently take the last, raises RecipeError."""
-    loader: Any = yaml.SafeLoader(text)  # its methods have no types
+    """As `yaml.safe_load`, but for truths (`_Loader`), and a key that stands twice, of which that would silently take the last, raises RecipeError."""
+    loader = _loader(text)
     try:
         node = loader.get_single_node()
         if node is None:

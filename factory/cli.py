@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from typer.core import TyperGroup
 
 from cluster.errors import EdgeFusionError, RecipeError
-from cluster.recipe import Settings, build_recipe, load_recipe
+from cluster.recipe import Settings, build_recipe, load_recipe, parse_yaml
 from cluster.runner import ClusterRecipe
 from factory.recipe import FactoryRecipe, ScorerRecipe
 from factory.recipe.earlier import without_gone_keys
@@ -225,7 +225,7 @@ def score_more(
 
     part = _factory_part(folder, recipe, [])
     try:
-        given = yaml.safe_load(scorer)
+        given = parse_yaml(scorer, "--scorer")
     except yaml.YAMLError:
         raise RecipeError(f"--scorer {scorer!r} is not valid YAML", remedy="For example --scorer sharpness") from None
     tree = {"scorer": given if isinstance(given, dict) else {"kind": given}}

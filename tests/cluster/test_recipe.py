@@ -140,6 +140,18 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, line: str, key: str,
     assert str(caught.value) == f"{path}: {key} stands twice, at {lines}. Keep one of the two"
 
 
+def test_words_are_no_truths(tmp_path: Path) -> None:
+    """YAML 1.1 makes False of `off` and `no`, which are words of ours; a key that is a truth takes them as ever."""
+    tree = parse_yaml("[off, no, yes, ON, true, False, trueish]", "here")
+    assert tree == ["off", "no", "yes", "ON", True, False, "trueish"]
+    path = tmp_path / "words.yaml"
+    path.write_text(DEFAULT_RECIPE.read_text())
+    words = ["cluster.log=off", "trainer.mixed_precision=no", "trainer.gradient_checkpointing=yes"]
+    recipe = load_recipe(Recipe, path, words)
+    assert recipe.cluster.log == "off" and recipe.trainer.mixed_precision == "no"
+    assert recipe.trainer.gradient_checkpointing is True
+
+
 def test_what_yaml_allows_is_read_as_yaml_reads_it() -> None:
     for text in (
         DOUBLED,
