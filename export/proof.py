@@ -58,9 +58,9 @@ def reference_inputs(reference: dict[str, np.ndarray], graph: str) -> dict[str, 
     return {key.removeprefix(start): value for key, value in reference.items() if key.startswith(start)}
 
 
-def reference_ends(reference: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """End of the guidance range to the pictures N H W 3 there; empty where guidance is fixed."""
-    return {key.removeprefix(_AT_END): value for key, value in reference.items() if key.startswith(_AT_END)}
+def reference_ends(reference: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """End of the guidance range to the pictures H W 3 there; empty where guidance is fixed."""
+    return {key.removeprefix(_AT_END): list(value) for key, value in reference.items() if key.startswith(_AT_END)}
 
 
 def write_sample(place: Path, target: str) -> None:
