@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import EdgeFusionError, LedgerConflict, RecipeError
 from cluster.recipe import load_recipe
-from export.bundle import _mark_of, export_student, identity_of, open_bundle
+from export.bundle import _calibrate, _mark_of, export_student, identity_of, open_bundle
 from export.cli import app
 from export.demo import write_demo
 from export.guidance import embed_scale, spread_scales
@@ -58,6 +58,11 @@ def test_calibration_goes_from_end_to_end() -> None:
     table = {"guidance": {"scale": 4.0, "low": LOW, "high": HIGH, "width": 256}}
     assert spread_scales(table, 5) == [3, 4, 5, 6, 7] and spread_scales(table, 1) == [4]
     assert spread_scales({}, 2) == [None, None]
+    still = {"t": 999, "c_skip": 1.0, "c_out": 0.0, "alpha": 1.0, "sigma": 0.0}
+    calls = {"text_encoder": lambda _: np.zeros((1, 7, 16)), "unet": lambda given: given["latent"]}
+    build = Build(calls, {**table, "prediction_type": "epsilon", "steps": [still]}, (1, 4, 8, 8))
+    shown = _calibrate(build, [np.zeros((1, 7), np.int64)] * 3)["unet"]
+    np.testing.assert_array_equal([one["guidance"][0] for one in shown], [embed_scale(s, 256)[0] for s in (3, 5, 7)])
 
 
 @pytest.mark.parametrize(
