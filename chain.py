@@ -70,11 +70,22 @@ class Recipe(Settings):
                 f"export.steps ({export.steps}) is no multiple of trainer.distill.phases ({distill.phases}), and the student learns to "
                 "step from edge to edge only; change one of the two"
             )
-        if distill.steps and distill.guidance_input and export.guidance_scale is None:
+        low, high = distill.guidance_min + 1, distill.guidance_max + 1
+        if distill.steps and distill.guidance_input and export.guidance_scale is None and export.guidance_range is None:
             raise ValueError(
-                "trainer.distill.guidance_input needs export.guidance_scale, which a build is fixed at; "
-                f"choose one from {distill.guidance_min + 1:g} to {distill.guidance_max + 1:g}"
+                "trainer.distill.guidance_input needs export.guidance_scale, which a build is fixed at, or export.guidance_range, from which "
+                f"whoever draws chooses; choose one from {low:g} to {high:g}"
             )
+        if distill.steps and export.guidance_range is not None:
+            if not distill.guidance_input:
+                raise ValueError(
+                    "export.guidance_range needs a student that takes guidance: set trainer.distill.guidance_input, or leave it out"
+                )
+            if export.guidance_range[0] < low or export.guidance_range[1] > high:
+                raise ValueError(
+                    f"export.guidance_range reaches beyond what trainer.distill teaches ({low:g} to {high:g}, which is guidance_min + 1 to "
+                    "guidance_max + 1), and no gate sees how the student draws there; change one of the two"
+                )
         return self
 
 

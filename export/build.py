@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cluster.storage import digest_file
 from export import parity
 from export.card import CARD, SHOWN, provenance, write_card
 from export.clip_gate import scores
+from export.ends import prove_ends
 from export.graph import Graph
 from export.inside import block_snr_db, unet_blocks
 from export.noise import GENERATOR
@@ -44,6 +45,8 @@ class Work:
     tokens: Sequence[np.ndarray]
     prompts: Sequence[str]
     wanted: Sequence[np.ndarray]
+    ends: Mapping[str, Sequence[np.ndarray]]
+    """PyTorch's too, at either end of the range of guidance scales; empty where guidance is fixed."""
     torch_ms: dict[str, float]
     recipe: ExportRecipe
     plan: Plan | None
@@ -172,7 +175,11 @@ def _prove(
             "pytorch": scores(clip, work.prompts, work.wanted),
             "build": scores(clip, work.prompts, pictures),
         }
-    missed = parity.failures(precisions, proof, pictures, work.recipe.gates, work.decoder_tiles is not None)
+    gates, tiled = work.recipe.gates, work.decoder_tiles is not None
+    missed = parity.failures(precisions, proof, pictures, gates, tiled)
+    ends, missed_there = prove_ends(build, work.tokens, work.ends, precisions, gates, tiled)
+    proof |= ends
+    missed += missed_there
     if missed:
         raise ParityError(
             f"the {name} build is too far from full precision: {'; '.join(missed)}",
@@ -205,7 +212,7 @@ def _describe(
     recipe, tokenizer = work.recipe, work.pipeline.tokenizer
     Image.fromarray(contact_sheet([row[:SHOWN] for row in sheet])).save(place / "parity.png")
     tokenizer.save_pretrained(place / "tokenizer")
-    write_reference(place, work.reference.calls, arrays_of(work.graphs), work.tokens, work.wanted)
+    write_reference(place, work.reference.calls, arrays_of(work.graphs), work.tokens, work.wanted, work.ends)
     write_sample(place, target.sample or target.name)
     facts = {
         "target": target.name,

@@ -19,13 +19,15 @@ from cluster.errors import CorruptShard, EdgeFusionError, LedgerConflict
 from cluster.storage import publish_folder, sweep_dead
 from export import parity
 from export.build import Work, arrays_of, build_target, prove_tiles
+from export.ends import draw_ends
 from export.graph import decoder_graph, graphs_of, to_onnx
+from export.guidance import spread_scales
 from export.profile import load_profile
 from export.proof import BUNDLE, broken_files
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
-from export.student import check_parts, open_student
+from export.student import check_parts, guidance_of, open_student
 from export.targets.judge import compile_plan
 from export.targets.registry import find_target, target_of
 from export.tiled_build import lower_tiled, plan_unet
@@ -64,17 +66,19 @@ def export_student(
     own_vae = pipeline.vae
     if recipe.vae is not None:
         pipeline.vae = open_decoder(recipe.vae, pipeline, recipe.allow_pickle)
-    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images)
+    guidance = guidance_of(pipeline, recipe)
+    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images, guidance)
     lines = [prompts[i % len(prompts)] for i in range(recipe.calibration_prompts + recipe.parity_prompts)]
     tokens = _tokenize(pipeline, lines)
     reference = Build(
         parity.torch_calls(graphs),
-        scheduler_constants(pipeline, recipe.steps),
+        scheduler_constants(pipeline, recipe.steps, guidance),
         tuple(graphs[1].inputs["latent"].shape),
     )
     calibration = _calibrate(reference, tokens[: recipe.calibration_prompts])
     judged = tokens[recipe.calibration_prompts :]
     wanted = reference.pictures(judged, range(len(judged)))
+    ends = draw_ends(reference, judged)
     vae = None if recipe.vae is None else vae_facts(recipe.vae, own_vae, reference, judged, wanted)
     tiles = None
     if recipe.decoder is not None:
@@ -107,6 +111,7 @@ def export_student(
         tokens=judged,
         prompts=lines[recipe.calibration_prompts :],
         wanted=wanted,
+        ends=ends,
         torch_ms=torch_ms,
         recipe=recipe,
         plan=plan,
@@ -149,7 +154,8 @@ def _refuse_another(place: Path, wanted: Identity) -> None:
 
 def _mark_of(student: Path, recipe: ExportRecipe) -> str:
     """What the lowered graphs hang on: those that an interrupted export left are used again for the very same ones only."""
-    keys = recipe.model_dump(mode="json", include={"guidance_scale", "decoder", "tiling", "size_px", "batch_images"})
+    told = {"guidance_scale", "guidance_range", "decoder", "tiling", "size_px", "batch_images"}
+    keys = recipe.model_dump(mode="json", include=told)
     vae = None if recipe.vae is None else fresh_fingerprint(recipe.vae)
     return hashlib.sha256(
         json.dumps([fresh_fingerprint(str(student)), vae, keys], sort_keys=True).encode()
@@ -172,10 +178,11 @@ def scan_student(
     pipeline = open_student(student, recipe)
     if recipe.vae is not None:
         pipeline.vae = open_decoder(recipe.vae, pipeline, recipe.allow_pickle)
-    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images)
+    guidance = guidance_of(pipeline, recipe)
+    graphs = graphs_of(pipeline, recipe.size_px, recipe.batch_images, guidance)
     tokens = _tokenize(pipeline, [prompts[i % len(prompts)] for i in range(max(count, recipe.calibration_prompts))])
     shape = tuple(graphs[1].inputs["latent"].shape)
-    reference = Build(parity.torch_calls(graphs), scheduler_constants(pipeline, recipe.steps), shape)
+    reference = Build(parity.torch_calls(graphs), scheduler_constants(pipeline, recipe.steps, guidance), shape)
     calibration = _calibrate(reference, tokens[: recipe.calibration_prompts])
     with tempfile.TemporaryDirectory() as place:
         progress("lowering unet")
@@ -208,11 +215,13 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 
 
 def _calibrate(reference: Build, tokens: Sequence[np.ndarray]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """What each graph is shown while PyTorch draws `tokens` in the few steps of the build; seeds from 1000."""
+    """What each graph is shown while PyTorch draws `tokens` in the few steps of the build; seeds from 1000. Where guidance is an input the
+    prompts share the range evenly, so that integers hold at both ends."""
     found: dict[str, list[dict[str, np.ndarray]]] = {graph: [] for graph in GRAPHS}
-    for i, row in enumerate(tokens):
+    scales = spread_scales(reference.scheduler, len(tokens))
+    for i, (row, scale) in enumerate(zip(tokens, scales, strict=True)):
         found["text_encoder"].append({"input_ids": np.repeat(row, reference.shape[0], axis=0)})
-        found["vae_decoder"].append({"latent": reference.denoise(row, 1000 + i, found["unet"].append)})
+        found["vae_decoder"].append({"latent": reference.at(scale).denoise(row, 1000 + i, found["unet"].append)})
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.guidance import guidance_words
 from export.layers import HIGH_PRECISION
 from export.off_chip import off_lines
 from export.recipe import SourceRecipe
@@ -57,12 +58,13 @@ def write_card(place: Path, facts: dict[str, Any]) -> None:
 
 def _text(facts: dict[str, Any]) -> str:
     side = facts["latent_shape"][-1]
-    first = next(iter(facts["builds"]))
+    first, range_words = next(iter(facts["builds"])), guidance_words(facts["scheduler"])
+    guided = "with guidance as an input" if range_words else "without guidance"
     target = find_target(facts["target"])
     parts = [
         f"# {facts['student']['name']} for {facts['target']}",
         "",
-        f"A text-to-image model for the edge: text to a picture in {facts['steps']} steps without guidance, as three static graphs (text encoder, UNet, VAE decoder) "
+        f"A text-to-image model for the edge: text to a picture in {facts['steps']} steps {guided}, as three static graphs (text encoder, UNet, VAE decoder) "
         f"with latents of {side} x {side}. Distilled after EdgeFusion (arXiv 2404.11925); built and proven by `edgefusion export`."
         + _other_decoder(facts.get("vae")),
         "",
@@ -75,6 +77,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"    pip install {' '.join(('numpy', target.library, *target.sample_needs, 'tokenizers'))}",
         f'    python sample.py "{facts["prompts"][0]}" --seed 3 --build {first} --out picture.png',
         "",
+        *([f"`--guidance` takes a guidance scale: {range_words}.", ""] if range_words else []),
         "`sha256sum -c SHA256SUMS` finds a damaged file; `edgefusion export verify .` repeats the whole proof.",
         "",
         "## Precisions and sizes",

@@ -17,6 +17,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
     """Sizes, parity and latency of the builds in a bundle, what stays off the accelerator, and what a compiler estimates."""
     from export.bundle import read_bundle
     from export.card import picture_ms
+    from export.guidance import guidance_words
     from export.off_chip import off_lines
 
     facts = read_bundle(folder)
@@ -37,6 +38,8 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
             picture_ms(build),
         )
     Console().print(table)
+    if words := guidance_words(facts["scheduler"]):
+        typer.echo(f"guidance scale: {words}")
     for name, build in facts["builds"].items():
         for line in off_lines(name, build):
             typer.echo(line)
@@ -118,6 +121,9 @@ def try_build(
     prompt: Annotated[str, typer.Argument(help="what to draw")],
     precision: Annotated[str, typer.Option(help="which build: fp32, w8a16, ...")] = "fp32",
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="guidance scale, of a bundle that takes one; default: the bundle's own")
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw a picture with a build, through its own runtime and without PyTorch."""
@@ -130,7 +136,7 @@ def try_build(
         raise EdgeFusionError("the prompt is empty", remedy="Say what to draw")
     check_picture_path(out)
     build, facts = open_bundle(folder, precision)
-    write_picture(out, build.picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed))
+    write_picture(out, build.at(guidance).picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed))
     typer.echo(f"wrote {out}")
 
 
@@ -148,14 +154,14 @@ def verify(
 
     from cluster.storage import publish_bytes
     from export.verify import raise_failed, verify_bundle
-    from export.verify_view import block_lines, gates_table, recorded_lines, speed_table
+    from export.verify_view import block_lines, end_lines, gates_table, recorded_lines, speed_table
 
     found = verify_bundle(folder, build or (), prompts, runs, threads, lambda what: typer.echo(what, err=True))
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
     if found["builds"]:
         Console().print(gates_table(found), speed_table(found))
-        for line in [*block_lines(found), *recorded_lines(found)]:
+        for line in [*end_lines(found), *block_lines(found), *recorded_lines(found)]:
             typer.echo(line)
     raise_failed(found)
     typer.echo(f"{folder}: every file and every gate holds")

@@ -14,6 +14,7 @@ from torch import nn
 from cluster.errors import EdgeFusionError, RecipeError, StageError
 from export.decode_tiles import TiledDecoder
 from export.exact import with_small_upsampling, without_einsum
+from export.guidance import guidance_input
 from export.onnx_file import publish_onnx
 from export.refusal import place_in, reason
 
@@ -30,14 +31,16 @@ class _TextEncoder(nn.Module):
 
 
 class _Unet(nn.Module):
-    """Latents B C H W, timestep 1 (float) and text states B T D to the prediction B C H W."""
+    """Latents B C H W, timestep 1 (float), text states B T D and, where guidance is an input, its embedding 1 E to the prediction B C H W."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = without_einsum(unet)
 
-    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return self.unet(latent, timestep, text, return_dict=False)[0]
+    def forward(
+        self, latent: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.unet(latent, timestep, text, timestep_cond=guidance, return_dict=False)[0]
 
 
 class _Decoder(nn.Module):
@@ -67,8 +70,14 @@ class Graph:
     output: str
 
 
-def graphs_of(pipeline: Any, size_px: int | None = None, batch_images: int = 1) -> list[Graph]:
-    """The three graphs of a float32 student pipeline, for `batch_images` pictures of `size_px` (the student's own size if left out)."""
+def graphs_of(
+    pipeline: Any, size_px: int | None = None, batch_images: int = 1, guidance: dict[str, Any] | None = None
+) -> list[Graph]:
+    """The three graphs of a float32 student pipeline, for `batch_images` pictures of `size_px` (the student's own size if left out).
+
+    With `guidance` (`guidance_of` the student) the UNet's has its embedding as an input: the host computes it, so that no graph holds angles
+    of thousands of radians.
+    """
     unet, tokenizer = pipeline.unet, pipeline.tokenizer
     side, channels = latent_side(pipeline, size_px), unet.config.in_channels
     width = pipeline.text_encoder.config.hidden_size
@@ -76,6 +85,7 @@ def graphs_of(pipeline: Any, size_px: int | None = None, batch_images: int = 1) 
     draw = torch.Generator().manual_seed(0)
     latent = torch.randn(batch_images, channels, side, side, generator=draw)
     text = torch.randn(batch_images, length, width, generator=draw)
+    more = {name: torch.from_numpy(value) for name, value in guidance_input({"guidance": guidance}).items()}
     words = ["a picture"] * batch_images
     tokens = torch.tensor(tokenizer(words, padding="max_length", max_length=length)["input_ids"])
     return [
@@ -83,7 +93,7 @@ def graphs_of(pipeline: Any, size_px: int | None = None, batch_images: int = 1) 
         Graph(
             "unet",
             _Unet(unet).eval(),
-            {"latent": latent, "timestep": torch.tensor([999.0]), "text": text},
+            {"latent": latent, "timestep": torch.tensor([999.0]), "text": text, **more},
             "prediction",
         ),
         decoder_graph(pipeline.vae, latent),

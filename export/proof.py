@@ -1,14 +1,15 @@
 """What a bundle carries to prove itself without the student: references from PyTorch in float32, digests, a sample program.
 
 `reference.npz` holds each graph's inputs and PyTorch's output (`unet.in.latent`, `unet.out`, ...), and the token rows N T and
-pictures N H W 3 of the judged prompts; picture i has seed i. `SHA256SUMS` lists every file, bundle.json included, for `sha256sum -c`.
+pictures N H W 3 of the judged prompts; picture i has seed i. Where guidance is an input, `pictures.low` and `pictures.high` are those of the
+first prompts at the ends of its range. `SHA256SUMS` lists every file, bundle.json included, for `sha256sum -c`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ BUNDLE = "bundle.json"
 REFERENCE = "reference.npz"
 SUMS = "SHA256SUMS"
 SAMPLE = "sample.py"
+_AT_END = "pictures."
 _SAMPLES = Path(__file__).parent / "samples"
 
 
@@ -30,9 +32,11 @@ def write_reference(
     inputs: dict[str, dict[str, np.ndarray]],
     tokens: Sequence[np.ndarray],
     pictures: Sequence[np.ndarray],
+    ends: Mapping[str, Sequence[np.ndarray]],
 ) -> None:
     """REFERENCE of a bundle, from the float32 `calls`."""
     arrays = {"tokens": np.concatenate(tokens), "pictures": np.stack(pictures)}
+    arrays |= {f"{_AT_END}{end}": np.stack(drawn) for end, drawn in ends.items()}
     for graph in GRAPHS:
         arrays[f"{graph}.out"] = calls[graph](inputs[graph])
         arrays |= {f"{graph}.in.{name}": value for name, value in inputs[graph].items()}
@@ -52,6 +56,11 @@ def reference_inputs(reference: dict[str, np.ndarray], graph: str) -> dict[str, 
     """The inputs on which REFERENCE holds the output of `graph`."""
     start = f"{graph}.in."
     return {key.removeprefix(start): value for key, value in reference.items() if key.startswith(start)}
+
+
+def reference_ends(reference: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """End of the guidance range to the pictures H W 3 there; empty where guidance is fixed."""
+    return {key.removeprefix(_AT_END): list(value) for key, value in reference.items() if key.startswith(_AT_END)}
 
 
 def write_sample(place: Path, target: str) -> None:

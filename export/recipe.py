@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cluster.recipe import Settings
 from export.layers import HIGH_PRECISION
@@ -14,6 +14,7 @@ from factory.recipe.names import AllowPickle
 Target = Literal["onnx", "openvino", "qnn", "executorch", "coreml", "cuda", "tensorrt", "litert", "ethos", "exynos"]
 Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16"]
 Named = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8", "w8", "w4", "w8bf16", "w8a8bf16", "mixed"]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "w8a16", "w8a8", "w8", "w4"),
@@ -167,7 +168,15 @@ class ExportRecipe(Settings):
     )
     batch_images: int = Field(default=1, ge=1, description="pictures that the static graphs draw at once")
     guidance_scale: float | None = Field(
-        default=None, ge=0, description="what a student that takes guidance is fixed at; others have none"
+        default=None,
+        ge=0,
+        description="what a student that takes guidance is fixed at; others have none. With guidance_range: what is drawn, proven and timed "
+        "at where nobody says another scale, the middle of the range if left out",
+    )
+    guidance_range: tuple[Scale, Scale] | None = Field(
+        default=None,
+        description="[LOWEST, HIGHEST] guidance scale: builds of a student that takes guidance keep it as an input, and whoever draws chooses "
+        "within the range; guidance is fixed if left out",
     )
     calibration_prompts: int = Field(
         default=8, ge=1, description="prompts whose few-step trajectories calibrate activations"
@@ -195,6 +204,18 @@ class ExportRecipe(Settings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"export.precisions names {twice[0]} twice: give each build a name of its own")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if low >= high:
+                raise ValueError(
+                    f"export.guidance_range goes from {low:g} to {high:g}: name the lower scale first, or fix one scale by export.guidance_scale "
+                    "alone"
+                )
+            if self.guidance_scale is not None and not low <= self.guidance_scale <= high:
+                raise ValueError(
+                    f"export.guidance_scale ({self.guidance_scale:g}) does not lie in export.guidance_range ({low:g} to {high:g}): change one "
+                    "of the two, or leave guidance_scale out for the middle"
+                )
         if self.batch_images > 1:
             single = [target for target in self.targets if target in UNETS]
             if single or self.tiling is not None:
@@ -208,6 +229,11 @@ class ExportRecipe(Settings):
                     f"export.precisions has no build that {target} can run: it knows {', '.join(UNETS.get(target, PRECISIONS[target]))}"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_left_out(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A recipe without the key is to the byte what it was before there was one, and so is what a bundle says that it was made with.
+        return {name: value for name, value in whole(self).items() if name != "guidance_range" or value is not None}
 
     def builds(self, target: str | None = None) -> list[MixRecipe]:
         """The recipe's builds as mixes; of one target, those that it can run."""

@@ -1,6 +1,7 @@
 """Runs a build the way a device would: tokens, a few UNet calls between closed-form scheduler steps, one decode.
 
-The scheduler is a short table of constants in `bundle.json`, so a device needs no diffusers. Knows no quantisation.
+The scheduler is a short table of constants in `bundle.json`, so a device needs no diffusers. Where the UNet takes guidance, they say which
+scales. Knows no quantisation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import ParityError
+from export.guidance import guidance_input, with_scale
 from export.noise import noise
 from export.targets.contract import GRAPHS
 
@@ -21,11 +23,11 @@ Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Named inputs to the graph's one output."""
 
 
-def scheduler_constants(pipeline: Any, steps: int) -> dict[str, Any]:
+def scheduler_constants(pipeline: Any, steps: int, guidance: dict[str, Any] | None = None) -> dict[str, Any]:
     """What one few-step loop needs: per step t, c_skip, c_out, alpha, sigma, and alpha, sigma of the step after it.
 
     Deterministic steps (TCD's scheduler, students with phases) have the same form: the DDIM step to s is sigma_s / sigma x
-    + (alpha_s - sigma_s alpha / sigma) x0, and no noise follows.
+    + (alpha_s - sigma_s alpha / sigma) x0, and no noise follows. `guidance`: `guidance_of` the student.
     """
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -45,7 +47,8 @@ def scheduler_constants(pipeline: Any, steps: int) -> dict[str, Any]:
             after = cumulative[times[i + 1]]
             row |= {"next_alpha": _root(after), "next_sigma": _root(1 - after)}
         table.append(row)
-    return {"prediction_type": scheduler.config.prediction_type, "steps": table}
+    kept = {} if guidance is None else {"guidance": guidance}
+    return {"prediction_type": scheduler.config.prediction_type, "steps": table, **kept}
 
 
 def _root(value: Any) -> float:
@@ -57,6 +60,11 @@ class Build:
 
     def __init__(self, calls: dict[str, Call], scheduler: dict[str, Any], latent_shape: Sequence[int]) -> None:
         self.calls, self.scheduler, self.shape = calls, scheduler, tuple(latent_shape)
+
+    def at(self, scale: float | None) -> Build:
+        """The same build, drawing at another guidance scale than its own default; itself for None. Raises EdgeFusionError for a scale that it
+        does not take."""
+        return self if scale is None else Build(self.calls, with_scale(self.scheduler, scale), self.shape)
 
     def denoise(
         self,
@@ -73,9 +81,9 @@ class Build:
         def drawn(draw: int) -> np.ndarray:
             return np.stack([noise(seed, draw, self.shape[1:]) for seed in given])[rows]
 
-        latent = drawn(0)
+        latent, more = drawn(0), guidance_input(self.scheduler)
         for step, row in enumerate(self.scheduler["steps"], start=1):
-            inputs = {"latent": latent, "timestep": np.array([row["t"]], np.float32), "text": text}
+            inputs = {"latent": latent, "timestep": np.array([row["t"]], np.float32), "text": text, **more}
             seen(inputs)
             said = self.calls["unet"](inputs)
             if self.scheduler["prediction_type"] == "epsilon":

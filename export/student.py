@@ -24,7 +24,8 @@ _PARTS = {
 
 
 def open_student(folder: Path, recipe: ExportRecipe) -> Any:
-    """The pipeline in float32; a guidance input of its UNet is fixed at the recipe's scale. Raises EdgeFusionError, naming the part."""
+    """The pipeline in float32; a guidance input of its UNet is fixed at the recipe's scale, unless the recipe has a range. Raises
+    EdgeFusionError, naming the part."""
     check_parts(folder, recipe.allow_pickle)
     try:
         pipeline = open_pipeline(str(folder), recipe.allow_pickle)
@@ -37,15 +38,33 @@ def open_student(folder: Path, recipe: ExportRecipe) -> Any:
             remedy="Save the student again; --debug shows the library's report",
         ) from error
     check_scheduler(pipeline, folder)
-    if takes_guidance(pipeline.unet):
+    if recipe.guidance_range is not None:
+        if not takes_guidance(pipeline.unet):
+            raise EdgeFusionError(
+                "the student does not take guidance as an input, so no build of it can",
+                where=str(folder),
+                remedy="Leave export.guidance_range out, or train with trainer.distill.guidance_input=true",
+            )
+    elif takes_guidance(pipeline.unet):
         if recipe.guidance_scale is None:
             raise EdgeFusionError(
-                "the student takes guidance as an input, and a build has it fixed",
+                "the student takes guidance as an input, and the recipe neither fixes it nor keeps it",
                 where=str(folder),
-                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1)",
+                remedy="Set export.guidance_scale to a scale that it was trained for (w + 1), or export.guidance_range to those that builds "
+                "let one choose from",
             )
         pipeline.unet = fix_guidance(pipeline.unet, recipe.guidance_scale - 1)
     return pipeline
+
+
+def guidance_of(pipeline: Any, recipe: ExportRecipe) -> dict[str, Any] | None:
+    """For bundle.json, of an opened student whose guidance stays an input: the scale where none is said, the range, the width of the
+    embedding. None where guidance is fixed."""
+    if recipe.guidance_range is None:
+        return None
+    low, high = recipe.guidance_range
+    scale = (low + high) / 2 if recipe.guidance_scale is None else recipe.guidance_scale
+    return {"scale": scale, "low": low, "high": high, "width": pipeline.unet.config.time_cond_proj_dim}
 
 
 def check_parts(folder: Path, allow_pickle: bool) -> None:

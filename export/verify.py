@@ -21,8 +21,9 @@ from cluster.errors import CorruptShard, EdgeFusionError, ParityError
 from export import parity
 from export.bundle import read_bundle
 from export.clip_gate import scores
+from export.ends import prove_ends
 from export.inside import block_snr_db
-from export.proof import SUMS, broken_files, read_reference, reference_inputs
+from export.proof import SUMS, broken_files, read_reference, reference_ends, reference_inputs
 from export.recipe import GateRecipe
 from export.runtime import GRAPHS, Build
 from export.targets.contract import check_open
@@ -200,8 +201,16 @@ def _verify_build(
             "pytorch": scores(judged.clip, judged.prompts, judged.pictures),
             "build": scores(judged.clip, judged.prompts, pictures),
         }
-    tiled = facts.get("decoder_tiles") is not None
-    missed += parity.failures(precisions, told["parity"], pictures, GateRecipe(**facts["gates"]), tiled)
+    gates, tiled = GateRecipe(**facts["gates"]), facts.get("decoder_tiles") is not None
+    missed += parity.failures(precisions, told["parity"], pictures, gates, tiled)
+    rows = [row[None] for row in reference["tokens"]]
+    try:
+        ends, missed_there = prove_ends(build, rows, reference_ends(reference), precisions, gates, tiled)
+    except ParityError as error:
+        missed.append(error.what)
+        return told
+    told["parity"] |= ends
+    missed += missed_there
     progress(f"{name}: latency")
     told[f"{target_of(facts).times_kind(precisions)}_ms"] = parity.latency_spread_ms(
         build, judged.tokens[0], inputs, runs

@@ -51,6 +51,15 @@ def block_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def end_lines(found: dict[str, Any]) -> list[str]:
+    """Of each build that takes guidance: how near its pictures come at either end of the range."""
+    return [
+        f"{name}, pictures at guidance {one['scale']:g}: PSNR {one['psnr_db']:.1f} dB, the worst {one['psnr_db_min']:.1f}, SSIM {one['ssim_mean']:.3f}"
+        for name, build in found["builds"].items()
+        for one in (build.get("parity") or {}).get("ends", {}).values()
+    ]
+
+
 def recorded_lines(found: dict[str, Any]) -> list[str]:
     """What the bundle holds of hardware that is not here: `verify` repeats it, since nobody can measure it again here."""
     lines = [line for name, build in found["builds"].items() for line in off_lines(name, build["stored"])]

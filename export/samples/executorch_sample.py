@@ -14,14 +14,19 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "bundle.json").read_text())
-ask = argparse.ArgumentParser()
+ask, LOOP = argparse.ArgumentParser(), FACTS["scheduler"]
 ask.add_argument("prompt")
 ask.add_argument("--seed", type=int, default=0)
 ask.add_argument("--build", default=next(iter(FACTS["builds"])), choices=list(FACTS["builds"]))
 ask.add_argument("--out", default="out.png")
-ASKED = ask.parse_args()
-
-
+if G := LOOP.get("guidance"):
+    ask.add_argument("--guidance", type=float, default=G["scale"])
+ASKED, MORE = ask.parse_args(), {}
+if G:  # as an input: sines and cosines of it
+    if not G["low"] <= ASKED.guidance <= G["high"]:
+        ask.error(f"--guidance goes from {G['low']:g} to {G['high']:g}")
+    angles = (ASKED.guidance - 1) * 1000 * 10000.0 ** -np.linspace(0, 1, G["width"] // 2)
+    MORE["guidance"] = np.concatenate([np.sin(angles), np.cos(angles)])[None].astype(np.float32)
 FILES = {graph: (HERE / name).read_bytes() for graph, name in FACTS["builds"][ASKED.build]["graphs"].items()}
 PROGRAMS = {graph: Runtime.get().load_program(data) for graph, data in FILES.items()}
 METHODS = {graph: program.load_method("forward") for graph, program in PROGRAMS.items()}
@@ -31,28 +36,23 @@ def run(graph, *inputs):
     return METHODS[graph].execute([torch.from_numpy(np.ascontiguousarray(x)) for x in inputs])[0].numpy().copy()
 
 
-def noise(draw, shape):
-    """bundle.json's generator: Philox4x32-10, then Box-Muller."""
-    a, b, c, d = np.zeros((4, np.prod(shape)), np.uint64)
-    a, c, low = a + np.uint64(draw), np.arange(a.size, dtype=np.uint64), 0xFFFFFFFF
-    for i in range(10):
-        p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        keys = ASKED.seed + i * 0x9E3779B9 & low, (ASKED.seed >> 32) + i * 0xBB67AE85 & low
-        a, b, c, d = (q >> 32) ^ b ^ keys[0], q & low, (p >> 32) ^ d ^ keys[1], p & low
-    u, v = (a + 0.5) / 2.0**32, (b + 0.5) / 2.0**32
-    return (np.sqrt(-2 * np.log(u)) * np.sin(2 * np.pi * v)).astype(np.float32).reshape(shape)
-
-
 words, length = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer/tokenizer.json")), FACTS["tokenizer"]["length"]
 words.enable_truncation(length)
 words.enable_padding(length=length, pad_id=FACTS["tokenizer"]["pad"])
-x = noise(0, FACTS["latent_shape"])
+# bundle.json's generator: Philox4x32-10, then Box-Muller, for all steps at once
+a, c, b, d = np.indices((len(LOOP["steps"]), np.prod(FACTS["latent_shape"]), 1, 1), np.uint64)  # b, d: 0
+for i in range(10):
+    p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+    keys = (ASKED.seed + i * 0x9E3779B9) % 2**32, ((ASKED.seed >> 32) + i * 0xBB67AE85) % 2**32
+    a, b, c, d = (q >> 32) ^ b ^ keys[0], q % 2**32, (p >> 32) ^ d ^ keys[1], p % 2**32
+u, v = (a + 0.5) / 2.0**32, (b + 0.5) / 2.0**32
+noise = (np.sqrt(-2 * np.log(u)) * np.sin(2 * np.pi * v)).astype(np.float32).reshape(-1, *FACTS["latent_shape"])
+x = noise[0]
 text = run("text_encoder", np.array([words.encode(ASKED.prompt).ids] * len(x)))
-for i, row in enumerate(FACTS["scheduler"]["steps"], 1):
-    y = run("unet", x.astype(np.float32), np.array([row["t"]], np.float32), text)
-    kind, a, s = FACTS["scheduler"]["prediction_type"], row["alpha"], row["sigma"]
+for i, row in enumerate(LOOP["steps"], 1):
+    y = run("unet", x.astype(np.float32), np.array([row["t"]], np.float32), text, *MORE.values())
+    kind, a, s = LOOP["prediction_type"], row["alpha"], row["sigma"]
     x = row["c_skip"] * x + row["c_out"] * ((x - s * y) / a if kind == "epsilon" else a * x - s * y)
-    if "next_alpha" in row:
-        x = row["next_alpha"] * x + row["next_sigma"] * noise(i, x.shape)
+    x = row["next_alpha"] * x + row["next_sigma"] * noise[i] if "next_alpha" in row else x
 rgb = (np.concatenate(run("vae_decoder", x.astype(np.float32)), 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
 Image.fromarray(rgb).save(ASKED.out)

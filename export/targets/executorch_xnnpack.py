@@ -53,7 +53,9 @@ class ExecuTorch(EdgeTarget):
 
         def call(graph: str) -> Call:
             def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
-                given = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in _ORDER[graph]]
+                given = [
+                    torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in _ORDER[graph] if name in inputs
+                ]
                 return methods[graph].execute(given)[0].numpy().copy()  # pyright: ignore[reportOptionalMemberAccess]
 
             run.program = programs[graph]  # pyright: ignore[reportFunctionMemberAccess]
@@ -77,7 +79,12 @@ class ExecuTorch(EdgeTarget):
         return {"accelerated_parts": parts, "not_accelerated": dict(others), "said_by": "the program's own plan"}
 
 
-_ORDER = {"text_encoder": ("input_ids",), "unet": ("latent", "timestep", "text"), "vae_decoder": ("latent",)}
+_ORDER = {
+    "text_encoder": ("input_ids",),
+    "unet": ("latent", "timestep", "text", "guidance"),
+    "vae_decoder": ("latent",),
+}
+"""A program's inputs have no names; guidance is there where it is an input."""
 
 
 TARGETS = {

@@ -76,7 +76,8 @@ def cuts_of(plan: Plan) -> Cuts:
 
 
 def unet_call(path: Path, host: Any, threads: int) -> Call:
-    """The UNet as other targets call it: latent 1 C H W, timestep 1 and text 1 S D to 1 C H W; `host`: a session of its host part."""
+    """The UNet as other targets call it: latent 1 C H W, timestep 1, text 1 S D and maybe guidance 1 E to 1 C H W; `host`: a session of its
+    host part."""
     model = LiteRtModel(path, threads)
     ends = np.cumsum(model.widths[2:])[:-1]
 

@@ -20,7 +20,9 @@ from export.targets.tflite import Writer
 from export.targets.unet import Cuts, HostTime, Lowering, check_unet
 
 Inputs = dict[str, np.ndarray]
-"""latent 1 C H W, timestep 1, text 1 S D: as `runtime.Build` calls a UNet."""
+"""latent 1 C H W, timestep 1, text 1 S D, and guidance 1 E where it is an input: as `runtime.Build` calls a UNet."""
+_HOST = ("timestep", "text", "guidance")
+"""Of these, what the host takes, in its order."""
 
 
 def device_inputs(time: np.ndarray, widths: dict[str, int], latent: np.ndarray, text: np.ndarray) -> Inputs:
@@ -35,7 +37,7 @@ def device_inputs(time: np.ndarray, widths: dict[str, int], latent: np.ndarray, 
 def torch_inputs(host: HostTime, row: Inputs) -> Inputs:
     """As `device_inputs`, of one call of the UNet, with the time vectors by PyTorch."""
     with torch.inference_mode():
-        time = host(torch.from_numpy(row["timestep"]), torch.from_numpy(row["text"])).numpy()
+        time = host(*(torch.from_numpy(row[name]) for name in _HOST if name in row)).numpy()
     return device_inputs(time, host.widths, row["latent"], row["text"])
 
 
@@ -109,8 +111,9 @@ def write_unet(
 
 
 def write_host(unet: Any, inputs: dict[str, torch.Tensor], path: Path) -> None:
-    """Write the host's part as ONNX in float32: timestep and text (where the UNet pools it) to the time vectors 1 E."""
-    example = {name: inputs[name] for name in ("timestep", "text")}
+    """Write the host's part as ONNX in float32: timestep, text (where the UNet pools it) and guidance (where it is an input) to the time
+    vectors 1 E."""
+    example = {name: inputs[name] for name in _HOST if name in inputs}
     to_onnx(Graph("unet_host", HostTime(unet).eval(), example, "time"), path)
 
 

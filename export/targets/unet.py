@@ -1,6 +1,6 @@
 """A whole UNet2DConditionModel of Stable Diffusion's shape in terms of `Ops`: static, int16, nothing left to a CPU.
 
-What depends on the step alone (and on the text as a whole) is the host's: `HostTime` gives each resnet's time vector in float32.
+What depends on the step alone (and on the guidance scale, and on the text as a whole) is the host's: `HostTime` gives each resnet's time vector in float32.
 Knows diffusers' modules, no file format and no chip.
 """
 
@@ -24,16 +24,17 @@ Cuts = Mapping[str, tuple[int, int]]
 
 
 class HostTime(nn.Module):
-    """Timestep 1 and text states 1 S D to the time vectors of all resnets, joined: 1 E. Shares the UNet's weights."""
+    """Timestep 1, text states 1 S D and, where guidance is an input, its embedding to the time vectors of all resnets, joined: 1 E. Shares
+    the UNet's weights."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
         self.widths = {name: resnet.time_emb_proj.out_features for name, resnet in time_resnets(unet)}
 
-    def forward(self, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def forward(self, timestep: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         unet = self.unet
-        state = unet.time_embedding(unet.get_time_embed(sample=text, timestep=timestep), None)
+        state = unet.time_embedding(unet.get_time_embed(sample=text, timestep=timestep), guidance)
         more = unet.get_aug_embed(emb=state, encoder_hidden_states=text, added_cond_kwargs={})
         state = nn.functional.silu(state if more is None else state + more)
         return torch.cat([resnet.time_emb_proj(state) for _, resnet in time_resnets(unet)], dim=-1)
@@ -51,7 +52,6 @@ def check_unet(unet: Any) -> None:
     refused: list[tuple[str, bool]] = [
         ("class embeddings", unet.config.class_embed_type is not None),
         ("size and crop embeddings (SDXL)", unet.config.addition_embed_type not in (None, "text")),
-        ("guidance as an input", unet.config.time_cond_proj_dim is not None),
         (f"{unet.config.act_fn} for SiLU", unet.config.act_fn not in ("silu", "swish")),
         ("scale and shift by time", unet.config.resnet_time_scale_shift != "default"),
     ]

@@ -6,10 +6,10 @@ let facts = null;
 let asked = 0;
 const worker = new Worker("./worker.js", { type: "module" });
 
-/** A picture from the worker: {pixels, width, height, one, timings}, `one` the height of one of the pictures that a build draws at once. `where` is the element that tells of the steps. */
-function draw(prompt, seed, where) {
+/** A picture from the worker: {pixels, width, height, one, timings}, `one` the height of one of the pictures that a build draws at once. `guidance`: a scale, or undefined for the build's own. `where` is the element that tells of the steps. */
+function draw(prompt, seed, guidance, where) {
   const id = ++asked;
-  worker.postMessage({ kind: "draw", id, prompt, seed });
+  worker.postMessage({ kind: "draw", id, prompt, seed, guidance });
   return new Promise((resolve, reject) => waiting.set(id, { resolve, reject, where }));
 }
 
@@ -96,11 +96,12 @@ at("form").onsubmit = async (event) => {
   const prompt = at("prompt").value.trim();
   if (!prompt) return at("prompt").focus();
   const seed = Number(at("seed").value);
+  const guidance = facts.scheduler.guidance ? Number(at("guidance").value) : undefined;
   busy(true);
   at("trouble").hidden = true;
   try {
-    const picture = await draw(prompt, seed, at("caption"));
-    const label = `${prompt} (seed ${seed})`;
+    const picture = await draw(prompt, seed, guidance, at("caption"));
+    const label = `${prompt} (seed ${seed}${guidance === undefined ? "" : `, guidance ${guidance}`})`;
     paint(at("picture"), picture, label);
     at("caption").textContent = label;
     showTimings(picture.timings);
@@ -130,7 +131,7 @@ at("prove").onclick = async () => {
   try {
     for (const [i, one] of facts.references.entries()) {
       const figure = at("pairs").children[i];
-      const picture = await draw(one.prompt, one.seed, figure.querySelector("figcaption"));
+      const picture = await draw(one.prompt, one.seed, undefined, figure.querySelector("figcaption"));
       const wanted = new OffscreenCanvas(picture.width, picture.one).getContext("2d");
       wanted.drawImage(figure.querySelector("img"), 0, 0);
       const seen = wanted.getImageData(0, 0, picture.width, picture.one).data;
@@ -147,6 +148,13 @@ at("prove").onclick = async () => {
   busy(false);
 };
 
+/** A field for the guidance scale; the browser itself refuses one outside the range. */
+function offerGuidance({ scale, low, high }) {
+  Object.assign(at("guidance"), { min: low, max: high, value: scale, disabled: false });
+  at("range").textContent = `${low} to ${high}; a higher one follows the words more closely`;
+  at("guided").hidden = false;
+}
+
 async function begin() {
   at("unserved").hidden = true;
   progress("reading what there is to load", 0);
@@ -154,6 +162,7 @@ async function begin() {
   if (!answer.ok) return trouble(`demo.json: the server says ${answer.status}`);
   facts = await answer.json();
   at("prompt").value = facts.prompts[0];
+  if (facts.scheduler.guidance) offerGuidance(facts.scheduler.guidance);
   at("ideas").replaceChildren(
     ...facts.prompts.slice(0, 6).map((prompt) => {
       const idea = element("button", prompt);

@@ -2,6 +2,13 @@
 
 import { noise } from "./noise.js";
 
+/** The embedding of a guidance scale, for graphs that take one: sines, then cosines, of 1000 (scale - 1). As export/guidance.py. */
+export function embedScale(scale, width) {
+  const half = width / 2;
+  const angles = Array.from({ length: half }, (_, i) => (scale - 1) * 1000 * 10000 ** (-i / (half - 1)));
+  return Float32Array.from([...angles.map(Math.sin), ...angles.map(Math.cos)]);
+}
+
 /** The final latent. `unet(latent, t)` answers with the prediction; `onStep(done)` hears of each step. */
 export async function denoise(unet, scheduler, count, seed, onStep) {
   let latent = noise(seed, 0, count);

@@ -1,6 +1,6 @@
 // Holds the models, so that the page stays awake. Asked by {kind: "open" | "draw"}; answers by progress, ready, step, picture, error.
 
-import { denoise, toPixels } from "./sampler.js";
+import { denoise, embedScale, toPixels } from "./sampler.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const GRAPHS = ["text_encoder", "unet", "vae_decoder"];
@@ -91,7 +91,7 @@ async function run(graph, inputs) {
   return { data: await output.getData(), dims: output.dims };
 }
 
-async function draw({ id, prompt, seed }) {
+async function draw({ id, prompt, seed, guidance }) {
   const { facts, ort } = state;
   const shape = facts.latent_shape;
   const timings = { unet_ms: [] };
@@ -101,12 +101,15 @@ async function draw({ id, prompt, seed }) {
   const ids = BigInt64Array.from(Array(shape[0]).fill(row).flat(), BigInt);
   const text = await run("text_encoder", { input_ids: new ort.Tensor("int64", ids, [shape[0], row.length]) });
   timings.text_encoder_ms = performance.now() - began;
+  const taken = facts.scheduler.guidance; // where guidance is fixed there is none
+  const more = taken ? { guidance: new ort.Tensor("float32", embedScale(guidance ?? taken.scale, taken.width), [1, taken.width]) } : {};
   const unet = async (latent, t) => {
     const from = performance.now();
     const said = await run("unet", {
       latent: new ort.Tensor("float32", latent, shape),
       timestep: new ort.Tensor("float32", [t], [1]),
       text: new ort.Tensor("float32", text.data, text.dims),
+      ...more,
     });
     timings.unet_ms.push(performance.now() - from);
     return said.data;

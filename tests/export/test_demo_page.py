@@ -10,6 +10,7 @@ import random
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,15 +54,21 @@ def folder(student_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    """The folder behind the plainest of static servers."""
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A folder behind the plainest of static servers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with served(folder) as address:
+        yield address
 
 
 @pytest.fixture
@@ -111,6 +118,7 @@ def check_pictures(browser: webdriver.Chrome, bundle: Path) -> None:
 def test_same_prompt_and_seed_give_pythons_picture(browser: webdriver.Chrome, url: str, student_bundles: Path) -> None:
     browser.get(url)
     assert until(lambda: is_ready(browser), "the models") == "wasm"
+    assert script(browser, "return document.getElementById('guided').hidden"), "its guidance is fixed"
     check_pictures(browser, student_bundles / "onnx")
     assert script(browser, "return document.querySelectorAll('#timings tr').length") == 5
     script(browser, "document.getElementById('prove').click()")
@@ -134,6 +142,39 @@ def test_webgpu_draws_pythons_picture(url: str, student_bundles: Path) -> None:
         if (said := until(lambda: is_ready(chrome), "the models")) != "webgpu":
             pytest.skip(f"this Chromium has no WebGPU: {said}")
         check_pictures(chrome, student_bundles / "onnx")
+
+
+def test_the_page_draws_at_the_scale_that_it_is_given(
+    browser: webdriver.Chrome, guided_bundles: Path, tmp_path: Path
+) -> None:
+    bundle = guided_bundles / "onnx"
+    try:
+        write_demo(bundle, tmp_path / "page")
+    except TargetUnavailable as error:
+        pytest.skip(str(error))
+    build, facts = open_bundle(bundle, "fp32", 1)
+    row = tokenize(bundle, facts["tokenizer"], ["a fox"])[0]
+    own, low, high = (build.at(scale).picture(row, 5) for scale in (None, 3, 6.5))
+    with served(tmp_path / "page") as address:
+        browser.get(address)
+        assert until(lambda: is_ready(browser), "the models") == "wasm"
+        assert not script(browser, "return document.getElementById('guided').hidden")
+        assert script(browser, "return document.getElementById('range').textContent").startswith("3 to 7;")
+        assert script(browser, "return document.getElementById('guidance').value") == "5"
+        assert psnr_db(own, draw(browser, "a fox", 5)) >= 35
+        for scale, wanted, other in ((3, low, high), (6.5, high, low)):
+            script(browser, "document.getElementById('guidance').value = arguments[0]", scale)
+            got = draw(browser, "a fox", 5)
+            assert psnr_db(wanted, got) >= 35
+            assert psnr_db(other, got) < 35 and psnr_db(own, got) < 35  # so that the bar tells scales apart
+        assert (
+            script(browser, "return document.getElementById('caption').textContent") == "a fox (seed 5, guidance 6.5)"
+        )
+        script(browser, "document.getElementById('guidance').value = 7.5")
+        assert not script(browser, "return document.getElementById('form').checkValidity()")
+        # The proof is at the bundle's own scale, whatever the field holds.
+        script(browser, "document.getElementById('prove').click()")
+        assert until(lambda: script(browser, "return Number(document.body.dataset.least ?? 0)"), "the proof") >= 35
 
 
 ODD = [
@@ -188,11 +229,7 @@ def test_a_flipped_bit_is_refused_by_the_page(
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(copy))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        browser.get(f"http://127.0.0.1:{server.server_port}")
+    with served(copy) as address:
+        browser.get(address)
         said = until(lambda: is_ready(browser), "the refusal")
-        server.shutdown()
-        thread.join()
     assert said == "models/vae_decoder.onnx is not what demo.json says"

@@ -149,7 +149,9 @@ def test_tensorrt_takes_halves_for_half_graphs_only() -> None:
 def test_the_sample_asks_for_what_was_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target: Any = find_target(name)
     graphs = {"text_encoder": "text_encoder.fp16.onnx", "unet": "unet.onnx", "vae_decoder": "vae_decoder.fp16.onnx"}
-    (tmp_path / "bundle.json").write_text(json.dumps({"target": name, "builds": {"mine": {"graphs": graphs}}}))
+    (tmp_path / "bundle.json").write_text(
+        json.dumps({"target": name, "builds": {"mine": {"graphs": graphs}}, "scheduler": {}})
+    )
     write_sample(tmp_path, target.sample or name)
     asked: dict[str, list[Any]] = {}
 

@@ -254,6 +254,13 @@ def test_the_chains_recipe_refuses_builds_that_cross_edges_or_lack_a_scale(tiny_
     with pytest.raises(RecipeError, match="choose one from 4 to 7"):
         chain(*guided)
     assert chain(*guided, "export.guidance_scale=5").export.guidance_scale == 5
+    assert chain(*guided, "export.guidance_range=[4,7]").export.guidance_range == (4, 7)
+    with pytest.raises(
+        RecipeError, match=r"export\.guidance_range reaches beyond what trainer\.distill teaches \(4 to 7"
+    ):
+        chain(*guided, "export.guidance_range=[3,7]")
+    with pytest.raises(RecipeError, match=r"export\.guidance_range needs a student that takes guidance"):
+        chain("export.guidance_range=[4,7]")
 
 
 def test_a_student_as_large_as_its_teacher_needs_no_cut(tiny_models: Path, data: Path, tmp_path: Path) -> None:
