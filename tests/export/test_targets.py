@@ -430,6 +430,23 @@ def test_core_ml_is_given_no_aliases() -> None:
     assert "alias" not in str(program.graph) and torch.equal(program.module()(x), 2 * x)
 
 
+@pytest.mark.parametrize("name", ["executorch", "coreml", "qnn"])
+def test_an_extra_keeps_guidance_as_an_input(name: str, guided_students: Path, tmp_path: Path) -> None:
+    try:
+        find_target(name).require()
+    except TargetUnavailable as error:
+        pytest.skip(str(error))
+    few = {"calibration_prompts": 2, "parity_prompts": 2, "latency_runs": 1, "threads": 1}
+    recipe = ExportRecipe.model_validate({"targets": [name], "precisions": ["fp32"], "guidance_range": [3, 7], **few})
+    export_student(guided_students / "guided", ("a fox", "a red apple"), recipe, tmp_path)
+    facts = json.loads((tmp_path / name / "bundle.json").read_text())
+    assert facts["scheduler"]["guidance"] == {"scale": 5, "low": 3, "high": 7, "width": 256}
+    if not facts["builds"]["fp32"]["not_run"]:
+        ends = facts["builds"]["fp32"]["parity"]["ends"]
+        assert [ends["low"]["scale"], ends["high"]["scale"]] == [3, 7]
+        assert min(one["psnr_db"] for one in ends.values()) > 60
+
+
 @pytest.mark.parametrize("name", ["executorch", "coreml"])
 def test_a_bundle_of_an_extra(name: str, tmp_path: Path) -> None:
     try:
