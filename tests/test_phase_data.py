@@ -233,7 +233,7 @@ def test_report_and_card_name_the_data_of_each_phase() -> None:
     facts: dict[str, Any] = {
         "student": {"name": "student", "sources": [], "trained_on": rows},
         **{"latent_shape": [1, 4, 8, 8], "builds": {"fp32": _BUILD}, "target": "onnx", "steps": 2, "keep": []},
-        **{"prompts": ["a fox"], "measured_on": "a CPU", "runtime": "onnxruntime"},
+        **{"prompts": ["a fox"], "measured_on": "a CPU", "runtime": "onnxruntime", "scheduler": {}},
     }
     card = _text(facts)
     assert "| 1, adapt (feature distillation) | dataset/views/few | 6 | 100.0% |" in card
