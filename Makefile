@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE = 1
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
+	@echo "installing into .venv: some 7 GB and 5 minutes, the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev,zoo]"

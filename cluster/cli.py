@@ -73,6 +73,7 @@ def log(
         raise EdgeFusionError(
             "holds no log", where=str(out), remedy="Give the --out folder of a run; cluster.log may be off"
         )
+    found = 0
     for event in read_events(out):
         if (stage, unit) != (event.get("stage") if stage else None, event.get("unit") if unit else None):
             continue
@@ -80,7 +81,15 @@ def log(
             continue
         if sample and not any(key.startswith(sample) for key in samples_of(event)):
             continue
+        found += 1
         typer.echo(json.dumps(event, ensure_ascii=False))
+    if not found:
+        told = (
+            ""
+            if not sample and not problems
+            else f"; every sample that died, in the plan too, stands in {out}/dataset/dead.parquet"
+        )
+        typer.echo(f"the log holds nothing of that{told}", err=True)
 
 
 environments = typer.Typer(

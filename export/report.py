@@ -30,6 +30,8 @@ from trainer.trained_on import read_data
 
 _SHOWN, _DEAD = 24, 50
 _LOOKS = 6
+_ENDS_STEPS = 10
+"""Steps over which the loss at either end of a phase is a mean."""
 
 
 def write_report(out: Path, facts: dict[str, Any]) -> Path:
@@ -168,8 +170,9 @@ def _training_part(folder: Path) -> list[dict[str, Any]]:
                 {
                     "title": title,
                     "steps": rows[-1]["step"],
-                    "first": rows[0]["loss"],
-                    "last": float(np.mean([row["loss"] for row in rows[-10:]])),
+                    "first": _mean_loss(rows[:_ENDS_STEPS]),
+                    "last": _mean_loss(rows[-_ENDS_STEPS:]),
+                    "ends": min(_ENDS_STEPS, len(rows)),
                     "rate": rows[-1]["images_per_s"],
                     "plot": _curve(rows),
                     "looks": _looks(folder / phase),
@@ -177,6 +180,10 @@ def _training_part(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _mean_loss(rows: list[dict[str, Any]]) -> float:
+    return float(np.mean([row["loss"] for row in rows]))
 
 
 def _looks(folder: Path) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ def select_again(
 ) -> None:
     """Select and pack a made data set again: after people decided, by other rules, or as a further selection. No model runs."""
     from factory.decisions import read_decisions
-    from factory.views import pack_all, pack_view, view_folder
+    from factory.views import list_views, pack_all, pack_view, view_folder
 
     if rules and not name:
         raise RecipeError(
@@ -174,17 +174,22 @@ def select_again(
             funnel = pack_view(part.factory, folder, name, part.name, rules or [])
         else:
             funnel = pack_all(part.factory, folder, part.name)
-    decisions = read_decisions(folder).values()
-    typer.echo(
-        f"{view_folder(folder, name or '')}: planned {{planned}} = kept {{kept}} + rejected {{rejected}} + dead {{dead}}".format(
-            **funnel
-        )
-    )
+    sums = "planned {planned} = kept {kept} + rejected {rejected} + dead {dead}"
+    packed = list_views(folder)
+    for view in () if name else part.factory.views:
+        typer.echo(f"{view_folder(folder, view)}: {sums.format(**packed[view]['funnel'])}")
+    typer.echo(f"{view_folder(folder, name or '')}: {sums.format(**funnel)}")
     for reason, count in funnel["reasons"].items():
         typer.echo(f"  {reason}: {count}")
+    decisions = read_decisions(folder).values()
     typer.echo(
         f"people decided on {len(decisions)} pictures, {sum(d.caption is not None for d in decisions)} captions fixed"
+        + (", of which this selection hears nothing (people: ignore)" if _deaf(packed[name or ""]) else "")
     )
+
+
+def _deaf(summary: dict[str, Any]) -> bool:
+    return summary["rules"]["people"] == "ignore"
 
 
 @app.command("plan")

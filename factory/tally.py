@@ -73,7 +73,8 @@ def later_rules(rules: SelectRecipe) -> list[str]:
     known = {*ROW_RULES, *_ASIDE, "same_file", "max_hamming_bits", "max_colour_difference"}
     usual = SelectRecipe()
     for name in SelectRecipe.model_fields:
-        if name not in known and getattr(rules, name) != getattr(usual, name):
+        # To ignore what people decided takes nothing away.
+        if name not in known and getattr(rules, name) not in (getattr(usual, name), "ignore"):
             found.append("semantic duplicates" if name == "same_meaning" else f"the rule {name}")
     return found
 

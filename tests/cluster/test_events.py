@@ -98,6 +98,8 @@ def test_the_command_finds_what_is_asked_for(tmp_path: Path) -> None:
     assert said("--stage", "halve", "--unit", "unit-1") == ["unit unit-1"]
     assert said("--problems") == ["unit unit-0", "message unit-7"]
     assert said("--sample", "id-3") == ["unit unit-0"] and said("--sample", "id-1") == ["message unit-7"]
+    nothing = CliRunner().invoke(app, ["cluster", "log", str(tmp_path), "--sample", "nobody"], catch_exceptions=False)
+    assert nothing.stdout == "" and "holds nothing of that; every sample that died" in nothing.stderr
     with pytest.raises(EdgeFusionError, match="holds no log"):
         CliRunner().invoke(app, ["cluster", "log", str(tmp_path / "log")], catch_exceptions=False)
 

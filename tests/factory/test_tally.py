@@ -78,6 +78,7 @@ def test_a_row_by_itself_is_judged_as_select_judges_it(seed: int) -> None:
 def test_what_later_rules_take_is_named() -> None:
     assert later_rules(SelectRecipe(min_clip=0.3, best=5)) == ["duplicates"]
     assert later_rules(SelectRecipe(same_file=None, max_hamming_bits=None, crop="centre")) == []
+    assert later_rules(SelectRecipe(people="ignore")) == ["duplicates"]
     rules = SelectRecipe.model_validate(
         {
             "scores": {"nsfw": {"most": 0.2, "best_share": 0.8}},
