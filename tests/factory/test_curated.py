@@ -75,7 +75,10 @@ def test_selections_lie_side_by_side_over_one_ledger(dataset: Path, ids: list[st
     overlay.decide(ids[21], {"verdict": "keep", "caption": "an owl in the snow"}, "bob")
     overlay.decide(ids[0], {"verdict": "keep"}, "ada")
     output = select_command(dataset)
-    assert "kept 18 " in output and f"{dataset / 'views' / 'synt-cur'}: planned 24 = kept 2 + rejected 21 + dead 1" in output
+    assert (
+        "kept 18 " in output
+        and f"{dataset / 'views' / 'synt-cur'}: planned 24 = kept 2 + rejected 21 + dead 1" in output
+    )
     assert output.endswith("people decided on 3 pictures, 1 captions fixed\n"), "the main one of this recipe hears them"
     assert "of which this selection hears nothing" in run("select", dataset, "--name", "synt", "--recipe", recipe)
     synt, curated = dataset / "views" / "synt", dataset / "views" / "synt-cur"
