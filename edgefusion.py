@@ -15,6 +15,7 @@ from cluster.cli import app as cluster_app
 from cluster.cli import doctor, mount_cluster
 from cluster.errors import EdgeFusionError
 from cluster.machine import commit, version_of
+from cluster.nearest import wrong_folder
 from cluster.needs import Need, RunView
 from cluster.progress import console
 from cluster.recipe import Settings, build_recipe, load_recipe
@@ -136,12 +137,14 @@ def generate(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
 ) -> None:
     """Draw one picture."""
-    from factory.models import quiet
+    from factory.models import check_pipeline, quiet
     from factory.picture_file import check_picture_path, write_picture
+
+    check_picture_path(out)
+    check_pipeline(model)
     from trainer.models import open_pipeline
     from trainer.sample import generate as draw
 
-    check_picture_path(out)
     quiet()
     pipeline = open_pipeline(model)
     began = time.perf_counter()
@@ -160,9 +163,7 @@ def report(out: Annotated[Path, typer.Argument(help="output folder of a run")]) 
     try:
         facts = json.loads((out / RUN).read_text())
     except (OSError, ValueError):
-        raise EdgeFusionError(
-            "holds no run", where=str(out), remedy="Give the --out folder of edgefusion run"
-        ) from None
+        raise wrong_folder(out, RUN, "holds no run", "Give the --out folder of edgefusion run") from None
     typer.echo(f"wrote {write_report(out, facts)}")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster.dashboard import dashboard
@@ -21,6 +20,7 @@ from cluster.machine import NEEDED, OPTIONAL, machine_facts, provided_by, versio
 from cluster.needs import DRIVER, Fit, Node, RunView, as_far_as, own_node, parse_nodes, place, ray_nodes
 from cluster.render import PLACES, Options, Place, render
 from cluster.storage import publish_bytes
+from cluster.tables import print_tables
 
 app = typer.Typer(no_args_is_help=True, help="Where work runs.")
 
@@ -39,7 +39,7 @@ def doctor() -> None:
         missing += [] if found else [package]
     for package, remedy in OPTIONAL.items():
         table.add_row(package, version_of(package) or f"not installed; optional, {remedy}".replace("[", r"\["))
-    Console().print(table)
+    print_tables(table)
     if missing:
         typer.echo(f"Missing: {', '.join(missing)}. Mend it with: pip install {' '.join(missing)}", err=True)
         raise typer.Exit(1)
@@ -226,7 +226,7 @@ def _show_fits(view: RunView, nodes: list[Node], fits: list[Fit]) -> None:
         where += "".join(f", {key}={value}" for key, value in need.labels.items())
         workers = f"{need.workers_min} to {need.workers}" if need.workers_min else str(need.workers)
         table.add_row(need.step, need.stage, workers, each, str(fit.placed), fit.why or where)
-    Console().print(table)
+    print_tables(table)
     typer.echo(f"The process that starts the run does {DRIVER} by itself.")
     if view.vllm_model:
         typer.echo(f"It also runs {view.vllm_model} by vLLM, on a GPU of its own machine that Ray does not count.")

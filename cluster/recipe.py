@@ -22,6 +22,15 @@ from cluster.errors import RecipeError
 
 _MERGE = "tag:yaml.org,2002:merge"
 _TRUTH = "tag:yaml.org,2002:bool"
+_PLAIN = {
+    "int": "should be a whole number",
+    "float": "should be a number",
+    "bool": "should be true or false",
+    "string": "should be text",
+    "list": "should be a list",
+    "dict": "should have keys of its own",
+}
+"""Instead of pydantic's words for values that are not of a type: by the first word of the error's."""
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
@@ -51,12 +60,19 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read ({error})", where=str(path), remedy="Check the path") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no month has
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"is not valid YAML{line}", where=str(path), remedy="Check indentation and colons") from None
+        raise bad_yaml(error, str(path)) from None
     if not isinstance(tree, dict):
         raise RecipeError("holds no keys", where=str(path), remedy="Start from recipes/pocket.yaml")
     return cast(dict[str, Any], tree)
+
+
+def bad_yaml(error: yaml.YAMLError | ValueError, where: str) -> RecipeError:
+    """What `parse_yaml` met in the file `where`, in plain words."""
+    mark = getattr(error, "problem_mark", None)
+    line = f" at line {mark.line + 1}" if mark else ""
+    if "\\t" in str(getattr(error, "problem", "")):
+        return RecipeError(f"is not valid YAML{line}: a tab", where=where, remedy="Indent by spaces, not by tabs")
+    return RecipeError(f"is not valid YAML{line}", where=where, remedy="Check indentation (by spaces) and colons")
 
 
 class _Loader(yaml.SafeLoader):
@@ -208,7 +224,10 @@ def _explain(schema: type[BaseModel], error: ValidationError, where: str, change
         return RecipeError(f"{key} is not a known key", where=where, remedy=remedy)
     if first["type"] == "missing":
         return RecipeError(f"{key} is missing", where=where, remedy=_describe(schema, path) or "Add it")
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be", 1)
+    kind, _, matter = first["type"].partition("_")
+    if matter in ("type", "parsing", "from_float"):
+        message = _PLAIN.get(kind, message)
     if first["type"] == "model_type":
         message = f"needs keys of its own, such as {', '.join(_fields_at(schema, path)[:4])}"
         return RecipeError(f"{key} {message}, not {first['input']!r}", where=where, remedy=_describe(schema, path))

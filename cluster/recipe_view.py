@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Annotated
 import typer
 import yaml
 from pydantic import BaseModel
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +19,7 @@ from cluster.errors import RecipeError
 from cluster.recipe import AnySettings, load_recipe, recipe_digest
 from cluster.recipe_keys import EACH, NAME, Group, Key, recipe_groups, recipe_keys
 from cluster.storage import publish_bytes
+from cluster.tables import print_tables
 
 RUN = "run"
 """Whose settings are a whole recipe; the others are settings of single commands."""
@@ -74,15 +73,11 @@ def mount_recipe(schema: type[AnySettings], others: Mapping[str, type[BaseModel]
 
 def _show(keys: Sequence[Key]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("key", overflow="fold")
-    for name in ("type", "default", "what it is"):
-        table.add_column(name, overflow="fold")
+    for name in ("key", "type", "default", "what it is"):
+        table.add_column(name)
     for key in keys:
         table.add_row(*(escape(words) for words in (key.key, key.type, key.default, _meaning(key))))
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    with console.capture() as shown:
-        console.print(table)
-    typer.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))
+    print_tables(table)
 
 
 def _meaning(key: Key) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster.calibrate import DRIVER_S, LISTING_S, START_S, WINDOW_S, Measured, NeedsOf, measure
@@ -18,6 +17,7 @@ from cluster.needs import RunView
 from cluster.scenario import Outcome, Scenario
 from cluster.simulate import PLAYED_WINDOWS, limits, quantile, said_limits, simulate
 from cluster.status_view import clock
+from cluster.tables import print_tables
 
 _LOAD_S = 60.0
 _ROWS: tuple[tuple[str, Callable[[Outcome], float], Callable[[float], str]], ...] = (
@@ -198,7 +198,7 @@ def _show(name: str, scenario: Scenario, outcomes: list[Outcome], limiting: dict
     for label, value, said in _ROWS:
         values = [value(outcome) for outcome in outcomes]
         table.add_row(label, *(said(quantile(values, share)) for share in (0.5, 0.1, 0.9)))
-    Console().print(table)
+    print_tables(table)
     typer.echo(
         "What limits, by how much of the whole time would be saved if it alone cost nothing: " + said_limits(limiting)
     )

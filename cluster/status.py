@@ -22,9 +22,9 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.errors import EdgeFusionError
 from cluster.events import last_problems
 from cluster.heartbeat import read_heartbeat
+from cluster.nearest import wrong_folder
 from cluster.usage import files_of_usage, read_usage
 
 Facts = dict[str, Any]
@@ -47,9 +47,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
         run: Facts = json.loads((out / "run.json").read_text())
         recipe: Facts = run["recipe"]
     except (OSError, ValueError, KeyError):
-        raise EdgeFusionError(
-            "holds no run", where=str(out), remedy="Give the --out folder of edgefusion run"
-        ) from None
+        raise wrong_folder(out, "run.json", "holds no run", "Give the --out folder of edgefusion run") from None
     beat = read_heartbeat(out, wait)
     seconds: dict[str, float] = run.get("seconds", {})
     ledger = _ledger(out / "dataset")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,7 @@ from rich.text import Text
 from cluster.metrics import prometheus_text
 from cluster.status import read_status
 from cluster.storage import publish_bytes
+from cluster.tables import folding, print_tables, stdout
 from cluster.usage import Usage, spell_usage
 
 _WATCH_S = 2.0
@@ -38,19 +39,22 @@ def status(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    console = Console()
     if not watch:
-        console.print(view(facts))
+        print_tables(view(facts))
         return
+    console = stdout()
     if not console.is_terminal:
         _watch_lines(out, prometheus, facts)
         return
     # Whoever has seen enough stops looking; the run goes on.
-    with contextlib.suppress(KeyboardInterrupt), Live(view(facts), console=console, auto_refresh=False) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(folding(view(facts)), console=console, auto_refresh=False) as live,
+    ):
         while facts["state"] == "running":
             time.sleep(_WATCH_S)
             facts = _look(out, prometheus)
-            live.update(view(facts), refresh=True)
+            live.update(folding(view(facts)), refresh=True)
 
 
 def _watch_lines(out: Path, prometheus: Path | None, facts: dict[str, Any]) -> None:
@@ -62,7 +66,7 @@ def _watch_lines(out: Path, prometheus: Path | None, facts: dict[str, Any]) -> N
             said = now
         time.sleep(_WATCH_S)
         facts = _look(out, prometheus)
-    Console().print(view(facts))
+    print_tables(view(facts))
 
 
 def _in_a_line(facts: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from export.ends import draw_ends
 from export.graph import decoder_graph, graphs_of, to_onnx
 from export.guidance import spread_scales
 from export.profile import load_profile
-from export.proof import BUNDLE, broken_files
+from export.proof import BUNDLE, broken_files, check_bundle
 from export.recipe import ExportRecipe, Target
 from export.runtime import GRAPHS, Build, scheduler_constants
 from export.sensitivity import keep_of, scan
@@ -206,6 +206,7 @@ def open_bundle(folder: Path, precision: str, threads: int = 2) -> tuple[Build, 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
     """bundle.json; raises EdgeFusionError if the folder is no finished bundle."""
+    check_bundle(folder)
     try:
         return json.loads((folder / BUNDLE).read_text())
     except (OSError, ValueError) as error:

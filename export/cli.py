@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from cluster.tables import print_tables
 
 app = typer.Typer(no_args_is_help=True, help="Student to proven edge builds.")
 
@@ -15,6 +16,9 @@ app = typer.Typer(no_args_is_help=True, help="Student to proven edge builds.")
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/export/onnx")]) -> None:
     """Sizes, parity and latency of the builds in a bundle, what stays off the accelerator, and what a compiler estimates."""
+    from export.proof import check_bundle
+
+    check_bundle(folder)
     from export.bundle import read_bundle
     from export.card import picture_ms
     from export.guidance import guidance_words
@@ -37,7 +41,7 @@ def show(folder: Annotated[Path, typer.Argument(help="a bundle folder: OUT/expor
             str(ms["unet"]),
             picture_ms(build),
         )
-    Console().print(table)
+    print_tables(table)
     if words := guidance_words(facts["scheduler"]):
         typer.echo(f"guidance scale: {words}")
     for name, build in facts["builds"].items():
@@ -108,7 +112,7 @@ def sensitivity(
         count,
         lambda what: typer.echo(what, err=True),
     )
-    Console().print(scan_table(found))
+    print_tables(scan_table(found))
     for line in proof_lines(found):
         typer.echo(line)
     for path in write_scan(found, out):
@@ -128,13 +132,16 @@ def try_build(
 ) -> None:
     """Draw a picture with a build, through its own runtime and without PyTorch."""
     from cluster.errors import EdgeFusionError
-    from export.bundle import open_bundle
-    from export.words import tokenize
+    from export.proof import check_bundle
     from factory.picture_file import check_picture_path, write_picture
 
     if not prompt.strip():
         raise EdgeFusionError("the prompt is empty", remedy="Say what to draw")
     check_picture_path(out)
+    check_bundle(folder)
+    from export.bundle import open_bundle
+    from export.words import tokenize
+
     build, facts = open_bundle(folder, precision)
     write_picture(out, build.at(guidance).picture(tokenize(folder, facts["tokenizer"], [prompt])[0], seed))
     typer.echo(f"wrote {out}")
@@ -153,6 +160,9 @@ def verify(
     import json
 
     from cluster.storage import publish_bytes
+    from export.proof import check_bundle
+
+    check_bundle(folder)
     from export.verify import raise_failed, verify_bundle
     from export.verify_view import block_lines, end_lines, gates_table, recorded_lines, speed_table
 
@@ -160,7 +170,7 @@ def verify(
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(found, indent=2) + "\n").encode())
     if found["builds"]:
-        Console().print(gates_table(found), speed_table(found))
+        print_tables(gates_table(found), speed_table(found))
         for line in [*end_lines(found), *block_lines(found), *recorded_lines(found)]:
             typer.echo(line)
     raise_failed(found)
@@ -176,6 +186,10 @@ def compare(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
 ) -> None:
     """One page with bundles side by side: pictures, quality, size, latency, memory, all measured anew."""
+    from export.proof import check_bundle
+
+    for folder in folders:
+        check_bundle(folder)
     from export.compare import write_compare
 
     write_compare(folders, out, prompts, runs, threads, lambda what: typer.echo(what, err=True))
@@ -192,6 +206,9 @@ def demo(
     ] = None,
 ) -> None:
     """A page that draws pictures on the visitor's own device, by WebGPU or WebAssembly; works without the network."""
+    from export.proof import check_bundle
+
+    check_bundle(folder)
     from export.demo import write_demo
     from export.pages import serve_line
 
@@ -227,13 +244,13 @@ def plan(
 
     chip = load_profile(profile)
     found = solve(attention_blocks(*read_architecture(model, size_px)), chip)
-    Console().print(plan_table(found, chip))
+    print_tables(plan_table(found, chip))
     compiled = None
     if judge:
         from export.targets.judge import compile_plan
 
         compiled = compile_plan(found.blocks, chip)
-        Console().print(compiled_table(found, compiled))
+        print_tables(compiled_table(found, compiled))
     if out is not None:
         for path in write_plan(found, chip, model, out, compiled):
             typer.echo(f"wrote {path}")
@@ -253,7 +270,7 @@ def npu(
     from export.npu_report import CUTS, judge_unet, unet_table
 
     found = judge_unet(model, profile, out, size_px, tuple(cut or CUTS), lambda what: typer.echo(what, err=True))
-    Console().print(unet_table(found))
+    print_tables(unet_table(found))
     typer.echo(f"wrote {out / 'npu.json'}")
 
 
@@ -267,4 +284,4 @@ def profiles() -> None:
         chip = load_profile(name)
         assumed = sum(getattr(getattr(chip, field), "assumed", None) is not None for field in type(chip).model_fields)
         table.add_row(name, chip.chip, f"{chip.budget_bytes / 2**20:.1f}", str(assumed))
-    Console().print(table)
+    print_tables(table)

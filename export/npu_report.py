@@ -88,7 +88,7 @@ def unet_table(found: dict[str, Any]) -> Table:
         box=box.SIMPLE,
     )
     for heading in ("cut", "files", "MB", "ops", "NPU ops", "CPU ops", "DRAM MB", "ms", "Mcycles"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading)
     for cut, row in found["cuts"].items():
         said, head = (
             row["compiler_estimated"],

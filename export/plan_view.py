@@ -25,7 +25,7 @@ def plan_table(plan: Plan, profile: Profile) -> Table:
         show_edge=False,
     )
     for heading in ("block", "shape", "cut", "set MiB", "DRAM MB", "latency ms"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading)
     for part in plan.blocks:
         block, before, after = part.block, part.untiled.cost, part.chosen.cost
         cut = f"{part.chosen.head_group} x {part.chosen.query_tiles}" if part.is_tiled else "untiled"
@@ -71,7 +71,7 @@ def compiled_table(plan: Plan, compiled: dict[str, Any]) -> Table:
         "*: one head at a time, because the compiler takes no more.",
     )
     for heading in ("block", "shape", "cut", "own", "untiled", "chosen", "own to chosen"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading)
     sums: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in ("own_softmax", "untiled", "chosen")}
     for part in plan.blocks:
         block, said = part.block, compiled[part.block.name]

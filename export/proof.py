@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import CorruptShard
+from cluster.nearest import wrong_folder
 from cluster.storage import digest_file
 from export.runtime import GRAPHS, Call
 
@@ -24,6 +25,12 @@ SUMS = "SHA256SUMS"
 SAMPLE = "sample.py"
 _AT_END = "pictures."
 _SAMPLES = Path(__file__).parent / "samples"
+
+
+def check_bundle(folder: Path) -> None:
+    """Raises EdgeFusionError for what is no bundle, whole or damaged; takes no time, so that commands ask before they import anything heavy."""
+    if not (folder / BUNDLE).exists() and not (folder / SUMS).exists():
+        raise wrong_folder(folder, BUNDLE, "is no finished bundle", "Run edgefusion run or export first")
 
 
 def write_reference(

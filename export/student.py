@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import EdgeFusionError, StageError
+from cluster.nearest import did_you_mean
 from export.recipe import ExportRecipe
 from export.refusal import reason
+from factory.models import PIPELINE
 from trainer.guidance import fix_guidance, takes_guidance
 from trainer.models import open_pipeline
 from trainer.sample import is_few_step
@@ -78,20 +80,19 @@ def check_parts(folder: Path, allow_pickle: bool) -> None:
             remedy="Save the student again with safetensors, or set export.allow_pickle=true if you trust who made it",
         )
     lacking = [name for name in lacking if name not in pickled]
-    if not (folder / "model_index.json").is_file():
-        lacking.insert(0, "model_index.json")
+    if not (folder / PIPELINE).is_file():
+        lacking.insert(0, PIPELINE)
     if lacking:
         raise StageError(
             f"the student lacks {', '.join(lacking)}",
             where=str(folder),
-            remedy="Give a whole diffusers pipeline folder, such as OUT/student of a run",
+            remedy=did_you_mean(folder, PIPELINE)
+            or "Give a whole diffusers pipeline folder, such as OUT/student of a run",
         )
     try:
-        json.loads((folder / "model_index.json").read_text())
+        json.loads((folder / PIPELINE).read_text())
     except ValueError as error:
-        raise StageError(
-            "is no JSON", where=str(folder / "model_index.json"), remedy="Save the student again"
-        ) from error
+        raise StageError("is no JSON", where=str(folder / PIPELINE), remedy="Save the student again") from error
 
 
 def check_scheduler(pipeline: Any, folder: Path) -> None:

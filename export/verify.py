@@ -23,7 +23,7 @@ from export.bundle import read_bundle
 from export.clip_gate import scores
 from export.ends import prove_ends
 from export.inside import block_snr_db
-from export.proof import SUMS, broken_files, read_reference, reference_ends, reference_inputs
+from export.proof import broken_files, check_bundle, read_reference, reference_ends, reference_inputs
 from export.recipe import GateRecipe
 from export.runtime import GRAPHS, Build
 from export.targets.contract import check_open
@@ -58,10 +58,9 @@ def verify_bundle(
 
     A file that is not what its digest says ends it there: nothing of a damaged bundle is run.
     """
+    check_bundle(folder)
     progress("digests")
     # Digests first: a bundle.json with a flipped bit may be no JSON any more, and that is damage, not a wrong folder.
-    if not (folder / SUMS).exists():
-        read_bundle(folder)  # says so of a folder that is no bundle; a bundle without its list is refused next
     broken = broken_files(folder)
     found: dict[str, Any] = {"bundle": str(folder), "ok": False, "broken_files": broken, "builds": {}}
     if broken:

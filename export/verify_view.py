@@ -24,6 +24,9 @@ def gates_table(found: dict[str, Any]) -> Table:
         "blank",
         "verdict",
         title=f"{found['bundle']}: {found['prompts']} prompts against {found['reference']}",
+        caption="CLIP, R@1: the judge's score and recall of the build's pictures, and in brackets of PyTorch's."
+        if any((build.get("parity") or {}).get("judge") for build in found["builds"].values())
+        else None,
     )
     for name, build in found["builds"].items():
         proof = build.get("parity")
@@ -86,6 +89,7 @@ def speed_table(found: dict[str, Any]) -> Table:
         "peak MiB",
         "size MiB",
         title=". ".join(filter(None, [f"measured on {found['measured_on']}", found["busy"]])),
+        caption="Milliseconds: the median, and below it the 10th and the 90th percentile.",
     )
     for name, build in found["builds"].items():
         if "cold" not in build:

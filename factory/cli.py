@@ -314,7 +314,7 @@ def views_(folder: Annotated[Path, _FOLDER]) -> None:
             )
         for attribute, facts in balance.items():
             if facts["evenness_kept"] is not None:
-                before, after = facts["evenness_planned"], facts["evenness_kept"]
+                before, after = facts["evenness_planned"], facts["evenness_kept"] + 0.0  # earlier versions wrote -0.0
                 typer.echo(f"  evenness of {attribute}: {before} planned, {after} kept")
         if summary["lacking"]:
             samples = sum(row["lacking"] for row in summary["lacking"])

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.nearest import wrong_folder
 from cluster.storage import digest_file, publish_bytes
 
 MANIFEST = "manifest.parquet"
@@ -241,14 +242,9 @@ def parse_manifest(source: Path | IO[bytes], where: str) -> pa.Table:
 
 
 def _no_manifest(folder: Path) -> EdgeFusionError:
-    if (folder / "dataset" / MANIFEST).exists():
-        return EdgeFusionError(
-            "is a run, not a data set", where=str(folder), remedy=f"Did you mean {folder / 'dataset'}?"
-        )
     if not (folder / "plan.parquet").exists() and not any(folder.glob("shard-*.tar")):
-        return EdgeFusionError(
-            "is no data set folder", where=str(folder), remedy="Give the folder that holds shards and manifest.parquet"
-        )
+        what, remedy = "is no data set folder", "Give the folder that holds shards and manifest.parquet"
+        return wrong_folder(folder, MANIFEST, what, remedy)
     return CorruptShard(
         "there is no manifest", where=str(folder / MANIFEST), remedy="Packing did not finish: run it again"
     )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cluster.errors import RecipeError
-from cluster.recipe import Settings, build_recipe, parse_yaml
+from cluster.recipe import Settings, bad_yaml, build_recipe, parse_yaml
 from factory.models import ZOO
 
 Record = dict[str, str]
@@ -63,8 +63,8 @@ def load_taxonomy(name: str) -> Taxonomy:
         )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError("is not valid YAML", where=str(path), remedy="Check indentation and colons") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise bad_yaml(error, str(path)) from None
     taxonomy = build_recipe(Taxonomy, tree if isinstance(tree, dict) else {}, str(path))
     for wrong in _faults(taxonomy):
         raise RecipeError(wrong, where=str(path), remedy="Correct the group")

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,54 @@ def test_verify_says_what_a_folder_is(tmp_path) -> None:
     for folder, words in ((tmp_path, "is no data set folder"), (tmp_path / "run", r"Did you mean .*run/dataset\?")):
         with pytest.raises(EdgeFusionError, match=words):
             CliRunner().invoke(app, ["factory", "verify", str(folder)], catch_exceptions=False)
+
+
+WRONG = """
+export verify RUN/export | Did you mean RUN/export/onnx?
+export try RUN/export fox | Did you mean RUN/export/onnx?
+export show RUN | Did you mean RUN/export/onnx?
+export verify RUN/export/nope | RUN/export/nope: does not exist
+generate fox --model RUN | Did you mean RUN/student?
+generate fox --model RUN/studnet | Did you mean RUN/student?
+generate fox --model runs/nothere | there is no folder runs/nothere, and the hub's cache holds no such model
+factory verify RUN | Did you mean RUN/dataset?
+factory verify RUN-that-is-not | RUN-that-is-not: does not exist
+trainer evaluate RUN --data RUN/dataset | Did you mean RUN/student?
+trainer evaluate RUN/student --data RUN | Did you mean RUN/dataset?
+trainer prefer RUN/student RUN/student --data RUN/nope | RUN/nope: does not exist
+status RUN/dataset | Did you mean RUN?
+"""
+
+
+def test_a_wrong_folder_is_told_at_once_with_the_one_that_was_meant(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before PyTorch is imported, which takes as long as the work that was asked for."""
+    for file in ("run.json", "export/onnx/bundle.json", "student/model_index.json", "dataset/manifest.parquet"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).touch()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for heavy in ("torch", "diffusers", "open_clip"):
+        monkeypatch.setitem(sys.modules, heavy, None)
+    for line in WRONG.replace("RUN", str(tmp_path / "run")).strip().splitlines():
+        words, said = line.split(" | ")
+        with pytest.raises(EdgeFusionError) as error:
+            CliRunner().invoke(app, words.split(), catch_exceptions=False)
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_that_the_hub_does_not_know_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from trainer.models import open_pipeline
+
+    def unknown(*_: object, **__: object) -> None:
+        raise OSError("five\nlines") from RepositoryNotFoundError("401", response=unittest.mock.MagicMock())
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", unknown)
+    with pytest.raises(RecipeError, match="there is no folder owner/name, and no such model on the hub") as error:
+        open_pipeline("owner/name")
+    assert "\n" not in str(error.value)
 
 
 def test_generate_writes_the_same_picture_for_the_same_seed(tiny_models, tmp_path) -> None:

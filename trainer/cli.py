@@ -10,7 +10,8 @@ import typer
 from cluster.errors import RecipeError
 from cluster.progress import bar_each, progress_bars
 from cluster.recipe import as_overrides, load_recipe
-from trainer.judging import EvaluateRecipe, PreferRecipe
+from cluster.tables import print_tables
+from trainer.judging import EvaluateRecipe, PreferRecipe, check_given
 from trainer.progress import follow
 from trainer.recipe import DecoderRecipe, EncodeRecipe
 
@@ -116,14 +117,13 @@ def evaluate(
     given: dict[str, Any] = {"models": models, "data": data, "prompts": prompts, "judge": judge}
     given |= {"judge_pretrained": judge_pretrained, "count": count, "fidelity": fidelity}
     settings = load_recipe(EvaluateRecipe, None, [*as_overrides(given), f"steps=[{steps}]", *(overrides or [])])
-    from rich.console import Console
-
+    check_given(settings.models, settings.data, settings.prompts)
     from trainer.measure import REPORT, table
     from trainer.measure import evaluate as compare
 
     with progress_bars() as bars:
         report = compare(settings, out, bar_each(bars))
-    Console().print(table(report))
+    print_tables(table(report))
     typer.echo(f"wrote {out / REPORT}")
 
 
@@ -150,6 +150,8 @@ def prefer(
     given: dict[str, Any] = {"a": a, "b": b, "data": data, "prompts": prompts, "count": count}
     given |= {"steps_a": both[0], "steps_b": both[-1]}
     settings = load_recipe(PreferRecipe, None, [*as_overrides(given), *(overrides or [])])
+    if not report:
+        check_given([settings.a, settings.b], settings.data, settings.prompts)
     import webbrowser
 
     from trainer.prefer.server import PreferServer

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
+from cluster.errors import RecipeError
+from cluster.nearest import wrong_folder
 from cluster.recipe import Settings
+from factory.models import check_pipeline
+from factory.pack import MANIFEST
 from factory.recipe.names import AllowPickle
 
 
@@ -89,3 +96,18 @@ class PreferRecipe(Settings):
         if self.data is None and self.prompts is None:
             raise ValueError("neither data nor prompts is given, so there is nothing to draw")
         return self
+
+
+def check_given(models: Sequence[str], data: str | None, prompts: str | None) -> None:
+    """Raises EdgeFusionError for models and data that cannot be the ones that were meant, without any heavy import."""
+    for model in models:
+        check_pipeline(model)
+    if data is not None:
+        check_data(Path(data), prompts)
+
+
+def check_data(data: Path, prompts: str | None) -> None:
+    """Raises RecipeError for data that does not exist, or from which prompts are to come and that is not packed."""
+    if not data.exists() or (not prompts and not (data / MANIFEST).exists()):
+        what, remedy = "is no packed data set, and pictures say no prompts", "Give --prompts too, or a packed data set"
+        raise wrong_folder(data, MANIFEST, what, remedy, RecipeError)

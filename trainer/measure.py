@@ -30,12 +30,12 @@ from factory.recipe import OpenClipScorer
 from trainer.attributes import Asked, agreement, ask
 from trainer.fidelity import FEATURES, SPLITS, Inception, fidelity, require_fidelity
 from trainer.judge import Judge, Tick
-from trainer.judging import EvaluateRecipe
+from trainer.judging import EvaluateRecipe, check_data
 from trainer.metrics import Interval, clip_scores, cmmd_interval, frechet_interval, mean_interval, recall_hits
 from trainer.models import open_pipeline
 from trainer.prompts import read_prompts
 from trainer.sample import generate, is_few_step, on_gpu, student_guidance
-from trainer.stream import EndlessOrder, PictureFolder, open_samples
+from trainer.stream import EndlessOrder, open_samples
 
 REPORT = "evaluation.json"
 METRICS = {
@@ -206,13 +206,8 @@ def read_questions(recipe: EvaluateRecipe) -> Questions:
         prompts = []
     if recipe.data is None:
         return Questions(prompts, [], paired=False)
+    check_data(Path(recipe.data), recipe.prompts)
     stream = open_samples(Path(recipe.data))
-    if isinstance(stream, PictureFolder) and not recipe.prompts:
-        raise RecipeError(
-            "is a folder of pictures, which say no prompts",
-            where=recipe.data,
-            remedy="Give --prompts too, or a packed data set",
-        )
     order = EndlessOrder(len(stream), recipe.seed).batch(0, len(stream))
     asked: list[int] = []
     records: list[dict[str, str]] = []
@@ -251,11 +246,12 @@ def table(report: dict[str, Any]) -> Table:
     for row in report["rows"]:
         cells = [_cell(row.get(name)) for name in names] + [_cell(row["attributes"].get(key)) for key in attributes]
         shown.add_row(str(row["model"]), str(row["steps"] or ""), *cells)
+    told = ["± is half of the 95% interval"]
     if report["absent"] or report["notes"]:
         reasons = dict.fromkeys(report["absent"].values())
         named = {why: [name for name, given in report["absent"].items() if given == why] for why in reasons}
-        told = [f"no {' and '.join(names)}: {why}" for why, names in named.items()]
-        shown.caption = "; ".join([*report["notes"], *told])
+        told += [*report["notes"], *(f"no {' and '.join(names)}: {why}" for why, names in named.items())]
+    shown.caption = "; ".join(told)
     return shown
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from cluster.errors import EdgeFusionError, StageError
-from factory.models import first_line, resolve, weights_of
+from factory.models import check_pipeline, first_line, refuse_unknown, resolve, weights_of
 from trainer.guidance import takes_guidance
 from trainer.losses import NoiseSchedule
 from trainer.options import PHASES
@@ -24,12 +24,14 @@ _SHAPE = ("block_out_channels", "layers_per_block", "mid_block_type", "down_bloc
 
 
 def open_pipeline(model: str, allow_pickle: bool = False) -> Any:
-    """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError."""
+    """A StableDiffusionPipeline (or one of its kin) in float32; raises StageError, or RecipeError for a name of nothing."""
+    check_pipeline(model)
     try:
         return DiffusionPipeline.from_pretrained(
             resolve(model), dtype=torch.float32, safety_checker=None, **weights_of(allow_pickle)
         )
     except (OSError, ValueError) as error:
+        refuse_unknown(model, error)
         raise StageError(
             f"{model} cannot be opened: {first_line(error)}",
             remedy="Give a diffusers pipeline folder; hub names need a network or a filled cache",

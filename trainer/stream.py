@@ -24,6 +24,7 @@ from PIL import Image
 
 from cluster.cache import RemoteFolder
 from cluster.errors import CorruptShard, EdgeFusionError
+from cluster.nearest import wrong_folder
 from cluster.storage import digest_file
 from factory.pack import MANIFEST, read_manifest
 from factory.verify import find_bad_samples, read_remote_manifest, verify
@@ -286,9 +287,8 @@ class PictureFolder:
         """Raises EdgeFusionError for a folder without pictures."""
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         if not self.paths:
-            raise EdgeFusionError(
-                "holds neither a manifest nor pictures", where=str(folder), remedy="Give a packed data set or a folder"
-            )
+            what, remedy = "holds neither a manifest nor pictures", "Give a packed data set or a folder of pictures"
+            raise wrong_folder(folder, MANIFEST, what, remedy)
 
     def __len__(self) -> int:
         return len(self.paths)

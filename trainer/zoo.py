@@ -14,6 +14,7 @@ import typer
 from cluster.errors import EdgeFusionError
 from cluster.progress import progress_bars
 from cluster.storage import publish_bytes, publish_folder
+from cluster.tables import print_tables
 from trainer.progress import follow_training
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
 
@@ -119,7 +120,6 @@ def zoo_report(
     """Measure every shipped model with the judge CLIP and write a page; minutes. What misses its target is said so."""
     from rich.table import Table
 
-    from cluster.progress import console
     from factory.models import quiet
     from trainer.zoo_report import write_zoo_report
 
@@ -132,7 +132,7 @@ def zoo_report(
     for line in figures["targets"]:
         mark = "met" if line["met"] else "[red]missed[/]"
         table.add_row(line["what"], f"{line['value']:.3g}", f"{line['target']:g}", mark)
-    console.print(table)
+    print_tables(table)
     typer.echo(f"open {out / 'report.html'}")
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RecipeError, StageError
+from cluster.nearest import did_you_mean, wrong_folder
 from cluster.stage import gpus_granted
 from cluster.storage import digest_file
 
 ZOO = Path(__file__).parent.parent / "pocket" / "models"
+PIPELINE = "model_index.json"
+"""The file by which a folder is a diffusers pipeline."""
 
 
 def resolve(model: str) -> str:
@@ -35,9 +38,43 @@ def resolve(model: str) -> str:
         return str(path)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/"):
         return model
-    raise RecipeError(
-        f"there is no model folder {model}", remedy="Give a folder that exists, zoo:NAME or a hub name owner/name"
+    remedy = did_you_mean(path, PIPELINE) or "Give a folder that exists, zoo:NAME or a hub name owner/name"
+    raise RecipeError(f"there is no model folder {model}", remedy=remedy)
+
+
+def check_pipeline(model: str) -> None:
+    """Raises RecipeError for a name of nothing and StageError for a folder that is no pipeline, as far as that can be told without the hub
+    and without any heavy import."""
+    place = Path(resolve(model))
+    if place.is_dir() and not (place / PIPELINE).exists():
+        raise wrong_folder(
+            place, PIPELINE, "is no diffusers pipeline", f"Give a folder that holds {PIPELINE}", StageError
+        )
+    if not place.exists() and os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        refuse_unknown(model)
+
+
+def refuse_unknown(model: str, error: Exception | None = None) -> None:
+    """Raises RecipeError if `model` is neither a folder nor in the hub's cache, after the hub was not asked or answered with `error`."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        if Path(resolve(model)).exists() or try_to_load_from_cache(model, PIPELINE):
+            return
+    except ValueError:  # not spelled as the hub's names are
+        pass
+    why = error.__cause__ or error if error else None
+    if why is None or isinstance(why, hub.OfflineModeIsEnabled):
+        found = "the hub's cache holds no such model (HF_HUB_OFFLINE is set, so the hub is not asked)"
+    elif isinstance(why, hub.RepositoryNotFoundError | hub.HFValidationError):
+        found = "no such model on the hub"
+    else:
+        found = f"the hub cannot be asked for one ({first_line(why).strip()})"
+    remedy = (
+        did_you_mean(Path(model), PIPELINE) or "Give a diffusers pipeline folder, zoo:NAME or a hub name owner/name"
     )
+    raise RecipeError(f"there is no folder {model}, and {found}", remedy=remedy)
 
 
 def weights_of(allow_pickle: bool) -> dict[str, Any]:
@@ -45,7 +82,7 @@ def weights_of(allow_pickle: bool) -> dict[str, Any]:
     return {"use_safetensors": None if allow_pickle else True}
 
 
-def first_line(error: Exception, key: str = "allow_pickle") -> str:
+def first_line(error: BaseException, key: str = "allow_pickle") -> str:
     """What a library says of weights that it does not open, and the `key` that lets pickled ones in where that is the matter."""
     said = (str(error).splitlines() or [type(error).__name__])[0]
     pickled = "safetensors" in str(error)

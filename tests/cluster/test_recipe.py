@@ -30,7 +30,10 @@ def test_overrides_are_typed_and_change_the_digest() -> None:
     ("override", "words"),
     [
         ("factory.plan.promts=3", ["--set factory.plan.promts: ", "Did you mean prompts?"]),
-        ("factory.plan.prompts=many", ["--set factory.plan.prompts: ", "valid integer", "prompts in all"]),
+        (
+            "factory.plan.prompts=many",
+            ["--set factory.plan.prompts: ", "should be a whole number, not 'many'", "prompts in all"],
+        ),
         ("factory.plan.prompts=0", ["factory.plan.prompts", "greater than or equal to 1"]),
         ("factory.plan.writer.kind=gpt", ["factory.plan.writer", "'transformers'"]),
         ("factory.plan.writer.temprature=1", ["factory.plan.writer.temprature", "Did you mean temperature?"]),
@@ -167,3 +170,9 @@ def test_what_yaml_allows_is_read_as_yaml_reads_it() -> None:
             RecipeError, match=r"--set (cluster\.memory_gib: render stands twice|name: .*not valid YAML)"
         ):
             load_recipe(Recipe, DEFAULT_RECIPE, [option])
+
+
+def test_a_tab_in_a_recipe_is_called_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tab.yaml").write_text("name: x\n\tseed: 1\n")
+    with pytest.raises(RecipeError, match=r"not valid YAML at line 2: a tab\. Indent by spaces"):
+        load_recipe(Recipe, tmp_path / "tab.yaml")

@@ -270,7 +270,7 @@ def test_pods_go_where_the_recipe_sends_them_and_the_others_anywhere(paper: RunV
     [
         ("{gpus: {}}", "cluster.pods.gpus"),
         ("{gpu: {tolerations: [{key: spot, value: 'true'}]}}", "value goes with operator Equal"),
-        ("{gpu: {node_selector: {spot: true}}}", "valid string"),
+        ("{gpu: {node_selector: {spot: true}}}", "should be text"),
     ],
 )
 def test_a_place_that_no_pod_could_have_is_refused(pods: str, words: str) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import RecipeError
+from factory.balance import Attributes, audit
 from factory.decisions import Decision
 from factory.index import Columns, to_columns
 from factory.recipe import SelectRecipe
@@ -330,6 +331,10 @@ def test_the_summary_shows_balance_and_what_lacks() -> None:
         {"group": "things", "attributes": {"tone": "dark"}, "lacking": 4, "plan": 8},
         {"group": "things", "attributes": {"tone": "light"}, "lacking": 1, "plan": 2},
     ]
+
+
+def test_what_is_all_of_one_kind_has_an_evenness_of_0_without_a_minus() -> None:
+    assert str(audit(Attributes(columns_of(judged(), {})), np.array([0]))["tone"]["evenness_kept"]) == "0.0"
 
 
 def scored(better: str | None) -> Columns:

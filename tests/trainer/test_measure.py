@@ -137,7 +137,7 @@ def test_references_follow_the_number_of_pictures_and_fewer_are_said(tiny_models
         Image.fromarray(np.full((20, 30 + i, 3), 40 * i, np.uint8)).save(tmp_path / "real" / f"{i}.png")
     found = read_questions(recipe(tiny_models, tmp_path / "real", "m", **asks))
     assert [read().shape for read in found.references] == [(20, 20, 3)] * 3 and not found.paired
-    with pytest.raises(RecipeError, match="which say no prompts"):
+    with pytest.raises(RecipeError, match="pictures say no prompts"):
         read_questions(recipe(tiny_models, tmp_path / "real", "m"))
 
 
