@@ -159,6 +159,11 @@ class Chain:
 
     def _run_steps(self, todo: Sequence[str], still_mine: Callable[[], None]) -> None:
         self.facts.setdefault("run", uuid.uuid4().hex[:12])
+        if step := self.facts.pop(
+            "under_way", None
+        ):  # an earlier start was stopped in it, and its seconds are in no sum
+            cut_off: dict[str, int] = self.facts.setdefault("cut_off", {})
+            cut_off[step] = cut_off.get(step, 0) + 1
         self._save()
         sweep_partials(self.out)
         about = {"recipe": self.recipe.name, "steps": ", ".join(todo), "commit": commit()}
@@ -174,11 +179,14 @@ class Chain:
                 begin(step)
                 began = time.monotonic()
                 self.facts.setdefault("load", {})[step] = round(load_per_core(), 1)
+                self.facts["under_way"] = step
+                self._save()
                 with whole.during(f"step {step}") as self.events:
                     result = getattr(self, f"_{step}")(bars)
                 self.facts["seconds"][step] = round(self.facts["seconds"].get(step, 0) + time.monotonic() - began, 1)
                 self.facts["peak_memory_bytes"] = max(peak(), self.facts.get("peak_memory_bytes", 0))
                 self.facts |= result or {}
+                del self.facts["under_way"]
                 self._save()
 
     def _events(self) -> Events:

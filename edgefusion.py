@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ from trainer.reproduce.recipe import AblationsRecipe, TablesRecipe
 from trainer.zoo import app as zoo_app
 
 _INTERRUPTED = 130
-"""How typer, which keeps the KeyboardInterrupt to itself, ends after Ctrl-C."""
+"""How typer, which keeps the KeyboardInterrupt to itself, ends after Ctrl-C or SIGTERM."""
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "pocket.yaml"
 
 app = typer.Typer(
@@ -206,6 +207,7 @@ def main() -> None:
     """Run a command; what a user can mend is said in plain words, with its own exit code, unless --debug asks for more."""
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a run as Ctrl-C does
     try:
         app()
     except EdgeFusionError as error:

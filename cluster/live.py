@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-_ENDS = 64
-"""Units whose ends give a stage's rate: some rounds of its workers."""
+_ENDS, _ROUNDS = 64, 4
+"""The last units, whose ends give a stage's rate: so many, and at least so many rounds of its workers."""
 _GONE = 1024
 """Units that came out last: what is told of them late says nothing new."""
 Facts = dict[str, Any]
@@ -37,23 +37,30 @@ class _Counts:
     workers: int
     samples: int = 0
     seconds: float = 0.0
-    ends: deque[tuple[float, int, float]] = field(default_factory=lambda: deque[tuple[float, int, float]](maxlen=_ENDS))
+    ends: deque[tuple[float, int, float]] = field(init=False)
     """(when, samples, seconds of work) of the last units."""
+
+    def __post_init__(self) -> None:
+        self.ends = deque(maxlen=max(_ENDS, _ROUNDS * self.workers + 1))
 
     def rate(self, now: float) -> tuple[float | None, float | None]:
         """(samples a second, share of the workers' time that was work, 0 to 1); None before anything ended."""
         if not self.ends:
             return None, None
-        first, last = self.ends[0], self.ends[-1]
-        # A unit ends when its work does, so the first one's work lies before the span that the ends make.
-        span = last[0] - first[0]
-        if len(self.ends) < 2 or span <= 0:
-            return (first[1] / first[2] * self.workers, None) if first[2] > 0 else (None, None)
-        usual = span / (len(self.ends) - 1)
-        if now - last[0] > 2 * usual:
-            span = now - first[0]  # nothing came for long: the rate falls
-        rows = list(self.ends)[1:]
-        return sum(n for _, n, _ in rows) / span, min(1.0, sum(s for *_, s in rows) / span / self.workers)
+        ends = list(self.ends)
+        # Workers that began together end together, so the time between two ends says little: that of a whole round of all workers does.
+        whole = (len(ends) - 1) // self.workers * self.workers
+        rows = ends[-whole:] if whole else ends
+        # A unit ends when its work does, so the work of the one before `rows` lies before their span.
+        since = ends[-whole - 1][0] if whole else min(when - seconds for when, _, seconds in ends)
+        last = ends[-1][0]
+        span = last - since
+        if span <= 0:
+            return None, None
+        if now - last > 2 * span / len(rows):
+            span = now - since  # nothing came for long: the rate falls
+        busy = min(1.0, sum(seconds for *_, seconds in rows) / span / self.workers) if whole else None
+        return sum(samples for _, samples, _ in rows) / span, busy
 
 
 class Flow:

@@ -26,6 +26,8 @@ from cluster.machine import every
 
 console = Console(stderr=True)
 _LINE_S = 10.0
+_SIGN_S = 60.0
+"""A log is told this often that work goes on, though nothing changed."""
 speaking = threading.Lock()
 """Held by whoever turns stderr away for a while: what a log is told then would be lost."""
 
@@ -42,25 +44,44 @@ def progress_bars() -> Generator[Progress]:
         yield bars
 
 
-def _lines_of(bars: Progress) -> Callable[[], None]:
-    """Prints what has changed since it was last called; rates below a line are no change, but that there are any is."""
+def _lines_of(bars: Progress, clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    """Prints what has changed since it was last called, and now and then what has not; rates below a line are no change, but that there are
+    any is."""
     told: dict[TaskID, tuple[str, int]] = {}
+    spoke = clock()
 
     def tell() -> None:
         with speaking:
             _tell()
 
     def _tell() -> None:
+        nonlocal spoke
         for task in list(bars.tasks):
             count = f" {task.completed:.0f} of {task.total:.0f}" if task.total and task.total > 1 else ""
             line = f"{task.description}{count}{', done' if task.finished else ''}"
             below = _below(task)
             if told.get(task.id) != (line, len(below)) and (task.started or task.completed):
                 told[task.id] = (line, len(below))
-                for text in (line, *(f"  {one}" for one in below)):
-                    console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False, highlight=False)
+                _say(line, below)
+                spoke = clock()
+        # A plan that took in fewer than its limit never fills its bar: only the last one that is not full is at work.
+        at_work = [task for task in bars.tasks if task.id in told and not _is_full(task)]
+        if at_work and clock() - spoke >= _SIGN_S:
+            task = at_work[-1]
+            _say(f"{told[task.id][0]} ({(task.elapsed or 0) / 60:.0f} min)", _below(task))
+            spoke = clock()
 
     return tell
+
+
+def _say(line: str, below: Iterable[str]) -> None:
+    for text in (line, *(f"  {one}" for one in below)):
+        console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _is_full(task: Task) -> bool:
+    """Also one that was full from the start, which rich does not call finished."""
+    return task.finished or (task.total is not None and task.completed >= task.total)
 
 
 def bar_each(bars: Progress) -> Callable[[str, int, int], None]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 import uuid
 import warnings
@@ -249,8 +251,11 @@ class OnRay:
                     max_task_retries=restarts,
                 )
         try:
-            for row in data.iter_rows():
-                yield Unit.from_bytes(row["unit"], row["payload"])
+            # `iter_rows` would hold each unit back until the next one is there.
+            blocks: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+            for block in blocks:
+                for row in block.to_pylist():
+                    yield Unit.from_bytes(row["unit"], row["payload"])
         except RayError as error:
             raise _stage_error(error) from error
 
@@ -353,11 +358,16 @@ def start_ray(recipe: ClusterRecipe, stages: Sequence[Stage] = ()) -> None:
             "include_dashboard": False,
             "object_store_memory": recipe.object_store_mib << 20,
         }
+    told_to_stop = signal.getsignal(signal.SIGTERM)
     try:
         with _hushed():
             ray.init(**options)
     except Exception as error:  # Ray raises whatever it has at hand, a bare Exception among them
         raise explain(recipe.address, error) from error
+    finally:
+        # Ray's own handlers end the process with a dump of its C++ core, and without closing what is open.
+        if callable(told_to_stop) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, told_to_stop)
     for quiet in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
         for handler in logging.getLogger(quiet).handlers:

@@ -55,7 +55,7 @@ def read_status(out: Path, wait: Callable[[str], None] | None = None) -> Facts:
     outcomes, reasons, unreadable, unseen = _outcomes(out / "dataset", ledger, live)
     stages = [
         _step(out, "plan", out / "dataset" / "plan.parquet", seconds),
-        _make(out, outcomes, seconds, beat, ledger, live),
+        _make(out, outcomes, seconds, "make" in run.get("cut_off", {}), beat, ledger, live),
         _step(out, "select", out / "dataset" / "manifest.parquet", seconds),
         *(_phase(out, phase, recipe) for phase in _PHASES if recipe["trainer"][phase]["steps"]),
         _step(out, "student", out / "student", seconds),
@@ -158,12 +158,19 @@ def _row(name: str, state: str, **more: Any) -> Facts:
 
 
 def _make(
-    out: Path, outcomes: Facts, seconds: dict[str, float], beat: Facts, ledger: dict[int, str], live: Facts
+    out: Path,
+    outcomes: Facts,
+    seconds: dict[str, float],
+    cut_off: bool,
+    beat: Facts,
+    ledger: dict[int, str],
+    live: Facts,
 ) -> Facts:
+    """`cut_off`: a start was stopped in it, whose pictures are there and whose seconds are not."""
     done, planned = outcomes["in_ledger"], outcomes["planned"]
     state = "done" if planned and done >= planned else "waiting"
     if state == "done" and seconds.get("make"):
-        rate = done / seconds["make"]
+        rate = None if cut_off else done / seconds["make"]
     elif live:
         rate = live.get("per_s") if live["age_s"] < _STALE_S else None
     else:

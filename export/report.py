@@ -47,6 +47,7 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
         recipe=facts["recipe"],
         recipe_text=json.dumps(facts["recipe"], indent=2, ensure_ascii=False),
         total_seconds=sum(facts["seconds"].values()),
+        cut_off=_cut_off(facts),
         busy=_busy(facts),
         **_data_part(out, facts),
         training=_training_part(out / "training"),
@@ -58,6 +59,12 @@ def write_report(out: Path, facts: dict[str, Any]) -> Path:
     )
     publish_bytes(out / "report.html", page.encode())
     return out / "report.html"
+
+
+def _cut_off(facts: dict[str, Any]) -> int:
+    """Steps whose seconds are in no sum: starts that were stopped or killed in them, and the one that may still be at it."""
+    under_way = facts.get("under_way", "report") != "report"  # the report itself is under way while it is written
+    return sum(facts.get("cut_off", {}).values()) + under_way
 
 
 def _busy(facts: dict[str, Any]) -> float | None:

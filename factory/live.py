@@ -57,13 +57,17 @@ class Live:
             lacks(rule, planned, {})  # more combinations than anybody can mean are told now, not when all is made
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._stages: list[Facts] = []
-        self._flow, self._done = Flow([(_MADE, 1)]), 0
+        self._flow: Flow | None = None
+        self._began, self._done = time.monotonic(), 0
 
     def add(self, unit: Unit) -> None:
         """A unit that was committed just now."""
         with self._lock:
             self.tally.add(int(unit.id.rpartition("-")[2]), unit.rows)
-            self._flow.end(_MADE, unit.id, len(unit.rows), 0.0)
+            # Units come out together as the workers of the widest stage end together. The first ones took all the time until now.
+            widest = max((row["workers"] for row in self._stages), default=1)
+            self._flow = self._flow or Flow([(_MADE, widest)])
+            self._flow.end(_MADE, unit.id, len(unit.rows), time.monotonic() - self._began)
             self._done += len(unit.rows)
 
     def facts(self) -> dict[str, Any]:
@@ -71,7 +75,7 @@ class Live:
         # Once the stages are gone, what they did last is still worth showing.
         self._stages = self._runner.live() or self._stages
         with self._lock:
-            per_s = self._flow.read()[0]["per_s"]
+            per_s = self._flow.read()[0]["per_s"] if self._flow else None
             waits = self._left - self._done
             under_way = sum(row["working"] + (row["waiting"] or 0) for row in self._stages)
             stages = [

@@ -20,6 +20,7 @@ from chain import Chain, Recipe
 from cluster.errors import EdgeFusionError
 from cluster.events import read_events
 from cluster.recipe import load_recipe
+from cluster.status import read_status
 from factory.verify import verify
 
 FRONT_DOOR = Path(__file__).parent.parent / "edgefusion.py"
@@ -100,6 +101,35 @@ def test_a_finished_run_does_nothing_again(undisturbed: tuple[Path, Path]) -> No
     said = subprocess.run(command(recipe, out), capture_output=True, text=True, check=True)
     assert "nothing to do" in said.stdout
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_what_was_stopped_in_a_step_is_said_to_be_in_no_sum(
+    copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = copy
+    chain = load_recipe(Recipe, recipe)
+    page = (out / "report.html").read_text()
+    assert "for the whole chain</div>" in page and "stopped or killed" not in page
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (out / "report.html").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Chain, "_report", stopped)
+        Chain(chain, out).run()
+    Chain(chain, out).run()
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["cut_off"] == {"report": 1} and "under_way" not in facts
+    page = (out / "report.html").read_text()
+    assert "for the whole chain, without 1 step stopped or killed" in page and "report (1×)." in page
+    assert rate_of_make(out) is not None
+    (out / "run.json").write_text(json.dumps({**facts, "cut_off": {"make": 1}}))
+    assert rate_of_make(out) is None, "its pictures are counted, and its seconds are not"
+
+
+def rate_of_make(out: Path) -> float | None:
+    return next(row["per_s"] for row in read_status(out)["stages"] if row["stage"] == "make")
 
 
 KILL_POINTS: dict[str, Callable[[Path], bool]] = {

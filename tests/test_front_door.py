@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 import unittest.mock
@@ -117,6 +118,42 @@ def test_whoever_stops_a_run_is_told_that_it_goes_on(
     with pytest.raises(SystemExit) as end:
         edgefusion.main()
     assert end.value.code == 130 and "The same command goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runner", ["in-process", pytest.param("ray", marks=pytest.mark.ray)])
+def test_sigterm_stops_a_run_as_ctrl_c_does(runner: str, tmp_path: Path) -> None:
+    work = tmp_path / "work.py"
+    work.write_text(STOPPED_AT_WORK.replace("RUNNER", runner))
+    process = subprocess.Popen([sys.executable, str(work)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == ["closed", "Stopped. The same command goes on from here."]
+
+
+STOPPED_AT_WORK = """
+import sys, time
+import edgefusion
+from cluster.recipe import build_recipe
+from cluster.runner import ClusterRecipe, start_ray, stop_ray
+
+def work(*_):
+    try:
+        if "RUNNER" == "ray":
+            start_ray(build_recipe(ClusterRecipe, {"cpus": 1}, "test"))
+            import ray
+            wait = ray.remote(lambda: time.sleep(600)).remote()
+        print("at work", flush=True)
+        ray.get(wait) if "RUNNER" == "ray" else time.sleep(600)
+    finally:
+        stop_ray()
+        print("closed", file=sys.stderr, flush=True)
+
+edgefusion._run = work
+sys.argv = ["edgefusion", "run"]
+edgefusion.main()
+"""
 
 
 def test_verify_says_what_a_folder_is(tmp_path) -> None:

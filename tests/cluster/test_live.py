@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,28 @@ def test_rates_and_queues_by_hand() -> None:
     assert (score["per_s"], score["busy"], score["waiting"], score["working"]) == (8.0, 0.5, 16, 8)
     clock.now += 100
     assert flow.read()[0]["per_s"] < 1, "nothing came for long, so the rate falls"
+
+
+def test_workers_that_end_together_are_no_faster_for_it() -> None:
+    clock = Clock()
+    flow = Flow([("render", 2)], clock)
+    told: list[tuple[float, float | None]] = []
+    # Two workers begin together and render units of 64 in 64 s each; the second one ends 4 s after the first.
+    for number in range(8):
+        clock.now = 64.0 * (number // 2 + 1) + 4 * (number % 2)
+        flow.end("render", f"u{number}", 64, 64.0)
+        told.append((flow.read()[0]["per_s"], flow.read()[0]["busy"]))
+    assert told[:2] == [(1.0, None), (round(128 / 68, 3), None)], "the time since it began to work"
+    assert told[2:] == [(2.0, 1.0)] * 6
+
+
+def test_the_rate_of_many_workers_is_that_of_whole_rounds() -> None:
+    clock = Clock()
+    flow = Flow([("render", 100)], clock)
+    for number in range(600):
+        clock.now = 50.0 * (number // 100 + 1)
+        flow.end("render", f"u{number}", 1, 50.0)
+    assert (flow.read()[0]["per_s"], flow.read()[0]["busy"]) == (2.0, 1.0)
 
 
 def test_a_unit_that_is_done_again_is_in_one_place() -> None:
@@ -122,6 +145,25 @@ def seen(runner: Runner) -> list[dict[str, object]]:
             if found[-1]["samples"] == 48:
                 return found
     raise AssertionError("the last unit was never told of")
+
+
+@pytest.mark.ray
+def test_ray_hands_out_a_unit_before_the_next_one_is_done(tmp_path: Path) -> None:
+    def patient(rows: list[Row]) -> list[Row]:
+        end = time.monotonic() + 60
+        while rows[0]["id"].startswith("1") and not (tmp_path / "got").exists():
+            if time.monotonic() > end:
+                raise ValueError("the unit before was kept back")
+            time.sleep(0.02)
+        return rows
+
+    ray = OnRay(build_recipe(ClusterRecipe, {"cpus": 2}, "test"))
+    try:
+        for unit in ray.run([Stage("draw", lambda: patient)], units(2)):
+            (tmp_path / "got").touch()
+            assert not [row for row in unit.rows if "kept back" in row["reason"]]
+    finally:
+        ray.close()
 
 
 @pytest.mark.ray
