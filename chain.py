@@ -159,9 +159,8 @@ class Chain:
 
     def _run_steps(self, todo: Sequence[str], still_mine: Callable[[], None]) -> None:
         self.facts.setdefault("run", uuid.uuid4().hex[:12])
-        if step := self.facts.pop(
-            "under_way", None
-        ):  # an earlier start was stopped in it, and its seconds are in no sum
+        # An earlier start was stopped in it, and its seconds are in no sum.
+        if step := self.facts.pop("under_way", None):
             cut_off: dict[str, int] = self.facts.setdefault("cut_off", {})
             cut_off[step] = cut_off.get(step, 0) + 1
         self._save()
