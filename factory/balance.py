@@ -116,9 +116,8 @@ def _evenness(counts: np.ndarray) -> float | None:
     shares = counts[counts > 0] / max(1, counts.sum())
     if len(counts) < 2 or not len(shares):
         return None
-    return (
-        round(float(-(shares * np.log(shares)).sum() / np.log(len(counts))), 4) + 0.0
-    )  # of one value -0.0, which + 0.0 mends
+    # Of one value it is -0.0, which + 0.0 mends.
+    return round(float(-(shares * np.log(shares)).sum() / np.log(len(counts))), 4) + 0.0
 
 
 def lacking(wanted: Sequence[Wanted], attributes: Attributes, kept: np.ndarray) -> list[dict[str, Any]]:

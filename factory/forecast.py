@@ -26,6 +26,7 @@ from factory.probing import cores_a_gpu, gpu_bytes, timed, tried
 from factory.prompts import read_prompts
 from factory.recipe import FactoryRecipe
 from factory.shares import wilson
+from factory.size_lines import span
 from factory.sizes import LOOKING, BatchProbe, StageProbe
 from factory.stages import make_stages
 from factory.units import planned_units
@@ -220,7 +221,7 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
     what = f"{gpus} workers as fast as this {found.device}"
     told += [
         f"scaled to {whole.samples:,} samples on {what}, nothing taken away or waiting:",
-        f"  time    {_span(whole.hours)}, of it {_span(whole.plan_hours)} for the plan",
+        f"  time    {span(whole.hours)}, of it {span(whole.plan_hours)} for the plan",
         f"  workers {whole.gpu_hours:,.2f} hours"
         + ("" if whole.cost is None else f", cost {whole.cost:,.2f} without the plan's"),
         *run_lines(found.asked, whole.samples),
@@ -239,10 +240,6 @@ def lines(found: Probe, whole: Forecast, gpus: int) -> list[str]:
         )
     told.append("For nodes that are taken away: edgefusion cluster simulate")
     return told
-
-
-def _span(hours: float) -> str:
-    return f"{hours * 3600:,.0f} s" if hours < 1 / 30 else f"{hours * 60:,.0f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
 def _shortened(recipe: FactoryRecipe, samples: int) -> FactoryRecipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from factory.size_lines import span
 from factory.sizes import StageProbe
 
 MOST_S = 600.0
@@ -29,15 +30,11 @@ def lines(stages: Sequence[StageProbe], unit_images: int, batch: int) -> list[st
     """In words; `batch`: pictures that are drawn at once."""
     seconds, opening = unit_seconds(stages, unit_images), sum(stage.open_s for stage in stages)
     told = [
-        f"  lost    a node that is taken away costs some {_span(seconds)} for each unit of {unit_images} that it had in hand, and "
-        f"{_span(opening)} to open the models elsewhere"
+        f"  lost    a node that is taken away costs some {span(seconds / 3600)} for each unit of {unit_images} that it had in hand, and "
+        f"{span(opening / 3600)} to open the models elsewhere"
     ]
     if seconds > MOST_S and (size := fitting_unit(stages, unit_images, batch)) is not None:
         told.append(
-            f"          with factory.make.unit_images={size}, set before the run begins, {_span(unit_seconds(stages, size))} for each"
+            f"          with factory.make.unit_images={size}, set before the run begins, {span(unit_seconds(stages, size) / 3600)} for each"
         )
     return told
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
