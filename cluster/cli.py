@@ -84,11 +84,9 @@ def log(
         found += 1
         typer.echo(json.dumps(event, ensure_ascii=False))
     if not found:
-        told = (
-            ""
-            if not sample and not problems
-            else f"; every sample that died, in the plan too, stands in {out}/dataset/dead.parquet"
-        )
+        letters = out / "dataset" / "dead.parquet"
+        dead = (problems or sample is not None) and letters.exists()
+        told = f"; every sample that died, in the plan too, stands in {letters}" if dead else ""
         typer.echo(f"the log holds nothing of that{told}", err=True)
 
 

@@ -98,8 +98,12 @@ def test_the_command_finds_what_is_asked_for(tmp_path: Path) -> None:
     assert said("--stage", "halve", "--unit", "unit-1") == ["unit unit-1"]
     assert said("--problems") == ["unit unit-0", "message unit-7"]
     assert said("--sample", "id-3") == ["unit unit-0"] and said("--sample", "id-1") == ["message unit-7"]
-    nothing = CliRunner().invoke(app, ["cluster", "log", str(tmp_path), "--sample", "nobody"], catch_exceptions=False)
-    assert nothing.stdout == "" and "holds nothing of that; every sample that died" in nothing.stderr
+    for told in ("", f"; every sample that died, in the plan too, stands in {tmp_path}/dataset/dead.parquet"):
+        words = ["cluster", "log", str(tmp_path), "--sample", "nobody"]
+        nothing = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert (nothing.stdout, nothing.stderr) == ("", f"the log holds nothing of that{told}\n")
+        (tmp_path / "dataset").mkdir(exist_ok=True)
+        (tmp_path / "dataset" / "dead.parquet").touch()
     with pytest.raises(EdgeFusionError, match="holds no log"):
         CliRunner().invoke(app, ["cluster", "log", str(tmp_path / "log")], catch_exceptions=False)
 
