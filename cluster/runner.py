@@ -232,6 +232,7 @@ class OnRay:
         context.print_on_execution_start = False
         # One unit a block: a block is what Ray hands out, and what it repeats when a worker is lost.
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        rows.clear()  # Ray has its own copy
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray deprecates the spelling of max_restarts, and offers no other yet
             for stage in stages:
