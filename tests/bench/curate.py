@@ -1,6 +1,6 @@
 """The curation page over a large ledger: `PYTHONPATH=. python tests/bench/curate.py [ROWS]` (a million by default).
 
-Makes a ledger with its selection and pictures (one small picture, shared), opens it and times what a person waits for: on the
+Makes a ledger with its selection, a set of scores that came later and pictures (one small picture, shared), opens it and times what a person waits for: on the
 server's side over HTTP with 60 thumbnails a grid, and in Chromium until every picture of the grid is decoded, if there is one.
 """
 
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from factory.added import PICTURES, SCORER, SCORES
 from factory.curate.server import Server
 from factory.ledger import _PICTURES, ENTRY
 from factory.select import _SCHEMA, SELECTION
@@ -38,10 +39,14 @@ ROWS, UNIT_IMAGES, GRID, RUNS = 1_000_000, 256, 60, 5
 SUBJECTS = [f"subject {i}" for i in range(120)]
 STYLES = ["flat", "3d", "photo"]
 COLOURS = ["red", "blue", "green", "white", "black", "gray"]
+ADDED = "sharpness"
+DIGEST = "0" * 64
+"""Of the pictures of every unit; the page shows them without asking for it."""
 FILTERS: list[tuple[str, dict[str, Any]]] = [
     ("no filter, plan order (the first grid)", {}),
     ("sort by score, descending", {"sort": "clip_score", "descending": True}),
     ("score range", {"scores": {"clip_score": [0.4, 0.6]}}),
+    ("range of an added score, sorted by it", {"scores": {ADDED: [0.4, 0.6]}, "sort": ADDED}),
     ("attribute", {"attributes": {"subject": ["subject 7"]}}),
     ("text of two words, sorted", {"text": "blue photo", "sort": "clip_score"}),
     ("what the rules said", {"outcome": "rejected"}),
@@ -84,8 +89,11 @@ def main() -> None:
 def write_ledger(folder: Path, rows: int) -> None:
     rng = np.random.default_rng(0)
     picture = encode_picture(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "png")
-    for name in ("ledger", "pictures"):
-        (folder / name).mkdir()
+    added = folder / SCORES / ADDED
+    for place in (folder / "ledger", folder / "pictures", added):
+        place.mkdir(parents=True)
+    told = {"scorer": {"kind": ADDED}, "mark": "", "columns": [ADDED]}
+    (added / SCORER).write_text(json.dumps(told))
     selection: dict[str, list[str]] = {"id": [], "outcome": [], "reason": [], "cluster": []}
     for start in range(0, rows, UNIT_IMAGES):
         count, unit = min(UNIT_IMAGES, rows - start), f"unit-{start // UNIT_IMAGES:05d}"
@@ -113,10 +121,12 @@ def write_ledger(folder: Path, rows: int) -> None:
             "embedding": [b"\0" * 128] * count,
             "phash": ["0" * 16] * count,
             "colours": [b"\0" * 12] * count,
-            "pictures_sha256": ["0" * 64] * count,
+            "pictures_sha256": [DIGEST] * count,
         }
         entry = {name: entry.get(name, [None] * count) for name in ENTRY.names}
         pq.write_table(pa.table(entry, schema=ENTRY), folder / "ledger" / f"{unit}.parquet", compression="zstd")
+        later = pa.table({"id": ids, ADDED: rng.random(count)}, metadata={PICTURES: DIGEST.encode()})
+        pq.write_table(later, added / f"{unit}.parquet", compression="zstd")
         pictures = pa.table({"id": ids, "picture": [picture] * count}, schema=_PICTURES)
         pq.write_table(pictures, folder / "pictures" / f"{unit}.parquet", compression="zstd")
         selection["id"] += ids
