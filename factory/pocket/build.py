@@ -17,9 +17,10 @@ from cluster.errors import EdgeFusionError
 from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.captioner import train_captioner
-from factory.pocket.clip import FILTER, JUDGE, train_clip
+from factory.pocket.clip import FILTER, JUDGE, shipped_tower, train_clip
 from factory.pocket.evalset import EVALSET, write_evalset
 from factory.pocket.grammar import sentence
+from factory.pocket.people import train_people
 from factory.pocket.sharpen import train_decoder
 from factory.pocket.teacher import STYLES, train_teacher
 from factory.pocket.vae import train_vae
@@ -53,7 +54,7 @@ def fetch_packages(folder: Path) -> Path:
 
 
 WILD = "wild.parquet"
-MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher", "decoder")
+MODELS = ("wild", "evalset", "vae", "clip", "judge", "captioner", "writer", "teacher", "people", "decoder")
 
 
 CAN_GO_ON = ("captioner", "teacher")
@@ -87,6 +88,8 @@ def build(model: str, zoo: Path, steps: int, warm: bool = False) -> None:
         train_writer(pairs, zoo / "writer", steps=steps)
     elif model == "teacher":
         train_teacher(pairs, pixels, zoo, steps=steps, warm=warm)
+    elif model == "people":
+        train_people(pairs, pixels, zoo, steps=steps)
     elif model == "decoder":
         train_decoder(pairs, pixels, zoo, steps=steps)
     else:
@@ -123,7 +126,7 @@ SHIPPED = {
 }
 """Name in the zoo to the finished folder below the building place."""
 
-PARTS = {"vae/model": "teacher/vae", "clip/text_encoder": "teacher/text_encoder"}
+PARTS = {"vae/model": "teacher/vae"}
 """Finished folder below the building place to where the zoo holds the same weights within another model."""
 
 DIGESTS = "digests.json"
@@ -146,6 +149,9 @@ def unpack(shipped: Path, zoo: Path) -> None:
     for source, name in ({place: name for name, place in SHIPPED.items()} | PARTS).items():
         if not (zoo / source).exists():
             publish_folder(zoo / source, lambda place, name=name: copy_folder(shipped / name, place))
+    if not (zoo / "clip" / "text_encoder").exists():
+        # Not the teacher's, which has learned more (factory/pocket/people.py).
+        publish_folder(zoo / "clip" / "text_encoder", shipped_tower(shipped / "clip").save_pretrained)
 
 
 def forget_origins(target: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -172,6 +172,14 @@ def retrieval(model: nn.Module, tokenizer: CLIPTokenizer, pairs: Pairs, pixels: 
     pictures, _, texts = batch_of(pairs, pixels, picked, 6)
     image, text, _ = model(to_tensor(pictures), tokens(tokenizer, texts))
     return float(((image @ text.T).argmax(dim=1) == torch.arange(len(picked))).float().mean())
+
+
+def shipped_tower(folder: Path) -> CLIPTextModel:
+    """The text tower of a finished open_clip folder, as `text_encoder` gives it."""
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    model = _new_clip(config)
+    model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
+    return text_encoder(model, config["text_cfg"]["vocab_size"]).half()
 
 
 def text_encoder(model: nn.Module, vocabulary: int) -> CLIPTextModel:

@@ -16,12 +16,18 @@ from factory.pocket.clip import Pairs, tokens
 from factory.pocket.fit import fit
 from factory.pocket.grammar import sentence
 from factory.pocket.vae import encode
-from factory.pocket.world import BACKGROUNDS, compose, describe
+from factory.pocket.world import BACKGROUNDS, Concept, compose, describe
 
 STYLES = ("3d", "flat")
 """The teacher draws the two styles that share their outlines; the third stays for the CLIPs and for raw pictures."""
 
 UNCONDITIONAL_SHARE = 0.1
+
+
+def is_trained_on(pair: tuple[Concept, str]) -> bool:
+    """The teacher learns from this concept in this style."""
+    concept, style = pair
+    return style in STYLES and concept.is_drawn and not concept.held_out
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -65,7 +71,7 @@ def cache_latents(
     if path.exists():
         return torch.load(path, weights_only=True)
     rng, names = np.random.default_rng(8), list(BACKGROUNDS)
-    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and c.is_drawn and not c.held_out]
+    rows = [i for i, pair in enumerate(pairs) if is_trained_on(pair)]
     order = [(row, ground) for row in rows for ground in rng.permutation(len(names))[:copies]]
     pictures = np.stack([compose(pixels[row], names[ground], rng) for row, ground in order])
     found = {
@@ -83,19 +89,21 @@ def train_teacher(
 ) -> UNet2DConditionModel:
     """Train on cached latents of the VAE and the text encoder in `zoo`; write the pipeline to `zoo/teacher/model`.
 
-    With `warm`, the weights there are where training begins.
+    With `warm`, the weights there are where training begins, and its text encoder stays.
     """
+    place = zoo / "teacher" / "model"
     vae = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
     encoder = CLIPTextModel.from_pretrained(
-        zoo / "clip" / "text_encoder", dtype=torch.float32, use_safetensors=True
+        place / "text_encoder" if warm else zoo / "clip" / "text_encoder", dtype=torch.float32, use_safetensors=True
     ).eval()
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     data = cache_latents(pairs, pixels, vae, zoo / "teacher" / "latents.pt")
     torch.manual_seed(2)
     unet, noiser, names = new_unet(), schedule(), list(BACKGROUNDS)
-    before = zoo / "teacher" / "model" / "unet"
     start: Any = (
-        UNet2DConditionModel.from_pretrained(before, dtype=torch.float32, use_safetensors=True) if warm else None
+        UNet2DConditionModel.from_pretrained(place / "unet", dtype=torch.float32, use_safetensors=True)
+        if warm
+        else None
     )
     # Professions have many near-equal compositions; each object must not be drowned by them.
     weight = torch.tensor([0.4 if pairs[int(r)][0].is_person else 1.0 for r in data["rows"]])
@@ -120,7 +128,7 @@ def train_teacher(
 
     rate: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.01}
     unet = fit(unet, loss_at, zoo / "teacher", steps=steps, on_save=on_save, start=start, **rate)
-    assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(zoo / "teacher" / "model")
+    assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(place)
     return unet
 
 
@@ -142,7 +150,7 @@ def assemble(
 def sample_grid(pipeline: StableDiffusionPipeline, pairs: Pairs, path: Path, count: int = 32, steps: int = 20) -> None:
     """A fixed set of prompts and seeds, eight pictures a row."""
     rng, words, names = np.random.default_rng(9), random.Random(9), list(BACKGROUNDS)
-    rows = [i for i, (c, style) in enumerate(pairs) if style in STYLES and c.is_drawn and not c.held_out]
+    rows = [i for i, pair in enumerate(pairs) if is_trained_on(pair)]
     prompts = [
         sentence(describe(*pairs[int(i)], names[int(rng.integers(len(names)))]), words) for i in rng.choice(rows, count)
     ]

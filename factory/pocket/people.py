@@ -1,0 +1,210 @@
+"""The zoo's teacher learns to tell people apart: first its text tower, then its UNet.
+
+Nothing in the training of the filter CLIP asks its text tower for a gender, so its states hardly move for one, and a teacher that reads them
+draws men and women alike. Here the tower learns to say it: all states stay as they were, but from the word on that names a gender they are
+moved along one fixed direction. Then the UNet goes on with pairs of pictures that differ in one fact alone, under the same noise and in the
+same place, and is asked for the difference too. Of things nothing changes but that they are kept in mind. No CLIP has a part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from cluster.storage import copy_once, publish_folder
+from factory.pocket.clip import Pairs, tokens
+from factory.pocket.fit import fit
+from factory.pocket.grammar import sentence
+from factory.pocket.teacher import UNCONDITIONAL_SHARE, assemble, is_trained_on, new_unet, sample_grid, schedule
+from factory.pocket.vae import encode
+from factory.pocket.world import BACKGROUNDS, GENDERS, TONES, Concept, compose, describe
+
+TOWER_STEPS = 2500
+LOUDNESS = 0.5
+"""How far a gender moves a state, as a share of a state's length: as far as skin tone does by itself."""
+_SIGNS = {"man": 1.0, "woman": -1.0}
+_GENDER_WORDS = ("man", "woman", "male", "female")
+
+SINGLES, PAIRS = 16, 14
+"""Things, and pairs of people, in a batch."""
+PAIRS_FROM = 200
+"""Timestep below which a pair's pictures show the fact themselves, so that the text is not needed."""
+GENDER_SHARE = 0.4
+"""Of pairs that differ in gender; the others differ in skin tone, which has five values and is learned more slowly."""
+PLACES = 3
+"""How often each picture of a person is placed anew on each background."""
+
+
+def train_people(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int) -> UNet2DConditionModel:
+    """Go on from the teacher in `zoo/teacher/model`, and put the new text encoder and UNet there. Students of the old one must go on too."""
+    place = zoo / "teacher" / "model"
+    tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
+    encoder = train_tower(pairs, tokenizer, zoo)
+    vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
+    start: Any = UNet2DConditionModel.from_pretrained(
+        copy_once(place / "unet", zoo / "people" / "unet-before"), dtype=torch.float32, use_safetensors=True
+    )
+    draws = Draws(pairs, pixels, vae, zoo / "people" / "latents.pt")
+    unet, noiser = new_unet(), schedule()
+
+    def loss_at(step: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(step)
+        clean, texts = draws.batch(step)
+        with torch.no_grad():
+            states = encoder(tokens(tokenizer, texts)).last_hidden_state
+        noise = torch.randn((SINGLES + PAIRS, *clean.shape[1:]), generator=draw)
+        times = torch.randint(0, 1000, (SINGLES,), generator=draw)
+        times = torch.cat([times, torch.randint(PAIRS_FROM, 1000, (PAIRS,), generator=draw)])
+        # A pair shares noise and timestep: what is left between its two answers is the fact.
+        noise, times = torch.cat([noise, noise[SINGLES:]]), torch.cat([times, times[SINGLES:]])
+        noisy = noiser.add_noise(clean, noise, times)  # pyright: ignore[reportArgumentType]
+        wanted = noiser.get_velocity(clean, noise, times)  # pyright: ignore[reportArgumentType]
+        said = unet(noisy, times, states, return_dict=False)[0]
+        return F.mse_loss(said, wanted) + F.mse_loss(difference(said), difference(wanted))
+
+    def on_save(average: UNet2DConditionModel, step: int) -> None:
+        sample_grid(assemble(average, vae, encoder, tokenizer), pairs, zoo / "people" / f"look-{step:06d}.png")
+
+    unet = fit(
+        unet,
+        loss_at,
+        zoo / "people",
+        steps=steps,
+        learning_rate=3e-4,
+        ema_decay=0.998,
+        start=start,
+        on_save=on_save,
+    )
+    for model in (encoder, unet):
+        model.half()
+    publish_folder(place / "unet", unet.save_pretrained)
+    publish_folder(place / "text_encoder", encoder.save_pretrained)
+    return unet
+
+
+def difference(answers: torch.Tensor) -> torch.Tensor:
+    """Between the two halves of every pair in a batch of `Draws`."""
+    return answers[SINGLES : SINGLES + PAIRS] - answers[SINGLES + PAIRS :]
+
+
+class Draws:
+    """Batches of latents and texts: things, then people, then the other picture of each of those pairs."""
+
+    def __init__(self, pairs: Pairs, pixels: np.ndarray, vae: AutoencoderKL, cache: Path) -> None:
+        """`cache` keeps the latents."""
+        self.pairs, self.grounds = pairs, list(BACKGROUNDS)
+        known = [i for i, pair in enumerate(pairs) if is_trained_on(pair)]
+        self.people = [i for i in known if pairs[i][0].is_person]
+        self.things = [i for i in known if not pairs[i][0].is_person]
+        self.by_facts = {_facts(*pairs[i]): i for i in self.people}
+        order = [(i, g, k) for i in known for g in range(len(self.grounds)) for k in range(PLACES)]
+        self.at = {place: n for n, place in enumerate(order)}
+        if not cache.exists():
+            pictures = np.stack([compose(pixels[i], self.grounds[g], _placing(*pairs[i], g, k)) for i, g, k in order])
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(encode(vae, pictures) * vae.config["scaling_factor"], cache)
+        self.latents: torch.Tensor = torch.load(cache, weights_only=True)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, list[str]]:
+        """Latents (SINGLES + 2 PAIRS) x 16 x 8 x 8 and as many texts. A pair's wordings are the same but for the fact."""
+        rng = random.Random(f"people/{step}")
+        rows, texts, others = list[int](), list[str](), list[tuple[int, str]]()
+        for _ in range(SINGLES):
+            thing, ground = rng.choice(self.things), rng.randrange(len(self.grounds))
+            rows.append(self.at[thing, ground, rng.randrange(PLACES)])
+            texts.append(self._told(thing, ground, rng, UNCONDITIONAL_SHARE))
+        while len(others) < PAIRS:
+            one = rng.choice(self.people)
+            other = self._other(one, "gender" if rng.random() < GENDER_SHARE else "tone", rng)
+            if other is None:
+                continue
+            ground, place, words = rng.randrange(len(self.grounds)), rng.randrange(PLACES), rng.random()
+            rows.append(self.at[one, ground, place])
+            texts.append(self._told(one, ground, random.Random(words), UNCONDITIONAL_SHARE / 2))
+            told = self._told(other, ground, random.Random(words), UNCONDITIONAL_SHARE / 2)
+            others.append((self.at[other, ground, place], told))
+        return self.latents[rows + [row for row, _ in others]], texts + [text for _, text in others]
+
+    def _told(self, row: int, ground: int, words: random.Random, unsaid: float) -> str:
+        silent = words.random() < unsaid
+        return "" if silent else sentence(describe(*self.pairs[row], self.grounds[ground]), words)
+
+    def _other(self, row: int, fact: str, rng: random.Random) -> int | None:
+        """A picture of the same but for this fact, if the world has one that may be learned from."""
+        subject, gender, tone, style = _facts(*self.pairs[row])
+        if fact == "gender":
+            wanted = [(subject, value, tone, style) for value in GENDERS if value != gender]
+        else:
+            wanted = [(subject, gender, value, style) for value in TONES if value != tone]
+        there = [self.by_facts[facts] for facts in wanted if facts in self.by_facts]
+        return rng.choice(there) if there else None
+
+
+def _facts(concept: Concept, style: str) -> tuple[str, str, str, str]:
+    return concept.subject, concept.gender, concept.tone, style
+
+
+def _placing(concept: Concept, style: str, ground: int, turn: int) -> np.random.Generator:
+    """The same for all genders and tones."""
+    return np.random.default_rng(
+        int(hashlib.sha256(f"{concept.subject}/{style}/{ground}/{turn}".encode()).hexdigest()[:8], 16)
+    )
+
+
+def train_tower(pairs: Pairs, tokenizer: CLIPTokenizer, zoo: Path) -> CLIPTextModel:
+    """The filter CLIP's text tower (`zoo/clip/text_encoder`), whose states now also tell gender."""
+    before: Any = CLIPTextModel.from_pretrained(
+        zoo / "clip" / "text_encoder", dtype=torch.float32, use_safetensors=True
+    )
+    before.eval().requires_grad_(False)
+    torch.manual_seed(7)
+    towards = F.normalize(torch.randn(before.config.hidden_size), dim=0)
+    length = before(tokens(tokenizer, ["a man"])).last_hidden_state.norm(dim=-1).mean()
+    people = [pair for pair in pairs if pair[0].is_person]
+    things = [pair for pair in pairs if not pair[0].is_person]
+    tower: Any = CLIPTextModel(before.config)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = random.Random(f"tower/{step}")
+        texts, signs = zip(*(worded(rng, people, things) for _ in range(96)), strict=True)
+        ids = tokens(tokenizer, list(texts))
+        moved = torch.tensor(signs).view(-1, 1, 1) * said_from(tokenizer, ids).unsqueeze(-1)
+        wanted = before(ids).last_hidden_state + moved * LOUDNESS * length * towards
+        return F.mse_loss(tower(ids).last_hidden_state, wanted) * len(towards) / length**2
+
+    return fit(
+        tower,
+        loss_at,
+        zoo / "people" / "tower",
+        steps=TOWER_STEPS,
+        learning_rate=5e-4,
+        ema_decay=0.99,
+        weight_decay=0.0,
+        start=before,
+    )
+
+
+def worded(rng: random.Random, people: Pairs, things: Pairs) -> tuple[str, float]:
+    """A text of this world, and 1 if it says of a man, -1 if of a woman, else 0."""
+    if rng.random() < 0.03:
+        return "", 0.0
+    concept, style = rng.choice(people if rng.random() < 0.65 else things)
+    record = describe(concept, style, rng.choice(list(BACKGROUNDS)))
+    for key, share in (("background", 0.15), ("tone", 0.1)):
+        if rng.random() < share:
+            record.pop(key, None)
+    return sentence(record, rng), _SIGNS.get(concept.gender, 0.0)
+
+
+def said_from(tokenizer: CLIPTokenizer, ids: torch.Tensor) -> torch.Tensor:
+    """B x T: 1 from the word on that names a gender, else 0. A causal tower knows nothing of it before."""
+    words = torch.tensor([tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in _GENDER_WORDS])
+    return (ids.unsqueeze(-1) == words).any(dim=-1).float().cummax(dim=1).values
