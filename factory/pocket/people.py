@@ -1,15 +1,17 @@
 """The zoo's teacher learns to tell people apart: first its text tower, then its UNet.
 
 Nothing in the training of the filter CLIP asks its text tower for a gender, so its states hardly move for one, and a teacher that reads them
-draws men and women alike. Here the tower learns to say it: all states stay as they were, but from the word on that names a gender they are
-moved along one fixed direction. Then the UNet goes on with pairs of pictures that differ in one fact alone, under the same noise and in the
-same place, and is asked for the difference too. Of things nothing changes but that they are kept in mind. No CLIP has a part in it.
+draws men and women alike. Here the tower learns to say gender and skin tone: all states stay as they were, but from the word on that names
+one of them they are moved along a fixed direction of its own. Then the UNet goes on with pairs of pictures that differ in one fact alone,
+under the same noise and in the same place, and is asked for the difference too; things are drawn beside them so as not to be forgotten.
+No CLIP has a part in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,15 @@ from factory.pocket.world import BACKGROUNDS, GENDERS, TONES, Concept, compose, 
 
 TOWER_STEPS = 2500
 LOUDNESS = 0.5
-"""How far a gender moves a state, as a share of a state's length: as far as skin tone does by itself."""
-_SIGNS = {"man": 1.0, "woman": -1.0}
-_GENDER_WORDS = ("man", "woman", "male", "female")
+"""How far a fact moves a state, as a share of a state's length."""
+WORDS = {"gender": ("man", "woman", "male", "female"), "tone": ("skin", "skinned")}
+"""By which of its words a text has named the fact."""
 
 SINGLES, PAIRS = 16, 14
 """Things, and pairs of people, in a batch."""
 PAIRS_FROM = 200
 """Timestep below which a pair's pictures show the fact themselves, so that the text is not needed."""
-GENDER_SHARE = 0.4
+GENDER_SHARE = 0.3
 """Of pairs that differ in gender; the others differ in skin tone, which has five values and is learned more slowly."""
 PLACES = 3
 """How often each picture of a person is placed anew on each background."""
@@ -160,25 +162,26 @@ def _placing(concept: Concept, style: str, ground: int, turn: int) -> np.random.
 
 
 def train_tower(pairs: Pairs, tokenizer: CLIPTokenizer, zoo: Path) -> CLIPTextModel:
-    """The filter CLIP's text tower (`zoo/clip/text_encoder`), whose states now also tell gender."""
+    """The filter CLIP's text tower (`zoo/clip/text_encoder`), whose states now also tell gender and skin tone."""
     before: Any = CLIPTextModel.from_pretrained(
         zoo / "clip" / "text_encoder", dtype=torch.float32, use_safetensors=True
     )
     before.eval().requires_grad_(False)
-    torch.manual_seed(7)
-    towards = F.normalize(torch.randn(before.config.hidden_size), dim=0)
-    length = before(tokens(tokenizer, ["a man"])).last_hidden_state.norm(dim=-1).mean()
+    length = float(before(tokens(tokenizer, ["a man"])).last_hidden_state.norm(dim=-1).mean())
+    moves = {fact: LOUDNESS * length * towards for fact, towards in directions(before.config.hidden_size).items()}
     people = [pair for pair in pairs if pair[0].is_person]
     things = [pair for pair in pairs if not pair[0].is_person]
     tower: Any = CLIPTextModel(before.config)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = random.Random(f"tower/{step}")
-        texts, signs = zip(*(worded(rng, people, things) for _ in range(96)), strict=True)
-        ids = tokens(tokenizer, list(texts))
-        moved = torch.tensor(signs).view(-1, 1, 1) * said_from(tokenizer, ids).unsqueeze(-1)
-        wanted = before(ids).last_hidden_state + moved * LOUDNESS * length * towards
-        return F.mse_loss(tower(ids).last_hidden_state, wanted) * len(towards) / length**2
+        told = [worded(rng, people, things) for _ in range(96)]
+        ids = tokens(tokenizer, [text for text, _ in told])
+        wanted = before(ids).last_hidden_state
+        for key, words in WORDS.items():
+            moved = torch.stack([moves.get(facts.get(key, ""), torch.zeros_like(wanted[0, 0])) for _, facts in told])
+            wanted = wanted + said_from(tokenizer, ids, words).unsqueeze(-1) * moved.unsqueeze(1)
+        return F.mse_loss(tower(ids).last_hidden_state, wanted) * wanted.shape[-1] / length**2
 
     return fit(
         tower,
@@ -192,19 +195,26 @@ def train_tower(pairs: Pairs, tokenizer: CLIPTokenizer, zoo: Path) -> CLIPTextMo
     )
 
 
-def worded(rng: random.Random, people: Pairs, things: Pairs) -> tuple[str, float]:
-    """A text of this world, and 1 if it says of a man, -1 if of a woman, else 0."""
+def directions(width: int) -> dict[str, torch.Tensor]:
+    """A unit vector for every gender that a text can name, opposite ones for the two, and for every skin tone."""
+    gender = F.normalize(torch.randn(width, generator=torch.Generator().manual_seed(7)), dim=0)
+    tones = F.normalize(torch.randn(len(TONES), width, generator=torch.Generator().manual_seed(8)), dim=1)
+    return {"man": gender, "woman": -gender, **dict(zip(TONES, tones, strict=True))}
+
+
+def worded(rng: random.Random, people: Pairs, things: Pairs) -> tuple[str, dict[str, str]]:
+    """A text of this world and the record that it tells."""
     if rng.random() < 0.03:
-        return "", 0.0
+        return "", {}
     concept, style = rng.choice(people if rng.random() < 0.65 else things)
     record = describe(concept, style, rng.choice(list(BACKGROUNDS)))
     for key, share in (("background", 0.15), ("tone", 0.1)):
         if rng.random() < share:
             record.pop(key, None)
-    return sentence(record, rng), _SIGNS.get(concept.gender, 0.0)
+    return sentence(record, rng), record
 
 
-def said_from(tokenizer: CLIPTokenizer, ids: torch.Tensor) -> torch.Tensor:
-    """B x T: 1 from the word on that names a gender, else 0. A causal tower knows nothing of it before."""
-    words = torch.tensor([tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in _GENDER_WORDS])
-    return (ids.unsqueeze(-1) == words).any(dim=-1).float().cummax(dim=1).values
+def said_from(tokenizer: CLIPTokenizer, ids: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
+    """B x T: 1 from the first of `words` on, else 0. A causal tower knows nothing of it before."""
+    wanted = torch.tensor([tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in words])
+    return (ids.unsqueeze(-1) == wanted).any(dim=-1).float().cummax(dim=1).values

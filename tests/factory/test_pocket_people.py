@@ -1,4 +1,4 @@
-"""People in the embedded zoo: a text tower that says gender, and pairs of pictures that differ in one fact."""
+"""People in the embedded zoo: a text tower that says gender and skin tone, and pairs of pictures that differ in one fact."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from factory.models import ZOO
 from factory.pocket.clip import shipped_tower, tokens
-from factory.pocket.people import PAIRS, SINGLES, Draws, difference, said_from, train_tower
+from factory.pocket.people import PAIRS, SINGLES, WORDS, Draws, difference, said_from, train_tower
 from factory.pocket.world import Concept
 
 TONES = ("light", "dark")
@@ -24,13 +24,20 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(ZOO / "clip")
 
 
-def test_gender_is_known_from_its_word_on(tokenizer: CLIPTokenizer) -> None:
-    ids = tokens(tokenizer, ["a 3d icon of a woman working as a cook", "male cook", "a cook", "a red apple", ""])
-    said = said_from(tokenizer, ids)
-    assert tokenizer.convert_ids_to_tokens(int(ids[0, int(said[0].argmax())])) == "woman</w>"
-    assert said[0].tolist() == sorted(said[0].tolist())
-    assert tokenizer.convert_ids_to_tokens(int(ids[1, int(said[1].argmax())])) == "male</w>"
-    assert not said[2:].any()
+def test_a_fact_is_known_from_its_word_on(tokenizer: CLIPTokenizer) -> None:
+    texts = [
+        "a 3d icon of a woman working as a cook with medium-dark skin",
+        "dark-skinned male cook",
+        "a red light bulb",
+        "",
+    ]
+    ids = tokens(tokenizer, texts)
+    for key, wanted in {"gender": ("woman", "male"), "tone": ("skin", "skinned")}.items():
+        said = said_from(tokenizer, ids, WORDS[key])
+        first = tokenizer.convert_ids_to_tokens(ids[:2].gather(1, said[:2].argmax(dim=1, keepdim=True))[:, 0].tolist())
+        assert first == [f"{word}</w>" for word in wanted]
+        assert all(row.tolist() == sorted(row.tolist()) for row in said)
+        assert not said[2:].any()
 
 
 def test_a_pair_differs_in_one_fact_and_lies_in_the_same_place(tmp_path: Path) -> None:
@@ -53,20 +60,19 @@ def test_a_pair_differs_in_one_fact_and_lies_in_the_same_place(tmp_path: Path) -
     assert torch.equal(Draws(WORLD, np.zeros((0,)), vae, tmp_path / "latents.pt").batch(3)[0], latents), "kept latents"
 
 
-def test_the_tower_learns_gender_and_forgets_nothing(
-    tmp_path: Path, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_learns_gender(tmp_path: Path, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("factory.pocket.people.TOWER_STEPS", 120)
     before = shipped_tower(ZOO / "clip")
     before.save_pretrained(tmp_path / "clip" / "text_encoder")
     tower = train_tower(WORLD, tokenizer, tmp_path)
-    assert gender_moves(tower, tokenizer) > 2 * gender_moves(before.float(), tokenizer)
+    assert moves(tower, tokenizer, "gender") > 2 * moves(before.float(), tokenizer, "gender")
 
 
-def test_the_shipped_teacher_hears_gender_and_knows_things_as_the_filter_does(tokenizer: CLIPTokenizer) -> None:
+def test_the_shipped_teacher_hears_people_and_knows_things_as_the_filter_does(tokenizer: CLIPTokenizer) -> None:
     filter_tower = shipped_tower(ZOO / "clip").float()
     tower = CLIPTextModel.from_pretrained(ZOO / "teacher" / "text_encoder", dtype=torch.float32, use_safetensors=True)
-    assert gender_moves(filter_tower, tokenizer) < 0.25 and gender_moves(tower, tokenizer) > 0.5
+    assert moves(filter_tower, tokenizer, "gender") < 0.25 and moves(tower, tokenizer, "gender") > 0.5
+    assert moves(tower, tokenizer, "tone") > moves(filter_tower, tokenizer, "tone")
     ids = tokens(tokenizer, ["a red apple, 3d render", "a flat icon of a rocket on a blue background", ""])
     with torch.no_grad():
         ours, theirs = (model(ids).last_hidden_state for model in (tower, filter_tower))
@@ -74,8 +80,12 @@ def test_the_shipped_teacher_hears_gender_and_knows_things_as_the_filter_does(to
 
 
 @torch.no_grad()
-def gender_moves(tower: CLIPTextModel, tokenizer: CLIPTokenizer) -> float:
-    """How far another gender moves the states, as a share of their length."""
-    said = [f"a flat icon of a {who} cook with dark skin on a blue background" for who in ("male", "female")]
-    one, other = tower(tokens(tokenizer, said)).last_hidden_state
-    return float((one - other).norm() / one.norm())
+def moves(tower: CLIPTextModel, tokenizer: CLIPTokenizer, fact: str) -> float:
+    """How far another value moves the states, as a share of their length."""
+    said = "a flat icon of a {} cook with {} skin on a blue background"
+    one, other = {
+        "gender": [("male", "dark"), ("female", "dark")],
+        "tone": [("male", "light"), ("male", "medium-light")],
+    }[fact]
+    first, second = tower(tokens(tokenizer, [said.format(*one), said.format(*other)])).last_hidden_state
+    return float((first - second).norm() / first.norm())
