@@ -1,4 +1,4 @@
-"""The zoo's two CLIPs: the filter, whose text tower is also the teacher's text encoder, and the judge, which only evaluates.
+"""The zoo's two CLIPs: the filter, whose text tower is where the teacher's text encoder begins (people.py), and the judge, which only evaluates.
 
 They share nothing but the world: other seed, other vision tower (ViT, ResNet), other tokenizer. The judge alone also learns from what is
 held out, and from captions with one fact changed, so that it reads attributes and not only subjects.
