@@ -102,14 +102,13 @@ def _resume(path: Path, model: nn.Module, average: nn.Module, optimiser: torch.o
 
 
 def _save(path: Path, step: int, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    state = {"step": step, "model": model.state_dict(), "average": average.state_dict()}
+    keep(state | {"optimiser": optimiser.state_dict()}, path)
+
+
+def keep(value: object, path: Path) -> None:
+    """Write tensors to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "step": step,
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimiser": optimiser.state_dict(),
-        },
-        partial,
-    )
+    torch.save(value, partial)
     os.replace(partial, path)

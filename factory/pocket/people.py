@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from cluster.storage import copy_once, publish_folder
 from factory.pocket.clip import Pairs, tokens
-from factory.pocket.fit import fit
+from factory.pocket.fit import fit, keep
 from factory.pocket.grammar import sentence
 from factory.pocket.teacher import UNCONDITIONAL_SHARE, assemble, is_trained_on, new_unet, sample_grid, schedule
 from factory.pocket.vae import encode
@@ -111,8 +111,7 @@ class Draws:
         self.at = {place: n for n, place in enumerate(order)}
         if not cache.exists():
             pictures = np.stack([compose(pixels[i], self.grounds[g], _placing(*pairs[i], g, k)) for i, g, k in order])
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(encode(vae, pictures) * vae.config["scaling_factor"], cache)
+            keep(encode(vae, pictures) * vae.config["scaling_factor"], cache)
         self.latents: torch.Tensor = torch.load(cache, weights_only=True)
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str]]:

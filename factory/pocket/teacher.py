@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from factory.pocket.clip import Pairs, tokens
-from factory.pocket.fit import fit
+from factory.pocket.fit import fit, keep
 from factory.pocket.grammar import sentence
 from factory.pocket.vae import encode
 from factory.pocket.world import BACKGROUNDS, Concept, compose, describe
@@ -79,8 +79,7 @@ def cache_latents(
         "rows": torch.tensor([row for row, _ in order]),
         "grounds": torch.tensor([int(ground) for _, ground in order]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path)
+    keep(found, path)
     return found
 
 
