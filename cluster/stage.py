@@ -22,7 +22,7 @@ PENDING = "pending"
 Row = dict[str, Any]
 
 _PACKED_BELOW = 2**20
-"""Bytes. Units that wait lie in the driver by the thousand, and each word of a plan takes a third of its space when compressed."""
+"""Bytes of a unit's table: most units before they have pictures. They wait in the driver by the thousand, in a third of the space when compressed."""
 
 
 class Worker(Protocol):
@@ -78,7 +78,7 @@ class Unit:
     rows: list[Row]
 
     def to_bytes(self) -> bytes:
-        """Arrow IPC, so that no runner has to pickle a row. Compressed as long as it carries words and numbers, not pictures."""
+        """Arrow IPC, so that no runner has to pickle a row; compressed if it is small (`_PACKED_BELOW`)."""
         table = pa.Table.from_pylist(self.rows)
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="zstd" if table.nbytes < _PACKED_BELOW else None)

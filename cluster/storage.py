@@ -164,7 +164,7 @@ def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def copy_once(folder: Path, kept: Path) -> Path:
-    """`kept`, a copy of `folder` as it was at the first call: where a work began whose end replaces `folder`."""
+    """Copy `folder` to `kept` unless that is there; returns `kept`. For work that ends by replacing `folder`: run again, it begins with the same."""
     if not kept.exists():
         publish_folder(kept, lambda place: shutil.copytree(folder, place, dirs_exist_ok=True))
     return kept

@@ -26,7 +26,7 @@ def zoo_build(
         str,
         typer.Argument(
             help="wild, evalset, vae, clip, judge, captioner (needs clip), writer, teacher (needs vae and clip), "
-            "people (it learns to tell them apart; needs teacher), student (needs teacher), decoder (a sharper one for the same latents; needs vae and student), or all in their order"
+            "people (it learns to tell them apart; needs teacher), student (needs people), decoder (a sharper one for the same latents; needs vae and student), or all in their order"
         ),
     ],
     steps: Annotated[
@@ -74,7 +74,7 @@ ROAD = (
     ("captioner", 3000),
     ("writer", 700),
     ("teacher", 9800),
-    ("people", 1600),
+    ("people", 4800),
     ("student", 2400),
     ("decoder", 1500),
     ("wild", 1),
@@ -140,7 +140,7 @@ def zoo_report(
 def zoo_unpack(
     folder: Annotated[Path, typer.Option(help="where zoo build is to work")] = Path("runs/zoo"),
 ) -> None:
-    """Lay the shipped models out for zoo build: a student needs the teacher alone, and training can go on."""
+    """Lay the shipped models out for zoo build: a student can be built on the teacher, and training can go on."""
     from factory.models import ZOO
     from factory.pocket.build import unpack
 
@@ -173,7 +173,7 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
     from trainer.loop import train
     from trainer.sample import save_student
 
-    teacher, few_step = str(folder / "teacher" / "model"), folder / "student-fewstep"
+    teacher, few_step = str(folder / "people" / "model"), folder / "student-fewstep"
     training = folder / ("students-on" if go_on else "students")
     # A killed training begins with the same weights again.
     first = copy_once(few_step, folder / "student-before") if go_on else None

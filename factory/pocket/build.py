@@ -17,7 +17,7 @@ from cluster.errors import EdgeFusionError
 from cluster.storage import digest_file, publish_bytes, publish_folder
 from factory.pack import MANIFEST, Sample, pack
 from factory.pocket.captioner import train_captioner
-from factory.pocket.clip import FILTER, JUDGE, shipped_tower, train_clip
+from factory.pocket.clip import FILTER, JUDGE, filter_tower, train_clip
 from factory.pocket.evalset import EVALSET, write_evalset
 from factory.pocket.grammar import sentence
 from factory.pocket.people import train_people
@@ -121,13 +121,13 @@ SHIPPED = {
     "judge": "judge/model",
     "captioner": "captioner/model",
     "writer": "writer/model",
-    "teacher": "teacher/model",
+    "teacher": "people/model",
     "student-fewstep": "student-fewstep",
 }
 """Name in the zoo to the finished folder below the building place."""
 
-PARTS = {"vae/model": "teacher/vae"}
-"""Finished folder below the building place to where the zoo holds the same weights within another model."""
+PARTS = {"vae/model": "teacher/vae", "teacher/model": "teacher"}
+"""Finished folder below the building place to where the zoo holds the same weights, or what came of them."""
 
 DIGESTS = "digests.json"
 
@@ -151,7 +151,7 @@ def unpack(shipped: Path, zoo: Path) -> None:
             publish_folder(zoo / source, lambda place, name=name: copy_folder(shipped / name, place))
     if not (zoo / "clip" / "text_encoder").exists():
         # Not the teacher's, which has learned more (factory/pocket/people.py).
-        publish_folder(zoo / "clip" / "text_encoder", shipped_tower(shipped / "clip").save_pretrained)
+        publish_folder(zoo / "clip" / "text_encoder", filter_tower(shipped / "clip").save_pretrained)
 
 
 def forget_origins(target: Path) -> None:

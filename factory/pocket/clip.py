@@ -174,8 +174,8 @@ def retrieval(model: nn.Module, tokenizer: CLIPTokenizer, pairs: Pairs, pixels: 
     return float(((image @ text.T).argmax(dim=1) == torch.arange(len(picked))).float().mean())
 
 
-def shipped_tower(folder: Path) -> CLIPTextModel:
-    """The text tower of a finished open_clip folder, as `text_encoder` gives it."""
+def filter_tower(folder: Path) -> CLIPTextModel:
+    """The text tower of the filter's finished open_clip folder, as training it writes it to `text_encoder`."""
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     model = _new_clip(config)
     model.load_state_dict(load_file(folder / "open_clip_model.safetensors"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+
+from cluster.storage import publish_file
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,7 +109,4 @@ def _save(path: Path, step: int, model: nn.Module, average: nn.Module, optimiser
 
 def keep(value: object, path: Path) -> None:
     """Write tensors to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
+    publish_file(path, lambda place: torch.save(value, place))

@@ -3,8 +3,8 @@
 Nothing in the training of the filter CLIP asks its text tower for a gender, so its states hardly move for one, and a teacher that reads them
 draws men and women alike. Here the tower learns to say gender and skin tone: all states stay as they were, but from the word on that names
 one of them they are moved along a fixed direction of its own. Then the UNet goes on with pairs of pictures that differ in one fact alone,
-under the same noise and in the same place, and is asked for the difference too; things are drawn beside them so as not to be forgotten.
-No CLIP has a part in it.
+under the same noise and in the same place, and is asked for the difference too; all else is drawn beside them so as not to be forgotten.
+No CLIP scores anything here, and what is held out is neither seen nor read.
 """
 
 from __future__ import annotations
@@ -21,38 +21,39 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cluster.storage import copy_once, publish_folder
+from cluster.storage import publish_folder
 from factory.pocket.clip import Pairs, tokens
 from factory.pocket.fit import fit, keep
 from factory.pocket.grammar import sentence
 from factory.pocket.teacher import UNCONDITIONAL_SHARE, assemble, is_trained_on, new_unet, sample_grid, schedule
 from factory.pocket.vae import encode
-from factory.pocket.world import BACKGROUNDS, GENDERS, TONES, Concept, compose, describe
+from factory.pocket.world import BACKGROUNDS, TONES, Concept, compose, describe
 
 TOWER_STEPS = 2500
 LOUDNESS = 0.5
 """How far a fact moves a state, as a share of a state's length."""
+_NAMED = ("man", "woman")
+"""Genders that a text can name; of a person it says nothing."""
 WORDS = {"gender": ("man", "woman", "male", "female"), "tone": ("skin", "skinned")}
 """By which of its words a text has named the fact."""
 
 SINGLES, PAIRS = 16, 14
-"""Things, and pairs of people, in a batch."""
+"""Pictures alone, and pairs, in a batch."""
 PAIRS_FROM = 200
 """Timestep below which a pair's pictures show the fact themselves, so that the text is not needed."""
 GENDER_SHARE = 0.3
 """Of pairs that differ in gender; the others differ in skin tone, which has five values and is learned more slowly."""
 PLACES = 3
-"""How often each picture of a person is placed anew on each background."""
+"""How often each picture is placed anew on each background."""
 
 
 def train_people(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int) -> UNet2DConditionModel:
-    """Go on from the teacher in `zoo/teacher/model`, and put the new text encoder and UNet there. Students of the old one must go on too."""
-    place = zoo / "teacher" / "model"
+    """Go on from the teacher in `zoo/teacher/model`; write the pipeline to `zoo/people/model`."""
     tokenizer = CLIPTokenizer.from_pretrained(zoo / "clip" / "model")
     encoder = train_tower(pairs, tokenizer, zoo)
     vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
     start: Any = UNet2DConditionModel.from_pretrained(
-        copy_once(place / "unet", zoo / "people" / "unet-before"), dtype=torch.float32, use_safetensors=True
+        zoo / "teacher" / "model" / "unet", dtype=torch.float32, use_safetensors=True
     )
     draws = Draws(pairs, pixels, vae, zoo / "people" / "latents.pt")
     unet, noiser = new_unet(), schedule()
@@ -85,10 +86,7 @@ def train_people(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int) -> 
         start=start,
         on_save=on_save,
     )
-    for model in (encoder, unet):
-        model.half()
-    publish_folder(place / "unet", unet.save_pretrained)
-    publish_folder(place / "text_encoder", encoder.save_pretrained)
+    publish_folder(zoo / "people" / "model", assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained)
     return unet
 
 
@@ -98,36 +96,44 @@ def difference(answers: torch.Tensor) -> torch.Tensor:
 
 
 class Draws:
-    """Batches of latents and texts: things, then people, then the other picture of each of those pairs."""
+    """Batches of latents and texts: pictures alone, then the first of every pair, then the second ones."""
 
     def __init__(self, pairs: Pairs, pixels: np.ndarray, vae: AutoencoderKL, cache: Path) -> None:
         """`cache` keeps the latents."""
         self.pairs, self.grounds = pairs, list(BACKGROUNDS)
         known = [i for i, pair in enumerate(pairs) if is_trained_on(pair)]
-        self.people = [i for i in known if pairs[i][0].is_person]
-        self.things = [i for i in known if not pairs[i][0].is_person]
-        self.by_facts = {_facts(*pairs[i]): i for i in self.people}
+        self.by_facts = {_facts(*pairs[i]): i for i in known if pairs[i][0].is_person}
+        self.paired = [i for i in known if self._others(i, "gender") or self._others(i, "tone")]
+        self.alone = sorted(set(known) - set(self.paired))
         order = [(i, g, k) for i in known for g in range(len(self.grounds)) for k in range(PLACES)]
         self.at = {place: n for n, place in enumerate(order)}
-        if not cache.exists():
+        names = [f"{pairs[i][0].key}/{pairs[i][1]}/{self.grounds[g]}/{k}" for i, g, k in order]
+        kept: Any = torch.load(cache, weights_only=True) if cache.exists() else {}
+        if kept.get("of") != names:
             pictures = np.stack([compose(pixels[i], self.grounds[g], _placing(*pairs[i], g, k)) for i, g, k in order])
-            keep(encode(vae, pictures) * vae.config["scaling_factor"], cache)
-        self.latents: torch.Tensor = torch.load(cache, weights_only=True)
+            kept = {"of": names, "latents": encode(vae, pictures) * vae.config["scaling_factor"]}
+            keep(kept, cache)
+        self.latents: torch.Tensor = kept["latents"]
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[str]]:
         """Latents (SINGLES + 2 PAIRS) x 16 x 8 x 8 and as many texts. A pair's wordings are the same but for the fact."""
         rng = random.Random(f"people/{step}")
         rows, texts, others = list[int](), list[str](), list[tuple[int, str]]()
         for _ in range(SINGLES):
-            thing, ground = rng.choice(self.things), rng.randrange(len(self.grounds))
-            rows.append(self.at[thing, ground, rng.randrange(PLACES)])
-            texts.append(self._told(thing, ground, rng, UNCONDITIONAL_SHARE))
+            one, ground = rng.choice(self.alone), rng.randrange(len(self.grounds))
+            rows.append(self.at[one, ground, rng.randrange(PLACES)])
+            texts.append(self._told(one, ground, rng, UNCONDITIONAL_SHARE))
         while len(others) < PAIRS:
-            one = rng.choice(self.people)
-            other = self._other(one, "gender" if rng.random() < GENDER_SHARE else "tone", rng)
-            if other is None:
+            one = rng.choice(self.paired)
+            there = self._others(one, "gender" if rng.random() < GENDER_SHARE else "tone")
+            if not there:
                 continue
-            ground, place, words = rng.randrange(len(self.grounds)), rng.randrange(PLACES), rng.random()
+            other, ground, place, words = (
+                rng.choice(there),
+                rng.randrange(len(self.grounds)),
+                rng.randrange(PLACES),
+                rng.random(),
+            )
             rows.append(self.at[one, ground, place])
             texts.append(self._told(one, ground, random.Random(words), UNCONDITIONAL_SHARE / 2))
             told = self._told(other, ground, random.Random(words), UNCONDITIONAL_SHARE / 2)
@@ -138,15 +144,13 @@ class Draws:
         silent = words.random() < unsaid
         return "" if silent else sentence(describe(*self.pairs[row], self.grounds[ground]), words)
 
-    def _other(self, row: int, fact: str, rng: random.Random) -> int | None:
-        """A picture of the same but for this fact, if the world has one that may be learned from."""
+    def _others(self, row: int, fact: str) -> list[int]:
+        """Pictures of the same but for this fact. Only where texts name it, for else the grammar words them in other ways."""
         subject, gender, tone, style = _facts(*self.pairs[row])
-        if fact == "gender":
-            wanted = [(subject, value, tone, style) for value in GENDERS if value != gender]
-        else:
-            wanted = [(subject, gender, value, style) for value in TONES if value != tone]
-        there = [self.by_facts[facts] for facts in wanted if facts in self.by_facts]
-        return rng.choice(there) if there else None
+        wanted = [(subject, value, tone, style) for value in _NAMED if value != gender and gender in _NAMED]
+        if fact == "tone":
+            wanted = [(subject, gender, value, style) for value in TONES if value != tone and tone]
+        return [self.by_facts[facts] for facts in wanted if facts in self.by_facts]
 
 
 def _facts(concept: Concept, style: str) -> tuple[str, str, str, str]:
@@ -168,8 +172,9 @@ def train_tower(pairs: Pairs, tokenizer: CLIPTokenizer, zoo: Path) -> CLIPTextMo
     before.eval().requires_grad_(False)
     length = float(before(tokens(tokenizer, ["a man"])).last_hidden_state.norm(dim=-1).mean())
     moves = {fact: LOUDNESS * length * towards for fact, towards in directions(before.config.hidden_size).items()}
-    people = [pair for pair in pairs if pair[0].is_person]
-    things = [pair for pair in pairs if not pair[0].is_person]
+    people = [pair for pair in pairs if pair[0].is_person and not pair[0].held_out]
+    things = [pair for pair in pairs if not pair[0].is_person and not pair[0].held_out]
+    ids_of = {key: ids_of_words(tokenizer, words) for key, words in WORDS.items()}
     tower: Any = CLIPTextModel(before.config)
 
     def loss_at(step: int) -> torch.Tensor:
@@ -177,9 +182,9 @@ def train_tower(pairs: Pairs, tokenizer: CLIPTokenizer, zoo: Path) -> CLIPTextMo
         told = [worded(rng, people, things) for _ in range(96)]
         ids = tokens(tokenizer, [text for text, _ in told])
         wanted = before(ids).last_hidden_state
-        for key, words in WORDS.items():
+        for key, said in ids_of.items():
             moved = torch.stack([moves.get(facts.get(key, ""), torch.zeros_like(wanted[0, 0])) for _, facts in told])
-            wanted = wanted + said_from(tokenizer, ids, words).unsqueeze(-1) * moved.unsqueeze(1)
+            wanted = wanted + said_from(ids, said).unsqueeze(-1) * moved.unsqueeze(1)
         return F.mse_loss(tower(ids).last_hidden_state, wanted) * wanted.shape[-1] / length**2
 
     return fit(
@@ -213,7 +218,14 @@ def worded(rng: random.Random, people: Pairs, things: Pairs) -> tuple[str, dict[
     return sentence(record, rng), record
 
 
-def said_from(tokenizer: CLIPTokenizer, ids: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
-    """B x T: 1 from the first of `words` on, else 0. A causal tower knows nothing of it before."""
-    wanted = torch.tensor([tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in words])
-    return (ids.unsqueeze(-1) == wanted).any(dim=-1).float().cummax(dim=1).values
+def ids_of_words(tokenizer: CLIPTokenizer, words: Sequence[str]) -> torch.Tensor:
+    """Of words that must be one token each; raises ValueError of one that is not."""
+    found = [tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in words]
+    if tokenizer.unk_token_id in found:
+        raise ValueError(f"the tokenizer has no token for one of {', '.join(words)}: build clip anew")
+    return torch.tensor(found)
+
+
+def said_from(ids: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """B x T: 1 from the first token of `said` on, else 0. A causal tower knows nothing of it before."""
+    return (ids.unsqueeze(-1) == said).any(dim=-1).float().cummax(dim=1).values

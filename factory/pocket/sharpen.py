@@ -80,7 +80,7 @@ class Answers:
 
 
 def train_decoder(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, batch: int = 16) -> AutoencoderKL:
-    """Go on from the decoder in `zoo/vae/model`; put what comes of it into `zoo/decoder/model` and the teacher's and the student's folders."""
+    """Go on from the decoder in `zoo/vae/model`; put what comes of it into `zoo/decoder/model` and the taught teacher's and the student's folders."""
     torch.manual_seed(6)
     vae: Any = AutoencoderKL.from_pretrained(zoo / "vae" / "model", dtype=torch.float32, use_safetensors=True)
     vae.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def train_decoder(pairs: Pairs, pixels: np.ndarray, zoo: Path, *, steps: int, ba
         on_save=on_save,
     ).put_into(vae)
     finished = vae.half().to(memory_format=torch.contiguous_format)
-    places = [zoo / "decoder" / "model", zoo / "teacher" / "model" / "vae", zoo / "student-fewstep" / "vae"]
+    places = [zoo / "decoder" / "model", zoo / "people" / "model" / "vae", zoo / "student-fewstep" / "vae"]
     for place in places:
         publish_folder(place, finished.save_pretrained)
     return vae

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from cluster.storage import publish_folder
 from factory.pocket.clip import Pairs, tokens
 from factory.pocket.fit import fit, keep
 from factory.pocket.grammar import sentence
@@ -127,7 +128,7 @@ def train_teacher(
 
     rate: dict[str, Any] = {"learning_rate": 6e-4, "weight_decay": 0.01}
     unet = fit(unet, loss_at, zoo / "teacher", steps=steps, on_save=on_save, start=start, **rate)
-    assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained(place)
+    publish_folder(place, assemble(unet, vae, encoder, tokenizer).to(torch.float16).save_pretrained)
     return unet
 
 

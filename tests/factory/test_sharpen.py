@@ -35,7 +35,7 @@ def test_encoder_and_latents_stay_and_the_decoder_goes_to_both_pipelines(zoo: Pa
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed == {"decoder", "post_quant_conv"}
     finished = (zoo / "decoder" / "model" / WEIGHTS).read_bytes()
-    for place in ("teacher/model/vae", "student-fewstep/vae"):
+    for place in ("people/model/vae", "student-fewstep/vae"):
         assert (zoo / place / WEIGHTS).read_bytes() == finished
     config = (zoo / "decoder" / "model" / "config.json").read_text()
     assert '"scaling_factor": 0.43116' in config

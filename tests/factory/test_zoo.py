@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from cluster.errors import EdgeFusionError
 from factory.models import ZOO
 from factory.models.caption import open_captioner
 from factory.models.clip import Clip
 from factory.pocket.build import DIGESTS, SHIPPED, build, digests_of, distinct_bytes, unpack
+from factory.pocket.clip import tokens
 from factory.pocket.evalset import SPLITS, read_evalset
 from factory.pocket.fit import fit
 from factory.pocket.roster import TEACHER_ROLES
@@ -80,6 +83,14 @@ def test_the_shipped_models_can_be_laid_out_for_building(tmp_path) -> None:
         ours = {file: digest for file, digest in shipped.items() if file.startswith(f"{name}/")}
         assert ours and {laid[f"{place}/{file.removeprefix(f'{name}/')}"] for file in ours} == set(ours.values())
     assert laid["vae/model/config.json"] == shipped["teacher/vae/config.json"]
+    assert laid["teacher/model/unet/config.json"] == shipped["teacher/unet/config.json"]
+    # The filter's own text tower, which the teacher's no longer is.
+    clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{ZOO / 'clip'}", precision="fp32")
+    tower = CLIPTextModel.from_pretrained(tmp_path / "clip" / "text_encoder", dtype=torch.float32)
+    ids = tokens(CLIPTokenizer.from_pretrained(ZOO / "clip"), ["a flat icon of a fox on a red background"])
+    with torch.no_grad():
+        pooled = tower(ids).pooler_output @ clip.text_projection
+        torch.testing.assert_close(pooled, clip.encode_text(ids), atol=1e-3, rtol=1e-3)
 
 
 def test_training_can_begin_with_finished_weights_and_then_goes_on_from_its_checkpoint(tmp_path) -> None:
