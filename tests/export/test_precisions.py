@@ -167,7 +167,8 @@ def test_blocks_likeness_and_full_precisions_pictures_have_gates() -> None:
 def test_verify_asks_the_gates_of_blocks_likeness_and_the_decoders_tiles(student_bundles: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(student_bundles / "onnx", tmp_path / "onnx"))
     facts = json.loads((folder / "bundle.json").read_text())
-    facts["gates"] |= {"block_snr_db": 150.0, "ssim": 1.0, "decoder_psnr_db": 199.0}
+    # Equal pictures are at 200 dB, and those of fp32 may be equal.
+    facts["gates"] |= {"block_snr_db": 150.0, "ssim": 1.0, "decoder_psnr_db": 201.0}
     facts["decoder_tiles"] = {"tile": 8, "overlap": 4}
     (folder / "bundle.json").write_text(json.dumps(facts))
     write_sums(folder)
