@@ -163,13 +163,6 @@ def publish_folder(path: Path, write: Callable[[Path], object]) -> None:
         _sync(path.parent)
 
 
-def copy_once(folder: Path, kept: Path) -> Path:
-    """Copy `folder` to `kept` unless that is there; returns `kept`. For work that ends by replacing `folder`: run again, it begins with the same."""
-    if not kept.exists():
-        publish_folder(kept, lambda place: shutil.copytree(folder, place, dirs_exist_ok=True))
-    return kept
-
-
 @contextlib.contextmanager
 def _partial_of(path: Path, make: Callable[[Path], object]) -> Generator[Path]:
     """A file or folder under a temporary name beside `path`; what is left under it is removed, and a full disk is told in plain words."""

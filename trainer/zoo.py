@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 
 from cluster.errors import EdgeFusionError
 from cluster.progress import progress_bars
-from cluster.storage import copy_once, publish_bytes
+from cluster.storage import publish_bytes, publish_folder
 from cluster.tables import print_tables
 from trainer.progress import follow_training
 from trainer.recipe import AdaptRecipe, DistillRecipe, TrainerRecipe
@@ -175,8 +176,10 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
 
     teacher, few_step = str(folder / "people" / "model"), folder / "student-fewstep"
     training = folder / ("students-on" if go_on else "students")
-    # A killed training begins with the same weights again.
-    first = copy_once(few_step, folder / "student-before") if go_on else None
+    # What this replaces stays as it was until the end: a killed training begins with the same weights again.
+    first = folder / "student-before"
+    if go_on and not first.exists():
+        publish_folder(first, lambda place: shutil.copytree(few_step, place, dirs_exist_ok=True))
     rate: dict[str, Any] = {"batch_images": 32, "warmup_steps": 100, "checkpoint_s": 120, "cosine": True}
     recipe = TrainerRecipe(
         teacher=teacher,
@@ -184,7 +187,7 @@ def _build_student(folder: Path, steps: int, go_on: bool) -> None:
         size_px=64,
         cache_latents=True,
         threads=len(os.sched_getaffinity(0)),
-        start=str(first) if first else None,
+        start=str(first) if go_on else None,
         adapt=AdaptRecipe(steps=0 if go_on else steps // 2, learning_rate=4e-4, ema_decay=0.998, **rate),
         distill=DistillRecipe(
             steps=steps,

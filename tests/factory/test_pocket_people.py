@@ -1,5 +1,6 @@
 """People in the embedded zoo: a text tower that says gender and skin tone, and pairs of pictures that differ in one fact."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,20 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from factory.models import ZOO
+from factory.pocket.build import digests_of, unpack
 from factory.pocket.clip import filter_tower, tokens
-from factory.pocket.people import PAIRS, SINGLES, WORDS, Draws, difference, ids_of_words, said_from, train_tower, worded
+from factory.pocket.people import (
+    PAIRS,
+    SINGLES,
+    WORDS,
+    Draws,
+    difference,
+    ids_of_words,
+    said_from,
+    train_people,
+    train_tower,
+    worded,
+)
 from factory.pocket.world import BACKGROUNDS, Concept
 
 TONES = ("light", "medium-dark")
@@ -118,6 +131,25 @@ def test_the_shipped_teacher_hears_people_and_knows_things_as_the_filter_does(to
     with torch.no_grad():
         ours, theirs = (model(ids).last_hidden_state for model in (tower, before))
     assert float((ours - theirs).norm() / theirs.norm()) < 0.2
+
+
+def test_what_comes_of_it_lies_beside_the_teacher_and_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack(ZOO, tmp_path)
+    shutil.rmtree(tmp_path / "people")
+    monkeypatch.setattr("factory.pocket.people.TOWER_STEPS", 1)
+    monkeypatch.setattr("factory.pocket.people.sample_grid", lambda *_: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(WORLD), 64, 64, 4), dtype=np.uint8)
+    teacher = digests_of(tmp_path / "teacher")
+    train_people(WORLD, pixels, tmp_path, steps=1)
+    made = digests_of(tmp_path / "people" / "model")
+    assert digests_of(tmp_path / "teacher") == teacher, "where it begins was changed"
+    for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert made[part] != teacher[f"model/{part}"]
+    shutil.rmtree(tmp_path / "people" / "model")
+    train_people(WORLD, pixels, tmp_path, steps=1)
+    assert digests_of(tmp_path / "people" / "model") == made, "from its checkpoints"
 
 
 @torch.no_grad()
