@@ -74,9 +74,18 @@ class Flow:
         self._at: dict[str, tuple[int, bool, int]] = {}
         """Unit to (stage, whether that is done with it, samples). Workers' words overtake one another, so the furthest place counts."""
         self._gone: dict[str, None] = {}
+        self._workers: set[str] = set()
 
-    def told(self, words: Sequence[Word]) -> None:
+    def left(self, worker: str) -> None:
+        self._workers.discard(worker)
+
+    def present(self) -> int:
+        """Workers that told something and have not left; one that was killed never leaves."""
+        return len(self._workers)
+
+    def told(self, worker: str, words: Sequence[Word]) -> None:
         """What a worker has gathered, oldest first."""
+        self._workers.add(worker)
         for stage, unit, samples, seconds, ago in words:
             if seconds is None:
                 self.begin(stage, unit, samples)

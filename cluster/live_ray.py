@@ -14,6 +14,7 @@ from cluster.live import Facts, Flow
 
 _ASK_S = 5.0
 _GATHER_S = 0.25
+_LOOK_EVERY_S = 0.05
 
 
 class FlowActor:
@@ -37,6 +38,15 @@ class FlowActor:
             return ray.get(self._actor.read.remote(), timeout=_ASK_S)
         return []
 
+    def see_off(self, most_s: float) -> None:
+        """Wait until all workers have sent what they kept back, `most_s` seconds at most: one that was killed never says that it leaves."""
+        import ray
+
+        last = time.monotonic() + most_s
+        with contextlib.suppress(Exception):
+            while ray.get(self._actor.present.remote(), timeout=_ASK_S) and time.monotonic() < last:
+                time.sleep(_LOOK_EVERY_S)
+
     def close(self) -> None:
         import ray
 
@@ -58,16 +68,21 @@ class RayDesk:
         self._words: list[tuple[str, str, int, float | None, float]] = []
         self._sent = 0.0
         self._waits = False
+        self._worker = uuid.uuid4().hex
+
+    def leave(self) -> None:
+        """The last word of this process, heard before it ends."""
+        import ray
+
+        self._send()
+        with contextlib.suppress(Exception):
+            ray.get(self._found().left.remote(self._worker), timeout=_ASK_S)
 
     def begin(self, stage: str, unit: str, samples: int) -> None:
         self._say(stage, unit, samples, None)
 
     def end(self, stage: str, unit: str, samples: int, seconds: float) -> None:
         self._say(stage, unit, samples, seconds)
-
-    def flush(self) -> None:
-        """Send what is kept back, before this process ends."""
-        self._send()
 
     def _say(self, stage: str, unit: str, samples: int, seconds: float | None) -> None:
         with self._lock:
@@ -91,7 +106,7 @@ class RayDesk:
             self._sent = now
         if words:
             with contextlib.suppress(Exception):
-                self._found().told.remote([(*word, now - said) for *word, said in words])
+                self._found().told.remote(self._worker, [(*word, now - said) for *word, said in words])
 
     def _found(self) -> Any:
         import ray

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from cluster import tracing
 from cluster.cache import CacheRecipe
 from cluster.connect import explain, explain_work, knock, see_that_it_fits
 from cluster.errors import EdgeFusionError, StageError
@@ -35,11 +36,12 @@ from cluster.progress import speaking
 from cluster.quarantine import Attempts, apply_noted
 from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
-from cluster.tracing import flush
 
 _WINDOW_UNITS = 2048
 _WINDOW_UNITS_A_WORKER = 16
 """Units that Ray Data holds at once, at least; on wide clusters opening the models anew must stay little beside a worker's units."""
+_SEE_OFF_S = 10.0
+"""How long the end of a run waits for workers that still send spans: a collector that is busy is tried again after a second, then two."""
 
 
 def window_units(workers: int) -> int:
@@ -271,6 +273,8 @@ class OnRay:
     def _end_flow(self) -> None:
         flow, self._flow = self._flow, None
         if flow:
+            if tracing.is_asked():
+                flow.see_off(_SEE_OFF_S)
             flow.close()
 
 
@@ -297,8 +301,8 @@ class _Mapper:
     def __del__(self) -> None:
         """Ray Data drops it once the stage has no more work, and then ends the process without waiting for what is kept back in it."""
         with suppress(Exception):
-            self.desk.flush()
-            flush()
+            tracing.flush()
+            self.desk.leave()
 
 
 def _attempts(folder: Path | None, max_failures: int, trust_other_runs: bool) -> Attempts | None:

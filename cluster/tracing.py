@@ -22,10 +22,14 @@ _FLUSH_MS = 5000
 log = logging.getLogger("edgefusion")
 
 
+def is_asked() -> bool:
+    return any(os.environ.get(name) for name in _ASKED)
+
+
 @contextmanager
 def span(name: str, facts: Mapping[str, Any], parent: str) -> Generator[str]:
     """Around a piece of work; `parent` and what is yielded are W3C traceparents, empty where nobody asks for spans."""
-    provider = _provider(os.getpid()) if any(os.environ.get(name) for name in _ASKED) else None
+    provider = _provider(os.getpid()) if is_asked() else None
     if provider is None:
         yield ""
         return

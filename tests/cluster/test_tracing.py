@@ -44,11 +44,12 @@ except ValueError:
 
 
 @contextmanager
-def collector() -> Generator[tuple[str, list[Any]]]:
-    """(its address, the spans it was sent)."""
+def collector(busy: bool = False) -> Generator[tuple[str, list[Any]]]:
+    """(its address, the spans it was sent). A busy one takes nothing at the first try: the sender then waits a second and tries again."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     found: list[Any] = []
+    refused: set[bytes] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -57,6 +58,11 @@ def collector() -> Generator[tuple[str, list[Any]]]:
                 import gzip
 
                 body = gzip.decompress(body)
+            if busy and body not in refused:
+                refused.add(body)
+                self.send_response(503)
+                self.end_headers()
+                return
             asked = ExportTraceServiceRequest.FromString(body)
             found.extend(one for some in asked.resource_spans for scope in some.scope_spans for one in scope.spans)
             self.send_response(200)
@@ -81,9 +87,10 @@ def run(kind: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("kind", ["in-process", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_run_is_one_trace_over_all_its_processes(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("busy", [False, True], ids=["at-once", "busy"])
+def test_a_run_is_one_trace_over_all_its_processes(tmp_path: Path, kind: str, busy: bool) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install 'edgefusion[otel]'")
-    with collector() as (url, found):
+    with collector(busy) as (url, found):
         said = run(kind, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=url, HF_TOKEN="hf_planted0123456789")
         assert said.returncode == 0, said.stderr
     by_id = {one.span_id: one for one in found}
