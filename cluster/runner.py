@@ -38,8 +38,9 @@ from cluster.recipe import Settings
 from cluster.stage import PENDING, Stage, Unit, Worker, apply, open_stage
 
 _WINDOW_UNITS = 2048
-_WINDOW_UNITS_A_WORKER = 16
-"""Units that Ray Data holds at once, at least; on wide clusters opening the models anew must stay little beside a worker's units."""
+_WINDOW_UNITS_A_WORKER = 64
+"""Units that Ray Data holds at once, at least; on wide clusters opening the models anew must stay little beside a worker's units, for some 30 KiB
+of the driver's memory a unit."""
 _SEE_OFF_S = 10.0
 """How long the end of a run waits for workers that still send spans: a collector that is busy is tried again after a second, then two."""
 

@@ -7,7 +7,7 @@ Ray's restarted actors do; an actor holds the unit it works on and one more (Ray
 the GPUs; training scales linearly to the pace of its slowest node, and loses what came after its last checkpoint whenever any node
 goes; plan, selection, packing and export take no time.
 
-Up to 16 windows of units (2,048 each, or 16 a GPU if that is more) are played unit by unit. A longer run plays 16 and lets the mean of the 14 in the middle stand for
+Up to 16 windows of units (2,048 each, or 64 a GPU if that is more) are played unit by unit. A longer run plays 16 and lets the mean of the 14 in the middle stand for
 the others: windows begin alike, since each waits for the last unit of the one before. The spread between plays is then wider than the run's own.
 """
 

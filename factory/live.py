@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cluster.errors import CorruptShard, EdgeFusionError
 from cluster.live import Facts, Flow
 from cluster.machine import every
@@ -26,7 +28,7 @@ from factory.balance import lacks
 from factory.foretell import foretell, lines
 from factory.recipe import FactoryRecipe
 from factory.tally import Key, Strata, Tally, combination, read_outcomes
-from factory.units import first_units, plan_files, read_table, unit_name, unit_sizes
+from factory.units import first_units, plan_files, read_parts, unit_name, unit_sizes
 
 LIVE = "index/live.json"
 _WRITE_S = 3.0
@@ -162,8 +164,7 @@ def _planned_strata(folder: Path, strata: Strata) -> Counter[Key]:
     """How many samples of each stratum the plan has."""
     found = Counter[Key]()
     for file, path in enumerate(plan_files(folder)):
-        table = read_table(path, ["attributes"]).group_by("attributes").aggregate([([], "count_all")])
-        for row in table.to_pylist():
+        for row in (row for part in read_parts(path, ["attributes"]) for row in _counted(part)):
             found[strata.key(file, row["attributes"])] += row["count_all"]
     return found
 
@@ -174,10 +175,12 @@ def _planned_combinations(folder: Path, recipe: FactoryRecipe) -> list[Counter[K
     if not found:
         return found
     for path in plan_files(folder):
-        table = (
-            read_table(path, ["group", "attributes"]).group_by(["group", "attributes"]).aggregate([([], "count_all")])
-        )
-        for row in table.to_pylist():
+        for row in (row for part in read_parts(path, ["group", "attributes"]) for row in _counted(part)):
             for rule, counts in zip(recipe.select.wanted, found, strict=True):
                 counts[combination(row["group"], row["attributes"], rule.attributes)] += row["count_all"]
     return found
+
+
+def _counted(part: pa.Table) -> list[dict[str, Any]]:
+    """Its different rows, each with how many there are (`count_all`)."""
+    return part.group_by(part.column_names).aggregate([([], "count_all")]).to_pylist()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute
 
 from cluster.errors import LedgerConflict, StageError
 from cluster.runner import Runner
@@ -31,9 +30,8 @@ from factory.same_models import refuse_other_models
 from factory.select import Selection, is_selected_as, select, selected_contents, summarise, write_selection
 from factory.stages import CAPTIONS, CROPS, encode_picture, make_stages
 from factory.teachers import teacher_of
-from factory.units import plan_files, plan_units, read_table, read_units, units_left
+from factory.units import plan_units, read_units, units_left
 
-pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 _TRAINED_ON = "training/data.json"
 """Below the output folder: which data sets a training reads."""
 NOTES = "attempts"
@@ -65,13 +63,14 @@ def make(
 
 def _made(recipe: FactoryRecipe, folder: Path, runner: Runner, todo: list[int]) -> Iterator[Unit]:
     """The units as they are committed; raises StageError once too many samples died."""
-    units = read_units(folder, recipe.make.unit_images, todo)
+    hopeless: set[str] = set()
+    units = _noting_dead(read_units(folder, recipe.make.unit_images, todo), hopeless)
     tried = dead = 0
-    hopeless = _dead_in_plan(folder)
     for unit in runner.run(make_stages(recipe.make, folder), units, notes=folder / NOTES):
         yield unit
         # Rows that died in the plan were never tried here.
         outcomes = [row["outcome"] for row in unit.rows if row["id"] not in hopeless]
+        hopeless.difference_update(row["id"] for row in unit.rows)
         tried, dead = tried + len(outcomes), dead + outcomes.count(DEAD)
         if tried >= recipe.make.dead_after and dead > recipe.make.max_dead_share * tried:
             raise StageError(
@@ -82,12 +81,11 @@ def _made(recipe: FactoryRecipe, folder: Path, runner: Runner, todo: list[int]) 
             )
 
 
-def _dead_in_plan(folder: Path) -> set[str]:
-    found: set[str] = set()
-    for path in plan_files(folder):
-        table = read_table(path, ["id", "outcome"])
-        found.update(table.filter(pc.equal(table["outcome"], DEAD))["id"].to_pylist())
-    return found
+def _noting_dead(units: Iterator[Unit], dead: set[str]) -> Iterator[Unit]:
+    """The same units; the ids of rows that died in the plan are added to `dead`."""
+    for unit in units:
+        dead.update(row["id"] for row in unit.rows if row["outcome"] == DEAD)
+        yield unit
 
 
 @dataclass(frozen=True)

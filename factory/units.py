@@ -15,7 +15,7 @@ from cluster.stage import Unit
 from factory.plan import PLAN
 
 REFILLS = "plan-refill-*.parquet"
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE, _PART_ROWS = 1024, 65_536
 
 
 def plan_files(folder: Path) -> list[Path]:
@@ -77,20 +77,19 @@ def read_units(folder: Path, unit_images: int, numbers: Iterable[int]) -> Iterat
         plan = _open(path)
         units = -(-plan.metadata.num_rows // unit_images)
         own = [number - first for number in wanted if first <= number < first + units]
-        for number, rows in _read_parts(plan, unit_images, own):
+        for number, rows in _cut_rows(plan, unit_images, own):
             name = unit_name(first + number)
             yield Unit(name, [{**row, "unit": name} for row in rows])
         first += units
 
 
-def _read_parts(
-    plan: pq.ParquetFile, unit_images: int, numbers: list[int]
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def _cut_rows(plan: pq.ParquetFile, unit_images: int, numbers: list[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number, rows) of these parts of one file, each `unit_images` rows but the last, which may be short."""
     left = iter(numbers)
     number = next(left, None)
     start, rows = 0, list[dict[str, Any]]()
-    for batch in plan.iter_batches(batch_size=_ROWS_AT_ONCE):
+    # Several threads decode no faster what becomes Python rows next, and each keeps memory of its own.
+    for batch in plan.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
         if number is None:
             return
         if start + len(rows) + batch.num_rows <= number * unit_images:
@@ -115,6 +114,15 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file of ours, or some of its columns; raises CorruptShard."""
     try:
         return pq.read_table(path, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_parts(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The same, some rows at a time: for what must not grow with a plan of millions. Raises CorruptShard."""
+    try:
+        for batch in _open(path).iter_batches(_PART_ROWS, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:
         raise _unreadable(path, error) from error
 

@@ -36,43 +36,42 @@ ROWS_AT_ONCE = 50_000
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        return measure(int(sys.argv[2]))
+        return measure(int(sys.argv[2]), Path(sys.argv[3]))
     counts = [int(word) for word in sys.argv[1:]] or [10_000, 1_000_000]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"commit {commit}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before")
     print(f"{'samples':>10} {'samples/s':>10} {'driver MiB, before':>19} {'peak':>6}", flush=True)
     peaks: list[float] = []
     for count in counts:
-        command = [sys.executable, __file__, "--measure", str(count)]
-        found = json.loads(
-            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-        )
+        with tempfile.TemporaryDirectory() as name:
+            # Written here, so that what the writing left behind is not counted.
+            write_plan(Path(name) / PLAN, count)
+            command = [sys.executable, __file__, "--measure", str(count), name]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found = json.loads(said.splitlines()[-1])
         peaks.append(found["peak"])
         print(f"{count:10,} {found['per_s']:10.0f} {found['before']:19.0f} {found['peak']:6.0f}", flush=True)
     print(f"the driver's peak from {counts[0]:,} to {counts[-1]:,} samples: {peaks[-1] - peaks[0]:+.0f} MiB")
 
 
-def measure(count: int) -> None:
-    """One run in this process, printed as JSON; MiB."""
+def measure(count: int, folder: Path) -> None:
+    """One run of the plan in `folder` in this process, printed as JSON; MiB."""
     recipe = load_recipe(Recipe, REPOSITORY / "recipes" / "pocket.yaml", ["cluster.log=off"])
     resolve_models(recipe.factory)
     make_module.make_stages = null_stages
     process, peak = psutil.Process(), 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_plan(folder / PLAN, count)
-        runner = OnRay(recipe.cluster)
-        before, began = process.memory_info().rss, time.perf_counter()
+    runner = OnRay(recipe.cluster)
+    before, began = process.memory_info().rss, time.perf_counter()
 
-        def seen(_: int) -> None:
-            nonlocal peak
-            peak = max(peak, process.memory_info().rss)
+    def seen(_: int) -> None:
+        nonlocal peak
+        peak = max(peak, process.memory_info().rss)
 
-        try:
-            make_module.make(recipe.factory, folder, runner, seen)
-        finally:
-            runner.close()
-        per_s = count / (time.perf_counter() - began)
+    try:
+        make_module.make(recipe.factory, folder, runner, seen)
+    finally:
+        runner.close()
+    per_s = count / (time.perf_counter() - began)
     print(json.dumps({"per_s": per_s, "before": before / 2**20, "peak": peak / 2**20}))
 
 

@@ -78,4 +78,4 @@ def test_ray_answers_as_this_process_does_even_when_a_worker_dies(
 
 
 def test_a_window_grows_with_the_widest_stage() -> None:
-    assert (window_units(1), window_units(128), window_units(1024)) == (2048, 2048, 16384)
+    assert (window_units(1), window_units(32), window_units(1024)) == (2048, 2048, 65536)
