@@ -29,7 +29,7 @@ from cluster.errors import EdgeFusionError, StageError
 from cluster.events import NOWHERE, Events, first_words
 from cluster.live import Desk, Facts, Flow
 from cluster.live_ray import FlowActor, RayDesk
-from cluster.machine import stand_in
+from cluster.machine import give_back_memory, stand_in
 from cluster.metrics import WorkerMetrics
 from cluster.places import TRAIN, PodGroup, PodPlace, StagePlace, placed
 from cluster.progress import speaking
@@ -236,6 +236,7 @@ class OnRay:
         # One unit a block: a block is what Ray hands out, and what it repeats when a worker is lost.
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
         rows.clear()  # Ray has its own copy
+        give_back_memory()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray deprecates the spelling of max_restarts, and offers no other yet
             for stage in stages:
